@@ -1,0 +1,118 @@
+"""Argument errors: one function a rule, one message style ("name: got X, want Y")."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(name: str, value: object, *, dtypes: tuple[torch.dtype, ...], ndim: tuple[int, ...] | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {_names([value.dtype])}, want {_names(dtypes)}")
+    if ndim is not None and value.ndim not in ndim:
+        want = " or ".join(f"{d}-d" for d in ndim)
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want a {want} tensor")
+
+
+def shape(name: str, value: Tensor, want: tuple[int, ...], meaning: str) -> None:
+    if tuple(value.shape) != tuple(want):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {tuple(want)} ({meaning})")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}: got device {value.device}, want {other.device} (the device of {other_name})")
+
+
+def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name}: got dtype {_names([value.dtype])}, want {_names([other.dtype])} (the dtype of {other_name}); "
+            "cast one of them or run under torch.autocast"
+        )
+
+
+def choice(name: str, value: object, options: Iterable[str]) -> None:
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(options)}")
+
+
+def positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number greater than 0")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value}, want a finite number greater than 0")
+
+
+def within(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number in [{low}, {high})")
+    if not low <= value < high:
+        raise ValueError(f"{name}: got {value}, want a number in [{low}, {high})")
+
+
+def transform(temperature: object, logit_scale: object, softcap: object) -> None:
+    positive("temperature", temperature)
+    positive("logit_scale", logit_scale)
+    if softcap is not None:
+        positive("softcap", softcap)
+
+
+def num_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Pairs in a `[B chosen; B rejected]` batch, padded `[2B, T]` or packed `[N]` with `cu_seqlens [2B + 1]`."""
+    if cu_seqlens is None:
+        if labels.ndim != 2:
+            raise ValueError(
+                f"labels: got shape {tuple(labels.shape)} without cu_seqlens, want [2B, T] "
+                "(padded, chosen rows first), or pass cu_seqlens for packed rows [N]"
+            )
+        sequences, name = labels.shape[0], "labels"
+    else:
+        tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=(1,))
+        same_device("cu_seqlens", cu_seqlens, "labels", labels)
+        if labels.ndim != 1:
+            raise ValueError(f"labels: got shape {tuple(labels.shape)} with cu_seqlens, want packed rows [N]")
+        sequences, name = cu_seqlens.shape[0] - 1, "cu_seqlens"
+    if sequences < 2 or sequences % 2:
+        raise ValueError(f"{name}: got {sequences} sequences, want an even number, at least 2 ([B chosen; B rejected])")
+    return sequences // 2
+
+
+def debugging() -> bool:
+    """`FASTPREF_DEBUG=1` checks values on accelerators too, at the price of a host sync per check."""
+    return os.environ.get("FASTPREF_DEBUG", "0") == "1"
+
+
+def label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Without a host sync on an accelerator: there a bad label makes its log-prob NaN instead."""
+    if labels.numel() == 0 or (labels.device.type != "cpu" and not debugging()):
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"labels: got {int(labels[at])} at row {at}, want a token in [0, {vocab}) or ignore_index={ignore_index}"
+        )
+
+
+def packed_edges(cu_seqlens: Tensor | None, rows: int) -> None:
+    """Checked where it costs no host sync, like the labels' range."""
+    if cu_seqlens is None or (cu_seqlens.device.type != "cpu" and not debugging()):
+        return
+    edges = cu_seqlens.tolist()
+    if edges[0] != 0 or edges[-1] != rows or any(a > b for a, b in itertools.pairwise(edges)):
+        raise ValueError(f"cu_seqlens: got {edges}, want ascending offsets from 0 to the number of rows, {rows}")

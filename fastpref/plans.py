@@ -1,0 +1,313 @@
+"""The execution plans of the linear log-prob op, on real tensors: which matrix products run, in what memory.
+
+With U = onehot - softmax (never scaled) and c the upstream gradient of each row's log-prob,
+
+    dH = c * (U W)          dW = U^T (c * H)          db = U^T c
+
+so c only ever scales something of width d, and U can be written before c is known. Rows that no label scores
+never enter a product. Every function here works on flattened `[N, d]` hidden states.
+
+    no_grad    1 product    one tile
+    frozen     2            one tile, and U W [N, d] kept for the backward
+    store      3            U [n, V] kept in the compute dtype
+    pair       3            U of one group of whole pairs (needs the objective)
+    recompute  4            one tile; the backward runs over slices of the vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref import memory
+from fastpref.backends import backend_for
+from fastpref.memory import MIB
+from fastpref.reference import LogitTransform
+
+PLANS = ("no_grad", "frozen", "store", "pair", "recompute")
+
+
+class Head(NamedTuple):
+    """The output layer: `transform(hidden @ weight.T + bias)`."""
+
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+    ignore_index: int
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+
+class Gradients(NamedTuple):
+    """What a plan's backward returns; None where nobody asked."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Needs(NamedTuple):
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def tile_rows(head: Head, rows: int, workspace_bytes: int | None) -> int:
+    """Rows of logits that exist at once where nothing is kept: up to 1 GiB of them on an accelerator (4096 rows of
+    a 128 k vocabulary in bf16, enough for a full-speed product), 96 MiB on a CPU; all tiles about the same size,
+    in multiples of 16 (on a CPU, products of 481 rows were 5 % slower than of 496)."""
+    tile = 96 * MIB if head.weight.device.type == "cpu" else 1024 * MIB
+    limit = max(1, min(tile, workspace_bytes or tile) // (head.vocab * head.weight.element_size()))
+    even = math.ceil(rows / max(1, math.ceil(rows / limit)))
+    return max(1, min(math.ceil(even / 16) * 16, limit, rows))
+
+
+def compact(labels: Tensor, ignore_index: int) -> Tensor:
+    """Indices of the rows that a label scores `[n]`. The one host sync of the op: n sizes the products."""
+    return (labels != ignore_index).nonzero().squeeze(1)
+
+
+def gather(values: Tensor, rows: Tensor) -> Tensor:
+    return values if rows.numel() == values.shape[0] else values.index_select(0, rows)
+
+
+def scatter(values: Tensor, rows: Tensor, total: int) -> Tensor:
+    """Inverse of `gather`: zeros where no row was."""
+    if rows.numel() == total:
+        return values
+    return values.new_zeros(total, *values.shape[1:]).index_copy_(0, rows, values)
+
+
+def _chunks(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def padded_vocab(head: Head) -> int:
+    """Row stride of the logits that we allocate: rows start where wide loads can reach them."""
+    alignment = backend_for(head.weight).ROW_ALIGNMENT
+    return math.ceil(head.vocab / alignment) * alignment
+
+
+def logits_buffer(head: Head, rows: int) -> Tensor:
+    """An uninitialised `[rows, V]` in the compute dtype."""
+    return head.weight.new_empty(rows, padded_vocab(head))[:, : head.vocab]
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def fold(tile: Tensor, hidden: Tensor, labels: Tensor, head: Head, *, write_u: bool) -> dict[str, Tensor]:
+    """Logits of `hidden` into `tile`, then their `logps` and `lse`; with `write_u` the tile ends as U."""
+    backend = backend_for(tile)
+    _project(hidden, head.weight, head.bias, tile)
+    exact = None
+    if tile.dtype in (torch.bfloat16, torch.float16):
+        exact = backend.target_logits(hidden, head.weight, head.bias, labels)
+    return backend.row_logprob(
+        tile, labels, transform=head.transform, ignore_index=head.ignore_index, target_logits=exact, write_u=write_u
+    )
+
+
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """`out = a @ b`, or `+=`: accumulated in fp32 and, on CUDA, rounded only when stored as `out`."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # no mixed-output product on the CPU (torch 2.13): each product is rounded once
+        product = torch.mm(a, b)
+        out.add_(product) if add else out.copy_(product)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scaled(values: Tensor, coefs: Tensor, dtype: torch.dtype) -> Tensor:
+    """`coefs * values` row by row: multiplied in fp32, then rounded once."""
+    return (values * coefs[:, None]).to(dtype)
+
+
+class ParameterGradients:
+    """dW and db of the head, added up over groups of rows in `dtype`; None where not needed."""
+
+    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype) -> None:
+        self.weight = torch.empty_like(head.weight, dtype=dtype) if needs.weight else None
+        self.bias = torch.empty_like(head.bias, dtype=dtype) if needs.bias and head.bias is not None else None
+        self._started = False
+
+    def add(self, u: Tensor, hidden: Tensor, coefs: Tensor, columns: slice = slice(None)) -> None:
+        """Add U^T (c * H) and U^T c to the vocabulary rows `columns`; `finish` after each pass over them."""
+        if self.weight is not None:
+            _matmul_into(self.weight[columns], u.t(), _scaled(hidden, coefs, u.dtype), add=self._started)
+        if self.bias is not None:
+            _matmul_into(self.bias[columns, None], u.t(), coefs[:, None].to(u.dtype), add=self._started)
+
+    def finish(self) -> None:
+        self._started = True
+
+    def to(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        return tuple(g if g is None else g.to(dtype) for g in (self.weight, self.bias))
+
+
+def forward(
+    hidden: Tensor, head: Head, labels: Tensor, plan: str, workspace_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probs `[N]`, lse `[n]`, what the plan keeps, scored rows `[n]`)."""
+    total = hidden.shape[0]
+    rows = compact(labels, head.ignore_index)
+    labels = gather(labels, rows)
+    n = rows.numel()
+    logps = hidden.new_empty(n, dtype=_wide(hidden.dtype))
+    lse = torch.empty_like(logps)
+    step = tile_rows(head, n, workspace_bytes)
+    unit_hidden = torch.zeros_like(hidden) if plan == "frozen" else None
+    u = logits_buffer(head, n) if plan == "store" else None
+    with memory.borrowed(0 if u is not None else step, padded_vocab(head), like=head.weight) as scratch:
+        for part in _chunks(n, step):
+            tile = scratch[: part.stop - part.start, : head.vocab] if u is None else u[part]
+            h = hidden.index_select(0, rows[part])
+            folded = fold(tile, h, labels[part], head, write_u=plan in ("frozen", "store"))
+            logps[part], lse[part] = folded["logps"], folded["lse"]
+            if unit_hidden is not None:
+                unit_hidden.index_copy_(0, rows[part], torch.mm(tile, head.weight))
+    kept = u if unit_hidden is None else unit_hidden
+    return scatter(logps, rows, total), lse, hidden.new_empty(0) if kept is None else kept, rows
+
+
+def backward_store(
+    u: Tensor, hidden: Tensor, head: Head, coefs: Tensor, needs: Needs, parameters: ParameterGradients
+) -> Tensor | None:
+    """The two gradient products from a stored U, everything on scored rows; returns dH `[n, d]`."""
+    d_hidden = None
+    if needs.hidden:
+        product = torch.empty_like(hidden, dtype=_wide(u.dtype))
+        _matmul_into(product, u, head.weight, add=False)
+        d_hidden = _scaled(product, coefs, hidden.dtype)
+    parameters.add(u, hidden, coefs)
+    parameters.finish()
+    return d_hidden
+
+
+def backward_recompute(
+    hidden: Tensor, head: Head, labels: Tensor, logps: Tensor, lse: Tensor, coefs: Tensor, needs: Needs,
+    parameters: ParameterGradients, workspace_bytes: int | None,
+) -> Tensor | None:  # fmt: skip
+    """Three products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]`."""
+    n = hidden.shape[0]
+    width = tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
+    width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries
+    d_hidden = torch.zeros_like(hidden, dtype=_wide(hidden.dtype)) if needs.hidden else None
+    backend = backend_for(hidden)
+    with memory.borrowed(n, width, like=hidden) as tile:
+        for part in _chunks(head.vocab, width):
+            weight = head.weight[part]
+            u = tile[:, : part.stop - part.start]
+            _project(hidden, weight, None if head.bias is None else head.bias[part], u)
+            backend.row_gradient(
+                u, labels, logps, lse, u,
+                transform=head.transform, ignore_index=head.ignore_index, first_column=part.start,
+            )  # fmt: skip
+            if d_hidden is not None:
+                _matmul_into(d_hidden, u, weight, add=True)
+            parameters.add(u, hidden, coefs, part)
+    parameters.finish()
+    return None if d_hidden is None else _scaled(d_hidden, coefs, hidden.dtype)
+
+
+class PairRows(NamedTuple):
+    """Where the scored rows of each sequence lie among the compacted rows: `edges[s]:edges[s + 1]`."""
+
+    rows: Tensor  # [n]
+    edges: list[int]  # 2B + 1
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.edges) // 2
+
+    def of_pairs(self, first: int, last: int) -> Tensor:
+        """Compacted positions of pairs first..last-1, chosen sequences first."""
+        e, b = self.edges, self.num_pairs
+        chosen = torch.arange(e[first], e[last], device=self.rows.device)
+        rejected = torch.arange(e[b + first], e[b + last], device=self.rows.device)
+        return torch.cat([chosen, rejected])
+
+    def edges_of_pairs(self, first: int, last: int) -> Tensor:
+        """cu_seqlens of those pairs, as if they were the whole batch."""
+        e, b = self.edges, self.num_pairs
+        shift = e[last] - e[first] - e[b + first]
+        edges = [x - e[first] for x in e[first : last + 1]] + [x + shift for x in e[b + first + 1 : b + last + 1]]
+        return torch.tensor(edges, device=self.rows.device)
+
+    def size(self, first: int, last: int) -> int:
+        e, b = self.edges, self.num_pairs
+        return e[last] - e[first] + e[b + last] - e[b + first]
+
+
+def pair_rows(labels: Tensor, cu_seqlens: Tensor | None, num_pairs: int, ignore_index: int) -> PairRows:
+    scored = labels != ignore_index
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(2 * num_pairs + 1, device=labels.device) * (labels.numel() // (2 * num_pairs))
+    before = torch.cat([scored.new_zeros(1, dtype=torch.long), scored.long().cumsum(0)])
+    edges = before[cu_seqlens.long()].tolist()
+    return PairRows(compact(labels, ignore_index), edges)
+
+
+def pair_groups(pairs: PairRows, rows: int) -> Iterator[tuple[int, int]]:
+    """Consecutive pairs, as many as fit `rows`; a pair larger than that stands alone."""
+    first = 0
+    for last in range(1, pairs.num_pairs + 1):
+        if last == pairs.num_pairs or pairs.size(first, last + 1) > rows:
+            yield first, last
+            first = last
+
+
+def forward_pairs(
+    hidden: Tensor, head: Head, labels: Tensor, cu_seqlens: Tensor | None, num_pairs: int, needs: Needs,
+    workspace_bytes: int | None, separable: bool, group_loss: Callable,
+) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
+    """Loss, metrics and gradients together, one group of whole pairs at a time.
+
+    `group_loss(logps, cu_seqlens, first, last)` returns (loss, metrics, coefs) of pairs first..last-1. A group
+    that outgrows the workspace (one huge pair, or a loss that couples the whole batch: `separable` false) is
+    recomputed slice by slice instead of kept.
+    """
+    pairs = pair_rows(labels, cu_seqlens, num_pairs, head.ignore_index)
+    labels = gather(labels, pairs.rows)
+    limits = memory.workspace(hidden.device, workspace_bytes)
+    rows_wanted, max_rows = (size // (head.vocab * hidden.element_size()) for size in limits)
+    groups = list(pair_groups(pairs, rows_wanted)) if separable else [(0, num_pairs)]
+    kept_rows = max((size for g in groups if (size := pairs.size(*g)) <= max_rows), default=0)
+    d_hidden = torch.zeros_like(hidden) if needs.hidden else None
+    parameters = ParameterGradients(head, needs, _wide(hidden.dtype))
+    losses, metrics = [], []
+    with memory.borrowed(kept_rows, padded_vocab(head), like=head.weight) as scratch:
+        for first, last in groups:
+            at = pairs.of_pairs(first, last)
+            rows, y = pairs.rows[at], labels[at]
+            h = hidden.index_select(0, rows)
+            edges = pairs.edges_of_pairs(first, last)
+            if at.numel() <= max_rows:
+                u = scratch[: at.numel(), : head.vocab]
+                loss, metric, coefs = group_loss(fold(u, h, y, head, write_u=True)["logps"], edges, first, last)
+                part = backward_store(u, h, head, coefs, needs, parameters)
+            else:
+                logps, lse, _, _ = forward(h, head, y, "no_grad", workspace_bytes)
+                loss, metric, coefs = group_loss(logps, edges, first, last)
+                part = backward_recompute(h, head, y, logps, lse, coefs, needs, parameters, workspace_bytes)
+            losses.append(loss)
+            metrics.append(metric)
+            if d_hidden is not None and part is not None:
+                d_hidden.index_copy_(0, rows, part)
+    return torch.stack(losses).sum(), torch.cat(metrics, 1), Gradients(d_hidden, parameters.weight, parameters.bias)

@@ -1,0 +1,318 @@
+"""The specification: every formula of fastpref in plain PyTorch.
+
+Slow, readable, differentiable and dtype-agnostic: run it in fp64 and it is the truth that the kernels
+are judged against (`fastpref validate`). The portable backend takes its pair formulas from here, the
+Triton kernels restate them with derivatives; nothing else in the project writes a loss down.
+
+Shapes: `N` rows (tokens), `V` vocabulary, `d` hidden size, `S` sequences, `B` pairs. `labels[i]` is the
+token that row `i` scores, so shifting has already happened; rows labelled `ignore_index` give exactly 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LogitTransform(NamedTuple):
+    """What happens between the head's output and the softmax, in the order that models and TRL apply it."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        logits = raw * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118 section 2
+        return logits / self.temperature
+
+
+class TokenStatistics(NamedTuple):
+    """Per-token results, each shaped like the labels; 0 (or False) on ignored rows, None if not requested."""
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq: Tensor | None = None
+
+
+STATISTICS = TokenStatistics._fields[1:]
+
+
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, ignore_index=-100, temperature=1.0, logit_scale=1.0, softcap=None
+) -> Tensor:
+    """`log softmax(transform(logits))[label]` per row: logits `[..., V]`, labels `[...]` -> `[...]`."""
+    logps = LogitTransform(temperature, logit_scale, softcap)(logits).log_softmax(-1)
+    valid = labels != ignore_index
+    picked = logps.gather(-1, labels.masked_fill(~valid, 0).unsqueeze(-1)).squeeze(-1)
+    return picked.masked_fill(~valid, 0)
+
+
+def linear_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, bias=None, **options) -> Tensor:
+    """The same from hidden states `[..., d]` and the head's weight `[V, d]`."""
+    return token_logprobs(F.linear(hidden, weight, bias), labels, **options)
+
+
+def token_statistics(
+    logits: Tensor, labels: Tensor, *, ignore_index=-100, temperature=1.0, logit_scale=1.0, softcap=None
+) -> TokenStatistics:
+    """Log-probs and the row statistics that trainers log or weight by, all of the transformed logits."""
+    options = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+    z = LogitTransform(**options)(logits)
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    ignored = labels == ignore_index
+    return TokenStatistics(
+        logps=token_logprobs(logits, labels, ignore_index=ignore_index, **options),
+        entropy=-torch.where(p > 0, p * logp, 0).sum(-1).masked_fill(ignored, 0),
+        mean_logit=z.mean(-1).masked_fill(ignored, 0),
+        is_top1=(z.argmax(-1) == labels) & ~ignored,  # the first index wins a tie, as in TRL
+        log_sum_sq=torch.logsumexp(2 * logp, -1).masked_fill(ignored, 0),  # log sum_v p_v^2, WPO arXiv 2406.11827
+    )
+
+
+def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """`(start, end)` of every sequence in the flattened rows, padded `[S, T]` or packed `[N]` alike."""
+    if cu_seqlens is None:
+        rows, length = labels.shape
+        return [(s * length, (s + 1) * length) for s in range(rows)]
+    edges = cu_seqlens.tolist()
+    return list(itertools.pairwise(edges))
+
+
+def sequence_logprobs(
+    token_logps: Tensor, labels: Tensor, *, cu_seqlens=None, ignore_index=-100, average=False
+) -> Tensor:
+    """Sum (or mean) of each sequence's log-probs: padded `[S, T]` or packed `[N]` -> `[S]`."""
+    flat, valid = token_logps.reshape(-1), (labels != ignore_index).reshape(-1)
+    bounds = sequence_bounds(labels, cu_seqlens)
+    sums = torch.stack([flat[a:b][valid[a:b]].sum() for a, b in bounds])
+    if not average:
+        return sums
+    return sums / torch.stack([valid[a:b].sum() for a, b in bounds]).clamp(min=1)
+
+
+class PairedObjective(NamedTuple):
+    """What a paired loss is, besides its tensors: `loss = sum_k weight_k * mean_pairs(loss_k)`."""
+
+    losses: tuple[str, ...] = ("sigmoid",)
+    weights: tuple[float, ...] = (1.0,)
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    gamma: float = 0.0  # target reward margin
+    f_divergence: str = "reverse_kl"
+    alpha: float = 0.5  # of the alpha-divergence
+    tau: float = 0.05  # DiscoPOP's temperature
+    average: bool = False  # score a sequence by its mean log-prob instead of the sum
+
+
+class Pairs(NamedTuple):
+    """Sequence-level quantities of `B` pairs, each `[B]`."""
+
+    chosen: Tensor  # log pi(y_w | x): the sum, or the mean if objective.average
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+
+    @property
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
+        return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
+
+
+# f'(t) of the f-divergence that regularises, on the log-ratio x = log t (f-DPO, arXiv 2309.16240, table 1)
+F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": lambda x, alpha: x,
+    "forward_kl": lambda x, alpha: 1 - torch.exp(-x),
+    "js_divergence": lambda x, alpha: math.log(2) + F.logsigmoid(x),
+    # the clamp keeps exp finite in fp32; alpha -> 1 is reverse_kl (TRL 1.16)
+    "alpha_divergence": lambda x, alpha: (
+        x if abs(alpha - 1) < 1e-6 else (torch.exp(((alpha - 1) * x).clamp(max=80.0)) - 1) / (alpha - 1)
+    ),
+}
+
+
+def _scores(pairs: Pairs, o: PairedObjective) -> tuple[Tensor, Tensor]:
+    """f'(pi/ref) of chosen and rejected; plain log-ratios for the reverse KL of standard DPO."""
+    f = F_DIVERGENCES[o.f_divergence]
+    a, b = pairs.log_ratios
+    return f(a, o.alpha), f(b, o.alpha)
+
+
+def _normalized_scores(pairs: Pairs, o: PairedObjective) -> tuple[Tensor, Tensor]:
+    a, b = _scores(pairs, o)
+    return a / pairs.chosen_lengths.clamp(min=1), b / pairs.rejected_lengths.clamp(min=1)
+
+
+def _margin(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = _scores(pairs, o)
+    return o.beta * (a - b) - o.gamma
+
+
+def _smoothed_logistic(x: Tensor, eps: float) -> Tensor:
+    return -(1 - eps) * F.logsigmoid(x) - eps * F.logsigmoid(-x)
+
+
+def sigmoid(pairs: Pairs, o: PairedObjective) -> Tensor:
+    return _smoothed_logistic(_margin(pairs, o), o.label_smoothing)  # eq. 3 of cDPO; eps=0: eq. 7 of 2305.18290
+
+
+def hinge(pairs: Pairs, o: PairedObjective) -> Tensor:
+    return torch.relu(1 - _margin(pairs, o))  # SLiC, eq. 2 of 2309.06657
+
+
+def ipo(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = _normalized_scores(pairs, o)
+    return (a - b - 1 / (2 * o.beta)) ** 2  # eq. 17 of 2310.12036v2 on per-token log-ratios, as in TRL
+
+
+def ipo_sum(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = _scores(pairs, o)
+    return (a - b - 1 / (2 * o.beta)) ** 2  # eq. 17 of 2310.12036v2
+
+
+def exo_pair(pairs: Pairs, o: PairedObjective) -> Tensor:
+    x, eps = _margin(pairs, o), o.label_smoothing
+    log_q, log_1q = F.logsigmoid(x), F.logsigmoid(-x)
+    return log_q.exp() * (log_q - math.log1p(-eps)) + log_1q.exp() * (log_1q - math.log(eps))  # eq. 16 of 2402.00856
+
+
+def nca_pair(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = (o.beta * x for x in pairs.log_ratios)
+    return -F.logsigmoid(a) - 0.5 * F.logsigmoid(-a) - 0.5 * F.logsigmoid(-b)  # eq. 11 of 2402.05369, K = 2
+
+
+def robust(pairs: Pairs, o: PairedObjective) -> Tensor:
+    x, eps = _margin(pairs, o), o.label_smoothing
+    return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)  # eq. 12 of 2403.00409
+
+
+def bco_pair(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = (o.beta * x for x in pairs.log_ratios)
+    return -F.logsigmoid(a) - F.logsigmoid(-b)  # eq. 9 of 2404.04656 without the running shift
+
+
+def sppo_hard(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = pairs.log_ratios
+    return (a - 0.5 / o.beta) ** 2 + (b + 0.5 / o.beta) ** 2  # eq. 4.7 of 2405.00675 with P in {0, 1}
+
+
+def aot(pairs: Pairs, o: PairedObjective) -> Tensor:
+    policy, ref = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
+    u = policy.sort().values - ref.sort().values  # optimal transport in 1-d is sorting: eq. 7 of 2406.05882
+    return _smoothed_logistic(o.beta * u, o.label_smoothing)
+
+
+def aot_unpaired(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = pairs.log_ratios
+    u = a.sort().values - b.sort().values  # eq. 9 of 2406.05882
+    return _smoothed_logistic(o.beta * u, o.label_smoothing)
+
+
+def apo_zero(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = (o.beta * x for x in pairs.log_ratios)
+    return 1 - torch.sigmoid(a) + torch.sigmoid(b)  # eq. 7 of 2408.06266
+
+
+def apo_down(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = (o.beta * x for x in pairs.log_ratios)
+    return torch.sigmoid(a) + 1 - torch.sigmoid(a - b)  # eq. 8 of 2408.06266
+
+
+def discopop(pairs: Pairs, o: PairedObjective) -> Tensor:
+    x = _margin(pairs, o)
+    log_m = F.logsigmoid(x / o.tau)
+    # eq. 5 of 2406.08414: -log sigma(x) (1 - m) + e^-x m, with e^-x m in one exponent: no inf * 0 at x << 0
+    return -F.logsigmoid(x) * (1 - log_m.exp()) + torch.exp(log_m - x)
+
+
+def sigmoid_norm(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = _normalized_scores(pairs, o)
+    return -F.logsigmoid(o.beta * (a - b))  # length-normalised DPO, section 4 of 2411.15124 (Tulu 3)
+
+
+PAIR_LOSSES: dict[str, Callable[[Pairs, PairedObjective], Tensor]] = {
+    f.__name__: f
+    for f in (
+        sigmoid,
+        hinge,
+        ipo,
+        ipo_sum,
+        exo_pair,
+        nca_pair,
+        robust,
+        bco_pair,
+        sppo_hard,
+        aot,
+        aot_unpaired,
+        apo_zero,
+        apo_down,
+        discopop,
+        sigmoid_norm,
+    )
+}
+
+
+def _pairs(chosen_sums, rejected_sums, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, objective) -> Pairs:
+    zero = torch.zeros_like(chosen_sums)
+    return Pairs(
+        chosen_sums / chosen_lengths.clamp(min=1) if objective.average else chosen_sums,
+        rejected_sums / rejected_lengths.clamp(min=1) if objective.average else rejected_sums,
+        zero if ref_chosen is None else ref_chosen,
+        zero if ref_rejected is None else ref_rejected,
+        chosen_lengths,
+        rejected_lengths,
+    )
+
+
+def paired_loss(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    objective: PairedObjective,
+    *,
+    pair_weights: Tensor | None = None,
+    total_pairs: int | None = None,
+    chosen_tokens: Tensor | None = None,
+) -> Tensor:
+    """The batch's loss from summed log-probs, everything `[B]`; scalar.
+
+    A group of pairs out of a larger batch passes the batch's `total_pairs` and `chosen_tokens`, so that
+    group losses add up to the batch's (all but the two `aot` losses, which sort across the batch).
+    """
+    pairs = _pairs(chosen_sums, rejected_sums, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, objective)
+    loss = chosen_sums.new_zeros(())
+    for name, weight in zip(objective.losses, objective.weights, strict=True):
+        if name == "sft":  # token mean over the batch's chosen completions (MPO 2411.10442, RPO 2404.19733)
+            tokens = chosen_lengths.sum() if chosen_tokens is None else chosen_tokens
+            loss = loss - weight * chosen_sums.sum() / tokens.clamp(min=1)
+            continue
+        losses = PAIR_LOSSES[name](pairs, objective)
+        if pair_weights is not None:
+            losses = losses * pair_weights
+        loss = loss + weight * losses.sum() / (total_pairs or len(chosen_sums))
+    return loss
+
+
+def paired_metrics(
+    chosen_sums, rejected_sums, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, objective
+) -> Tensor:
+    """`[6, B]`: chosen and rejected log-probs, chosen and rejected rewards, margins, accuracies."""
+    pairs = _pairs(chosen_sums, rejected_sums, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, objective)
+    chosen_rewards, rejected_rewards = (objective.beta * x for x in pairs.log_ratios)
+    margins = chosen_rewards - rejected_rewards
+    accuracies = (margins > 0).to(margins.dtype)
+    return torch.stack([pairs.chosen, pairs.rejected, chosen_rewards, rejected_rewards, margins, accuracies])
