@@ -1,0 +1,30 @@
+"""The `fastpref` command: one subcommand a use, each in its own module, imported when called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module with add_arguments(parser) and run(args) -> exit status, one line of help)
+COMMANDS = {
+    "validate": ("fastpref.validate.scorecard", "check every operator against fp64 on this machine"),
+    "demo": ("fastpref.demo", "train a small language model on preference pairs with a fused DPO loss"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fastpref", description="Preference learning, fast and lean.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for name, (module, text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if argv[:1] == [name]:  # the others' modules need not import
+            importlib.import_module(module).add_arguments(sub)
+    args = parser.parse_args(argv)
+    return importlib.import_module(COMMANDS[args.command][0]).run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
