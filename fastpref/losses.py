@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpref import checks, ops
+from fastpref import checks
 from fastpref.linear import as_floats, choose_plan, head_inputs, linear_token_logprobs, token_logprobs
+from fastpref.ops.paired import encode
 from fastpref.reference import F_DIVERGENCES, LogitTransform, PairedObjective
 
 DPO_LOSS_TYPES = (
@@ -43,7 +44,7 @@ class PairedLoss(nn.Module):
         super().__init__()
         self.objective = objective
         self.with_reference = with_reference
-        self._encoded = ops.encode(objective)
+        self._encoded = encode(objective)
 
     def extra_repr(self) -> str:
         defaults = PairedObjective()._asdict()

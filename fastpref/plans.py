@@ -10,12 +10,13 @@ never enter a product. Every function here works on flattened `[N, d]` hidden st
     no_grad    1 product    one tile
     frozen     2            one tile, and U W [N, d] kept for the backward
     store      3            U [n, V] kept in the compute dtype
-    pair       3            U of one group of whole pairs (needs the objective)
+    pair       3            U of one group of whole pairs or sequences (needs the objective)
     recompute  4            one tile; the backward runs over slices of the vocabulary
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -226,85 +227,87 @@ def backward_recompute(
     return None if d_hidden is None else _scaled(d_hidden, coefs, hidden.dtype)
 
 
-class PairRows(NamedTuple):
-    """Where the scored rows of each sequence lie among the compacted rows: `edges[s]:edges[s + 1]`."""
+class UnitRows(NamedTuple):
+    """Where the scored rows of each sequence lie among the compacted rows: `edges[s]:edges[s + 1]`.
+
+    A unit is what a loss needs whole: with `sides` 2, sequence u and sequence U + u ([chosen; rejected]); with 1,
+    one sequence.
+    """
 
     rows: Tensor  # [n]
-    edges: list[int]  # 2B + 1
+    edges: list[int]  # sides * U + 1
+    sides: int
 
     @property
-    def num_pairs(self) -> int:
-        return len(self.edges) // 2
+    def count(self) -> int:
+        return (len(self.edges) - 1) // self.sides
 
-    def of_pairs(self, first: int, last: int) -> Tensor:
-        """Compacted positions of pairs first..last-1, chosen sequences first."""
-        e, b = self.edges, self.num_pairs
-        chosen = torch.arange(e[first], e[last], device=self.rows.device)
-        rejected = torch.arange(e[b + first], e[b + last], device=self.rows.device)
-        return torch.cat([chosen, rejected])
+    def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
+        return [(side * self.count + first, side * self.count + last) for side in range(self.sides)]
 
-    def edges_of_pairs(self, first: int, last: int) -> Tensor:
-        """cu_seqlens of those pairs, as if they were the whole batch."""
-        e, b = self.edges, self.num_pairs
-        shift = e[last] - e[first] - e[b + first]
-        edges = [x - e[first] for x in e[first : last + 1]] + [x + shift for x in e[b + first + 1 : b + last + 1]]
-        return torch.tensor(edges, device=self.rows.device)
+    def of(self, first: int, last: int) -> Tensor:
+        """Compacted positions of units first..last-1, side after side."""
+        e, device = self.edges, self.rows.device
+        return torch.cat([torch.arange(e[a], e[b], device=device) for a, b in self._spans(first, last)])
+
+    def cu_seqlens(self, first: int, last: int) -> Tensor:
+        """Offsets of those units' sequences, as if they were the whole batch."""
+        lengths = [self.edges[s + 1] - self.edges[s] for a, b in self._spans(first, last) for s in range(a, b)]
+        return torch.tensor([0, *itertools.accumulate(lengths)], device=self.rows.device)
 
     def size(self, first: int, last: int) -> int:
-        e, b = self.edges, self.num_pairs
-        return e[last] - e[first] + e[b + last] - e[b + first]
+        return sum(self.edges[b] - self.edges[a] for a, b in self._spans(first, last))
+
+    def groups(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Consecutive units, as many as fit `rows`; a unit larger than that stands alone."""
+        first = 0
+        for last in range(1, self.count + 1):
+            if last == self.count or self.size(first, last + 1) > rows:
+                yield first, last
+                first = last
 
 
-def pair_rows(labels: Tensor, cu_seqlens: Tensor | None, num_pairs: int, ignore_index: int) -> PairRows:
+def unit_rows(labels: Tensor, cu_seqlens: Tensor | None, sequences: int, sides: int, ignore_index: int) -> UnitRows:
     scored = labels != ignore_index
     if cu_seqlens is None:
-        cu_seqlens = torch.arange(2 * num_pairs + 1, device=labels.device) * (labels.numel() // (2 * num_pairs))
+        cu_seqlens = torch.arange(sequences + 1, device=labels.device) * (labels.numel() // sequences)
     before = torch.cat([scored.new_zeros(1, dtype=torch.long), scored.long().cumsum(0)])
-    edges = before[cu_seqlens.long()].tolist()
-    return PairRows(compact(labels, ignore_index), edges)
+    return UnitRows(compact(labels, ignore_index), before[cu_seqlens.long()].tolist(), sides)
 
 
-def pair_groups(pairs: PairRows, rows: int) -> Iterator[tuple[int, int]]:
-    """Consecutive pairs, as many as fit `rows`; a pair larger than that stands alone."""
-    first = 0
-    for last in range(1, pairs.num_pairs + 1):
-        if last == pairs.num_pairs or pairs.size(first, last + 1) > rows:
-            yield first, last
-            first = last
-
-
-def forward_pairs(
-    hidden: Tensor, head: Head, labels: Tensor, cu_seqlens: Tensor | None, num_pairs: int, needs: Needs,
+def forward_units(
+    hidden: Tensor, head: Head, labels: Tensor, cu_seqlens: Tensor | None, sequences: int, sides: int, needs: Needs,
     workspace_bytes: int | None, separable: bool, group_loss: Callable,
 ) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
-    """Loss, metrics and gradients together, one group of whole pairs at a time.
+    """Loss, metrics and gradients together, one group of whole units at a time.
 
-    `group_loss(logps, cu_seqlens, first, last)` returns (loss, metrics, coefs) of pairs first..last-1. A group
-    that outgrows the workspace (one huge pair, or a loss that couples the whole batch: `separable` false) is
-    recomputed slice by slice instead of kept.
+    `group_loss(logps, cu_seqlens, rows, first, last)` returns (loss, metrics `[k, units]`, coefs) of units
+    first..last-1, whose token log-probs are those of `rows` of the flattened batch. A group that outgrows the
+    workspace (one huge unit, or a loss that couples the whole batch: `separable` false) is recomputed slice by
+    slice instead of kept.
     """
-    pairs = pair_rows(labels, cu_seqlens, num_pairs, head.ignore_index)
-    labels = gather(labels, pairs.rows)
+    units = unit_rows(labels, cu_seqlens, sequences, sides, head.ignore_index)
+    labels = gather(labels, units.rows)
     limits = memory.workspace(hidden.device, workspace_bytes)
     rows_wanted, max_rows = (size // (head.vocab * hidden.element_size()) for size in limits)
-    groups = list(pair_groups(pairs, rows_wanted)) if separable else [(0, num_pairs)]
-    kept_rows = max((size for g in groups if (size := pairs.size(*g)) <= max_rows), default=0)
+    groups = list(units.groups(rows_wanted)) if separable else [(0, units.count)]
+    kept_rows = max((size for g in groups if (size := units.size(*g)) <= max_rows), default=0)
     d_hidden = torch.zeros_like(hidden) if needs.hidden else None
     parameters = ParameterGradients(head, needs, _wide(hidden.dtype))
     losses, metrics = [], []
     with memory.borrowed(kept_rows, padded_vocab(head), like=head.weight) as scratch:
         for first, last in groups:
-            at = pairs.of_pairs(first, last)
-            rows, y = pairs.rows[at], labels[at]
+            at = units.of(first, last)
+            rows, y = units.rows[at], labels[at]
             h = hidden.index_select(0, rows)
-            edges = pairs.edges_of_pairs(first, last)
+            edges = units.cu_seqlens(first, last)
             if at.numel() <= max_rows:
                 u = scratch[: at.numel(), : head.vocab]
-                loss, metric, coefs = group_loss(fold(u, h, y, head, write_u=True)["logps"], edges, first, last)
+                loss, metric, coefs = group_loss(fold(u, h, y, head, write_u=True)["logps"], edges, rows, first, last)
                 part = backward_store(u, h, head, coefs, needs, parameters)
             else:
                 logps, lse, _, _ = forward(h, head, y, "no_grad", workspace_bytes)
-                loss, metric, coefs = group_loss(logps, edges, first, last)
+                loss, metric, coefs = group_loss(logps, edges, rows, first, last)
                 part = backward_recompute(h, head, y, logps, lse, coefs, needs, parameters, workspace_bytes)
             losses.append(loss)
             metrics.append(metric)

@@ -1,0 +1,52 @@
+"""What every operator needs: no autocast inside, no second derivative, and one way to scale a ready gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_order_only(op: Any) -> None:
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{op._qualname}: fastpref's gradients cannot be differentiated again (create_graph=True)")
+
+    op.register_autograd(refuse)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(f: Callable) -> Callable:
+    """The public functions have cast already; nothing inside an operator may be cast again."""
+
+    @functools.wraps(f)
+    def wrapped(*args, **kwargs):
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return f(*args, **kwargs)
+
+    return wrapped
+
+
+# One scalar a row (or one in all) times a gradient that the forward has already formed.
+
+
+@torch.library.custom_op("fastpref::scale_gradient", mutates_args=())
+def scale_gradient(gradient: Tensor, coefs: Tensor, of: Tensor) -> Tensor:
+    """The gradient of the tensor `of`. Out of place, since a second backward must find `gradient` as it was, and
+    before rounding. `of` gives the dtype, and makes a second differentiation reach this operator's refusal."""
+    coefs = coefs.reshape(-1, *[1] * (gradient.ndim - 1)) if coefs.ndim else coefs
+    return (gradient * coefs).to(of.dtype)
+
+
+@scale_gradient.register_fake
+def _(gradient, coefs, of):
+    return torch.empty_like(gradient, dtype=of.dtype)
+
+
+first_order_only(scale_gradient)

@@ -1,0 +1,154 @@
+"""Log-probs from hidden states and the head's weight, by the plans of `fastpref.plans`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpref import checks, plans
+from fastpref.ops.common import first_order_only, wide, without_autocast
+from fastpref.reference import LogitTransform
+
+
+def head_of(weight, bias, ignore_index, temperature, logit_scale, softcap) -> plans.Head:
+    return plans.Head(weight, bias, LogitTransform(temperature, logit_scale, softcap), ignore_index)
+
+
+@torch.library.custom_op("fastpref::linear_token_logprobs", mutates_args=())
+@without_autocast
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, temperature: float,
+    logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(log-probs `[N]`, lse `[n]`, what the plan keeps for its backward, the n scored rows)."""
+    checks.label_range(labels, weight.shape[0], ignore_index)
+    head = head_of(weight, bias, ignore_index, temperature, logit_scale, softcap)
+    return plans.forward(hidden, head, labels, plan, workspace_bytes)
+
+
+@linear_token_logprobs.register_fake
+def _(hidden, weight, labels, bias, ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes):
+    n = torch.library.get_ctx().new_dynamic_size()
+    dtype = wide(hidden.dtype)
+    kept = hidden.new_empty(0)
+    if plan == "store":
+        kept = plans.logits_buffer(head_of(weight, bias, ignore_index, 1.0, 1.0, None), n)
+    elif plan == "frozen":
+        kept = torch.empty_like(hidden)
+    rows = labels.new_empty(n, dtype=torch.long)
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(n, dtype=dtype), kept, rows
+
+
+@torch.library.custom_op("fastpref::linear_token_logprobs_backward", mutates_args=())
+@without_autocast
+def linear_token_logprobs_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logps: Tensor, lse: Tensor,
+    kept: Tensor, rows: Tensor, ignore_index: int, temperature: float, logit_scale: float, softcap: float | None,
+    plan: str, workspace_bytes: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dH, dW, db), empty where not needed."""
+    head = head_of(weight, bias, ignore_index, temperature, logit_scale, softcap)
+    needs = plans.Needs(need_hidden, need_weight, need_bias)
+    parameters = plans.ParameterGradients(head, needs, weight.dtype)
+    h, coefs = plans.gather(hidden, rows), plans.gather(grad, rows)
+    if plan == "store":
+        d_hidden = plans.backward_store(kept, h, head, coefs, needs, parameters)
+    else:
+        d_hidden = plans.backward_recompute(
+            h, head, plans.gather(labels, rows), plans.gather(logps, rows), lse, coefs, needs, parameters,
+            workspace_bytes,
+        )  # fmt: skip
+    absent = hidden.new_empty(0)
+    return (
+        absent if d_hidden is None else plans.scatter(d_hidden, rows, hidden.shape[0]),
+        absent if parameters.weight is None else parameters.weight,
+        absent if parameters.bias is None else parameters.bias,
+    )
+
+
+@linear_token_logprobs_backward.register_fake
+def _(grad, hidden, weight, labels, bias, logps, lse, kept, rows, *options):
+    needs = zip(options[-3:], (hidden, weight, bias), strict=True)
+    return tuple(torch.empty_like(t) if need and t is not None else hidden.new_empty(0) for need, t in needs)
+
+
+first_order_only(linear_token_logprobs_backward)
+
+
+def _save_linear(ctx, inputs, output):
+    hidden, weight, labels, bias, *options = inputs
+    logps, lse, kept, rows = output
+    ctx.mark_non_differentiable(lse, kept, rows)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, labels, bias, logps, lse, kept, rows)
+    ctx.options = options
+
+
+def _backward_linear(ctx, grad, *unused):
+    if grad is None:
+        return (None,) * 10
+    hidden, weight, labels, bias, logps, lse, kept, rows = ctx.saved_tensors
+    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    plan, ignore_index = ctx.options[4], ctx.options[0]
+    if plan == "no_grad" or (plan == "frozen" and (need_weight or need_bias)):
+        raise RuntimeError(f"plan {plan!r} kept nothing for the gradients that backward now asks for")
+    if plan == "frozen":
+        coefs = grad.masked_fill(labels == ignore_index, 0)  # an ignored row's upstream gradient may be anything
+        return torch.ops.fastpref.scale_gradient(kept, coefs, hidden), *(None,) * 9
+    gradients = torch.ops.fastpref.linear_token_logprobs_backward(
+        grad, hidden, weight, labels, bias, logps, lse, kept, rows, *ctx.options, need_hidden, need_weight, need_bias
+    )
+    d_hidden, d_weight, d_bias = (
+        g if need else None for g, need in zip(gradients, (need_hidden, need_weight, need_bias), strict=True)
+    )
+    return d_hidden, d_weight, None, d_bias, *(None,) * 6
+
+
+linear_token_logprobs.register_autograd(_backward_linear, setup_context=_save_linear)
+
+
+# Losses that form their gradients in the forward (plan `pair`): operators whose inputs begin with hidden, weight,
+# labels, bias and whose outputs are loss, metrics, dH, dW, db (the last two in fp32).
+
+
+def present(gradients: plans.Gradients, like: Tensor) -> tuple[Tensor, ...]:
+    """Operators return tensors: empty ones where nobody asked for a gradient."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
+def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: plans.Needs) -> tuple[Tensor, ...]:
+    dtype = wide(hidden.dtype)
+    gradients = plans.Gradients(
+        torch.empty_like(hidden) if needs.hidden else None,
+        torch.empty_like(weight, dtype=dtype) if needs.weight else None,
+        torch.empty_like(bias, dtype=dtype) if needs.bias and bias is not None else None,
+    )
+    return present(gradients, hidden)
+
+
+def register_ready_gradients(op, inputs: int) -> None:
+    def save(ctx, arguments, output):
+        hidden, weight, _, bias = arguments[:4]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[-3:], hidden, weight, bias)
+
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * inputs
+        d_hidden, d_weight, d_bias, hidden, weight, bias = ctx.saved_tensors
+        # An upstream gradient of exactly 1, known without a sync on a CPU, saves a pass over [V, d].
+        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        as_is = eager and grad.device.type == "cpu" and grad.item() == 1
+
+        def scaled(gradient, of, needed):
+            if not needed or (as_is and gradient.dtype == of.dtype):
+                return gradient if needed else None
+            return torch.ops.fastpref.scale_gradient(gradient, grad, of)
+
+        need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+        d_hidden = scaled(d_hidden, hidden, need_hidden)
+        d_weight = scaled(d_weight, weight, need_weight)
+        return d_hidden, d_weight, None, scaled(d_bias, bias, need_bias), *(None,) * (inputs - 4)
+
+    op.register_autograd(backward, setup_context=save)

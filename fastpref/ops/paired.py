@@ -1,0 +1,121 @@
+"""Paired losses: from log-probs, and from hidden states with the gradients formed in the forward (plan `pair`)."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import torch
+from torch import Tensor
+
+from fastpref import checks, plans
+from fastpref.backends import backend_for
+from fastpref.ops.common import wide, without_autocast
+from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
+from fastpref.reference import PairedObjective
+
+SEPARABLE_EXCEPT = ("aot", "aot_unpaired")  # these sort across the batch
+
+
+def encode(objective: PairedObjective) -> str:
+    """Operators take strings, not named tuples."""
+    return json.dumps(objective._asdict())
+
+
+@functools.lru_cache(maxsize=256)
+def decode(text: str) -> PairedObjective:
+    fields = json.loads(text)
+    return PairedObjective(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _chosen_tokens(objective: PairedObjective, labels, cu_seqlens, lengths, pairs: int, ignore_index: int):
+    """Scored tokens of all chosen completions: the denominator of an `sft` term, else None."""
+    if "sft" not in objective.losses:
+        return None
+    if lengths is not None:
+        return lengths[:pairs].sum()
+    scored = labels != ignore_index
+    if cu_seqlens is None:
+        return scored[: scored.numel() // 2].sum()
+    return (scored & (torch.arange(scored.numel(), device=scored.device) < cu_seqlens[pairs])).sum()
+
+
+@torch.library.custom_op("fastpref::paired_loss", mutates_args=())
+@without_autocast
+def paired_loss(
+    token_logps: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ref_logps: Tensor | None,
+    lengths: Tensor | None, pair_weights: Tensor | None, objective: str, num_pairs: int, ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics `[6, B]`, d loss / d token_logps `[N]`)."""
+    checks.packed_edges(cu_seqlens, token_logps.numel())
+    o = decode(objective)
+    return backend_for(token_logps).paired_loss(
+        token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights,
+        _chosen_tokens(o, labels, cu_seqlens, lengths, num_pairs, ignore_index), o,
+        num_pairs=num_pairs, total_pairs=num_pairs, ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+@paired_loss.register_fake
+def _(token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, objective, num_pairs, ignore_index):
+    return token_logps.new_empty(()), token_logps.new_empty(6, num_pairs), torch.empty_like(token_logps)
+
+
+def _save_paired(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], inputs[0])
+
+
+def _backward_paired(ctx, grad, *unused):
+    if grad is None:
+        return (None,) * 9
+    coefs, token_logps = ctx.saved_tensors
+    return torch.ops.fastpref.scale_gradient(coefs, grad, token_logps), *(None,) * 8
+
+
+paired_loss.register_autograd(_backward_paired, setup_context=_save_paired)
+
+
+@torch.library.custom_op("fastpref::linear_paired_loss", mutates_args=())
+@without_autocast
+def linear_paired_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ref_logps: Tensor | None,
+    cu_seqlens: Tensor | None, ignore_index: int, temperature: float, logit_scale: float, softcap: float | None,
+    objective: str, num_pairs: int, workspace_bytes: int | None,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, metrics `[6, B]`, dH, dW, db), the gradients empty where not needed; dW and db in fp32."""
+    checks.label_range(labels, weight.shape[0], ignore_index)
+    checks.packed_edges(cu_seqlens, labels.numel())
+    o = decode(objective)
+    chosen_tokens = _chosen_tokens(o, labels, cu_seqlens, None, num_pairs, ignore_index)
+    refs = None if ref_logps is None else ref_logps.view(2, num_pairs)
+
+    def group_loss(logps: Tensor, edges: Tensor, rows: Tensor, first: int, last: int):
+        ref = None if refs is None else refs[:, first:last].reshape(-1)
+        return backend_for(logps).paired_loss(
+            logps, None, edges, ref, None, None, chosen_tokens, o,
+            num_pairs=last - first, total_pairs=num_pairs, ignore_index=ignore_index,
+        )  # fmt: skip
+
+    loss, metrics, gradients = plans.forward_units(
+        hidden, head_of(weight, bias, ignore_index, temperature, logit_scale, softcap), labels, cu_seqlens,
+        2 * num_pairs, 2, plans.Needs(need_hidden, need_weight, need_bias), workspace_bytes,
+        separable=not set(o.losses) & set(SEPARABLE_EXCEPT), group_loss=group_loss,
+    )  # fmt: skip
+    return loss, metrics, *present(gradients, hidden)
+
+
+@linear_paired_loss.register_fake
+def _(
+    hidden, weight, labels, bias, ref_logps, cu_seqlens, ignore_index, temperature, logit_scale, softcap, objective,
+    num_pairs, workspace_bytes, need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    dtype = wide(hidden.dtype)
+    needs = plans.Needs(need_hidden, need_weight, need_bias)
+    loss, metrics = hidden.new_empty((), dtype=dtype), hidden.new_empty(6, num_pairs, dtype=dtype)
+    return loss, metrics, *fake_gradients(hidden, weight, bias, needs)
+
+
+register_ready_gradients(linear_paired_loss, inputs=16)

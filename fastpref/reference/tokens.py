@@ -1,0 +1,91 @@
+"""Token and sequence log-probs, and the statistics of a row of logits."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LogitTransform(NamedTuple):
+    """What happens between the head's output and the softmax, in the order that models and TRL apply it."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        logits = raw * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)  # Gemma 2, arXiv 2408.00118 section 2
+        return logits / self.temperature
+
+
+class TokenStatistics(NamedTuple):
+    """Per-token results, each shaped like the labels; 0 (or False) on ignored rows, None if not requested."""
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq: Tensor | None = None
+
+
+STATISTICS = TokenStatistics._fields[1:]
+
+
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, ignore_index=-100, temperature=1.0, logit_scale=1.0, softcap=None
+) -> Tensor:
+    """`log softmax(transform(logits))[label]` per row: logits `[..., V]`, labels `[...]` -> `[...]`."""
+    logps = LogitTransform(temperature, logit_scale, softcap)(logits).log_softmax(-1)
+    valid = labels != ignore_index
+    picked = logps.gather(-1, labels.masked_fill(~valid, 0).unsqueeze(-1)).squeeze(-1)
+    return picked.masked_fill(~valid, 0)
+
+
+def linear_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, bias=None, **options) -> Tensor:
+    """The same from hidden states `[..., d]` and the head's weight `[V, d]`."""
+    return token_logprobs(F.linear(hidden, weight, bias), labels, **options)
+
+
+def token_statistics(
+    logits: Tensor, labels: Tensor, *, ignore_index=-100, temperature=1.0, logit_scale=1.0, softcap=None
+) -> TokenStatistics:
+    """Log-probs and the row statistics that trainers log or weight by, all of the transformed logits."""
+    options = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+    z = LogitTransform(**options)(logits)
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    ignored = labels == ignore_index
+    return TokenStatistics(
+        logps=token_logprobs(logits, labels, ignore_index=ignore_index, **options),
+        entropy=-torch.where(p > 0, p * logp, 0).sum(-1).masked_fill(ignored, 0),
+        mean_logit=z.mean(-1).masked_fill(ignored, 0),
+        is_top1=(z.argmax(-1) == labels) & ~ignored,  # the first index wins a tie, as in TRL
+        log_sum_sq=torch.logsumexp(2 * logp, -1).masked_fill(ignored, 0),  # log sum_v p_v^2, WPO arXiv 2406.11827
+    )
+
+
+def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """`(start, end)` of every sequence in the flattened rows, padded `[S, T]` or packed `[N]` alike."""
+    if cu_seqlens is None:
+        rows, length = labels.shape
+        return [(s * length, (s + 1) * length) for s in range(rows)]
+    edges = cu_seqlens.tolist()
+    return list(itertools.pairwise(edges))
+
+
+def sequence_logprobs(
+    token_logps: Tensor, labels: Tensor, *, cu_seqlens=None, ignore_index=-100, average=False
+) -> Tensor:
+    """Sum (or mean) of each sequence's log-probs: padded `[S, T]` or packed `[N]` -> `[S]`."""
+    flat, valid = token_logps.reshape(-1), (labels != ignore_index).reshape(-1)
+    bounds = sequence_bounds(labels, cu_seqlens)
+    sums = torch.stack([flat[a:b][valid[a:b]].sum() for a, b in bounds])
+    if not average:
+        return sums
+    return sums / torch.stack([valid[a:b].sum() for a, b in bounds]).clamp(min=1)
