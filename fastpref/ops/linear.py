@@ -126,16 +126,16 @@ def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: p
     return present(gradients, hidden)
 
 
-def register_ready_gradients(op, inputs: int) -> None:
-    def save(ctx, arguments, output):
-        hidden, weight, _, bias = arguments[:4]
+def register_ready_gradients(op, num_inputs: int) -> None:
+    def save(ctx, inputs, output):
+        hidden, weight, _, bias = inputs[:4]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[-3:], hidden, weight, bias)
 
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * inputs
+            return (None,) * num_inputs
         d_hidden, d_weight, d_bias, hidden, weight, bias = ctx.saved_tensors
         # An upstream gradient of exactly 1, known without a sync on a CPU, saves a pass over [V, d].
         eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
@@ -149,6 +149,6 @@ def register_ready_gradients(op, inputs: int) -> None:
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         d_hidden = scaled(d_hidden, hidden, need_hidden)
         d_weight = scaled(d_weight, weight, need_weight)
-        return d_hidden, d_weight, None, scaled(d_bias, bias, need_bias), *(None,) * (inputs - 4)
+        return d_hidden, d_weight, None, scaled(d_bias, bias, need_bias), *(None,) * (num_inputs - 4)
 
     op.register_autograd(backward, setup_context=save)

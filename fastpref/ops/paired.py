@@ -118,4 +118,4 @@ def _(
     return loss, metrics, *fake_gradients(hidden, weight, bias, needs)
 
 
-register_ready_gradients(linear_paired_loss, inputs=16)
+register_ready_gradients(linear_paired_loss, num_inputs=16)
