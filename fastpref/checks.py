@@ -58,11 +58,12 @@ def positive(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value}, want a finite number greater than 0")
 
 
-def within(name: str, value: object, low: float, high: float) -> None:
+def within(name: str, value: object, low: float, high: float, *, closed: bool = False) -> None:
+    interval = f"[{low}, {high}{']' if closed else ')'}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, want a number in [{low}, {high})")
-    if not low <= value < high:
-        raise ValueError(f"{name}: got {value}, want a number in [{low}, {high})")
+        raise TypeError(f"{name}: got {type(value).__name__}, want a number in {interval}")
+    if not (low <= value < high or (closed and value == high)):
+        raise ValueError(f"{name}: got {value}, want a number in {interval}")
 
 
 def transform(temperature: object, logit_scale: object, softcap: object) -> None:

@@ -203,17 +203,42 @@ def linear_token_logprobs(
         ValueError, TypeError: a wrong shape, dtype, device, plan or option, or a label out of range (see
             `token_logprobs`).
     """
+    return linear_token_statistics(
+        hidden, weight, labels, bias, (), ignore_index=ignore_index, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, plan=plan, workspace_bytes=workspace_bytes,
+    ).logps  # fmt: skip
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    statistics: tuple[str, ...] = STATISTICS,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
+) -> TokenStatistics:
+    """`linear_token_logprobs` and the `statistics` of `token_statistics` from the same sweep.
+
+    Here only the log-probs are differentiable; the statistics are constants.
+    """
+    for name in statistics:
+        checks.choice("statistics", name, STATISTICS)
     transform = LogitTransform(temperature, logit_scale, softcap)
     inputs = head_inputs(hidden, weight, labels, bias, transform)
     chosen = choose_plan(inputs, plan, workspace_bytes, paired=False, ignore_index=ignore_index).plan
-    return _linear_op(inputs, transform, ignore_index, chosen, workspace_bytes).view(labels.shape)
-
-
-def _linear_op(inputs: HeadInputs, transform: LogitTransform, ignore_index, plan, workspace_bytes) -> Tensor:
-    logps, *_ = torch.ops.fastpref.linear_token_logprobs(
-        *inputs, ignore_index, *as_floats(transform), plan, workspace_bytes
+    logps, _, _, _, values = torch.ops.fastpref.linear_token_logprobs(
+        *inputs, ignore_index, *as_floats(transform), chosen, workspace_bytes, ",".join(statistics)
     )
-    return logps
+    found = {name: value.view(labels.shape) for name, value in zip(statistics, values, strict=True)}
+    if "is_top1" in found:
+        found["is_top1"] = found["is_top1"].bool()
+    return TokenStatistics(logps.view(labels.shape), **found)
 
 
 def as_floats(transform: LogitTransform) -> tuple[float, float, float | None]:

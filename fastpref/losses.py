@@ -9,9 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from fastpref import checks
-from fastpref.linear import as_floats, choose_plan, head_inputs, linear_token_logprobs, token_logprobs
+from fastpref.linear import (
+    as_floats,
+    choose_plan,
+    head_inputs,
+    linear_token_statistics,
+    sequence_logprobs,
+    token_statistics,
+)
 from fastpref.ops.paired import encode
-from fastpref.reference import F_DIVERGENCES, LogitTransform, PairedObjective
+from fastpref.reference import (
+    F_DIVERGENCES,
+    LogitTransform,
+    PairedObjective,
+    TokenStatistics,
+    pair_confidence,
+    shared_length_weights,
+)
 
 DPO_LOSS_TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -20,6 +34,8 @@ DPO_LOSS_TYPES = (
 WITH_DIVERGENCE = frozenset(("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"))
 NEEDS_LENGTHS = frozenset(("ipo", "sigmoid_norm", "sft"))
 NEEDS_SMOOTHING = frozenset(("exo_pair",))
+# a sort has no pairs to weigh, and the sft term is one mean over the batch
+UNWEIGHABLE = frozenset(("aot", "aot_unpaired", "sft"))
 
 
 class PreferenceOutput(NamedTuple):
@@ -40,10 +56,19 @@ class PairedLoss(nn.Module):
     Subclasses fill in `objective`; everything else is common. Results are fp32, or fp64 for fp64 inputs.
     """
 
-    def __init__(self, objective: PairedObjective, *, with_reference: bool) -> None:
+    def __init__(
+        self,
+        objective: PairedObjective,
+        *,
+        with_reference: bool,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
+    ) -> None:
         super().__init__()
         self.objective = objective
         self.with_reference = with_reference
+        self.ld_alpha = ld_alpha
+        self.use_weighting = use_weighting
         self._encoded = encode(objective)
 
     def extra_repr(self) -> str:
@@ -61,11 +86,20 @@ class PairedLoss(nn.Module):
         checks.same_device(name, value, "the policy's log-probs", like)
         return value.detach()
 
-    def _loss(self, token_logps, labels, cu_seqlens, ref_logps, lengths, num_pairs, ignore_index) -> PreferenceOutput:
-        loss, metrics, _ = torch.ops.fastpref.paired_loss(
-            token_logps, labels, cu_seqlens, ref_logps, lengths, None, self._encoded, num_pairs, ignore_index
-        )
-        return PreferenceOutput(loss, *metrics.unbind(0))
+    def token_weights(self, labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100):
+        """What each token counts in its sequence's score `[N]`, or None where all count 1."""
+        if self.ld_alpha is None:
+            return None
+        return shared_length_weights(labels, cu_seqlens, self.ld_alpha, ignore_index)
+
+    def sequence_logps(
+        self, token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100
+    ) -> Tensor:
+        """Sequence log-probs `[2B]` as this objective sums them: what a reference model's `ref_logps` must be."""
+        weights = self.token_weights(labels, cu_seqlens, ignore_index)
+        if weights is not None:
+            token_logps = token_logps * weights.view(token_logps.shape)
+        return sequence_logprobs(token_logps, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
 
     def forward(
         self,
@@ -76,7 +110,7 @@ class PairedLoss(nn.Module):
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
     ) -> PreferenceOutput:
-        """From summed sequence log-probs, each `[B]`; lengths (scored tokens) only for losses that use them."""
+        """From sequence log-probs `[B]`, summed as `sequence_logps` does; lengths (scored tokens) where they count."""
         checks.tensor("chosen_logps", chosen_logps, dtypes=checks.FLOATS, ndim=(1,))
         checks.tensor("rejected_logps", rejected_logps, dtypes=checks.FLOATS)
         pairs = chosen_logps.shape[0]
@@ -84,16 +118,18 @@ class PairedLoss(nn.Module):
             raise ValueError("chosen_logps: got no pairs, want at least 1")
         checks.shape("rejected_logps", rejected_logps, (pairs,), "as many as chosen_logps")
         checks.same_device("rejected_logps", rejected_logps, "chosen_logps", chosen_logps)
-        refs = [
-            self._checked_reference("ref_chosen_logps", ref_chosen_logps, (pairs,), chosen_logps),
-            self._checked_reference("ref_rejected_logps", ref_rejected_logps, (pairs,), chosen_logps),
-        ]
-        if (refs[0] is None) != (refs[1] is None):
+        ref_chosen = self._checked_reference("ref_chosen_logps", ref_chosen_logps, (pairs,), chosen_logps)
+        ref_rejected = self._checked_reference("ref_rejected_logps", ref_rejected_logps, (pairs,), chosen_logps)
+        if (ref_chosen is None) != (ref_rejected is None):
             raise ValueError("ref_chosen_logps, ref_rejected_logps: got one of them, want both or neither")
         token_logps = _wide(torch.cat([chosen_logps, rejected_logps]))
-        ref_logps = None if refs[0] is None else torch.cat(refs).to(token_logps.dtype)
+        ref_logps = None
+        if ref_chosen is not None and ref_rejected is not None:
+            ref_logps = torch.cat([ref_chosen, ref_rejected]).to(token_logps.dtype)
         lengths = self._lengths(chosen_lengths, rejected_lengths, token_logps)
-        return self._loss(token_logps, None, None, ref_logps, lengths, pairs, -100)
+        if self.use_weighting:
+            raise ValueError("use_weighting: got sequence log-probs, want tokens: call from_logits or from_hidden")
+        return self._paired_op(token_logps, None, None, ref_logps, lengths, None, pairs, -100)
 
     def _lengths(self, chosen: Tensor | None, rejected: Tensor | None, token_logps: Tensor) -> Tensor | None:
         users = sorted(NEEDS_LENGTHS & set(self.objective.losses)) + ["mean log-probs"] * self.objective.average
@@ -120,18 +156,43 @@ class PairedLoss(nn.Module):
         softcap: float | None = None,
     ) -> PreferenceOutput:
         """From logits `[2B, T, V]` (or `[N, V]` with `cu_seqlens`) and shifted labels; `ref_logps` `[2B]` summed."""
-        logps = token_logprobs(
-            logits, labels, ignore_index=ignore_index, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap,
-        )  # fmt: skip
-        return self._from_token_logps(logps, labels, ref_logps, cu_seqlens, ignore_index)
-
-    def _from_token_logps(self, logps, labels, ref_logps, cu_seqlens, ignore_index) -> PreferenceOutput:
         pairs = checks.num_pairs(labels, cu_seqlens)
-        ref_logps = self._checked_reference("ref_logps", ref_logps, (2 * pairs,), logps)
-        return self._loss(
-            logps.reshape(-1), labels.reshape(-1), cu_seqlens, _as(ref_logps, logps.dtype), None, pairs, ignore_index
-        )
+        tokens = self._token_statistics(logits, labels, ignore_index, LogitTransform(temperature, logit_scale, softcap))
+        return self._from_tokens(tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index)
+
+    @property
+    def _statistics(self) -> tuple[str, ...]:
+        return ("log_sum_sq",) if self.use_weighting else ()
+
+    def _token_statistics(self, logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform):
+        return token_statistics(logits, labels, self._statistics, ignore_index=ignore_index, **transform._asdict())
+
+    def _from_tokens(
+        self, tokens: TokenStatistics, labels, ref_logps, cu_seqlens, pairs: int, ignore_index,
+        lengths: Tensor | None = None, weights: Tensor | None = None,
+    ) -> PreferenceOutput:  # fmt: skip
+        ref_logps = self._checked_reference("ref_logps", ref_logps, (2 * pairs,), labels)
+        if weights is None:
+            weights = self.token_weights(labels, cu_seqlens, ignore_index)
+        pair_weights = None
+        if tokens.log_sum_sq is not None:
+            values = (tokens.logps.detach(), tokens.log_sum_sq, torch.ones_like(tokens.logps))
+            layout = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
+            pair_weights = pair_confidence(*(sequence_logprobs(v, labels, **layout) for v in values))
+        dtype = tokens.logps.dtype
+        return self._paired_op(
+            tokens.logps.reshape(-1), labels.reshape(-1), cu_seqlens, _as(ref_logps, dtype), _as(lengths, dtype),
+            pair_weights, pairs, ignore_index, _as(weights, dtype),
+        )  # fmt: skip
+
+    def _paired_op(
+        self, token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, pairs: int, ignore_index, weights=None
+    ) -> PreferenceOutput:
+        loss, metrics, _ = torch.ops.fastpref.paired_loss(
+            token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, self._encoded, pairs, ignore_index,
+            weights,
+        )  # fmt: skip
+        return PreferenceOutput(loss, *metrics.unbind(0))
 
     def from_hidden(
         self,
@@ -154,21 +215,31 @@ class PairedLoss(nn.Module):
         No logits in memory: 3 matrix products over the scored rows with a trainable head, 2 with a frozen one,
         1 without gradients. `plan` and `workspace_bytes` as in `linear_token_logprobs`, and `"pair"`.
         """
-        transform = LogitTransform(temperature, logit_scale, softcap)
+        return self._from_hidden(
+            hidden, weight, labels, bias, ref_logps, cu_seqlens, plan, ignore_index,
+            LogitTransform(temperature, logit_scale, softcap), workspace_bytes,
+        )  # fmt: skip
+
+    def _from_hidden(
+        self, hidden, weight, labels, bias, ref_logps, cu_seqlens, plan: str, ignore_index: int,
+        transform: LogitTransform, workspace_bytes, lengths: Tensor | None = None, weights: Tensor | None = None,
+    ) -> PreferenceOutput:  # fmt: skip
         inputs = head_inputs(hidden, weight, labels, bias, transform)
         pairs = checks.num_pairs(labels, cu_seqlens)
         ref_logps = self._checked_reference("ref_logps", ref_logps, (2 * pairs,), hidden)
         chosen = choose_plan(inputs, plan, workspace_bytes, paired=True, ignore_index=ignore_index).plan
         if chosen != "pair":
-            logps = linear_token_logprobs(
-                hidden, weight, labels, bias, ignore_index=ignore_index, plan=chosen,
+            tokens = linear_token_statistics(
+                hidden, weight, labels, bias, self._statistics, ignore_index=ignore_index, plan=chosen,
                 workspace_bytes=workspace_bytes, **transform._asdict(),
             )  # fmt: skip
-            return self._from_token_logps(logps, labels, ref_logps, cu_seqlens, ignore_index)
+            return self._from_tokens(tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, lengths, weights)
+        if weights is None:
+            weights = self.token_weights(labels, cu_seqlens, ignore_index)
         dtype = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
         loss, metrics, *_ = torch.ops.fastpref.linear_paired_loss(
             *inputs, _as(ref_logps, dtype), cu_seqlens, ignore_index, *as_floats(transform), self._encoded, pairs,
-            workspace_bytes, *inputs.needs(),
+            workspace_bytes, *inputs.needs(), _as(lengths, dtype), _as(weights, dtype), self.use_weighting,
         )  # fmt: skip
         return PreferenceOutput(loss, *metrics.unbind(0))
 
@@ -193,6 +264,9 @@ class DPOLoss(PairedLoss):
         f_alpha_divergence_coef: alpha of the last.
         loss_weights: one per loss type, default 1.0 each, not normalised.
         discopop_tau: temperature of `discopop`.
+        ld_alpha: LD-DPO's weight in [0, 1] of the tokens beyond the shorter response's length (arXiv 2409.06411).
+            `ref_logps` must be weighted alike: compute them with `sequence_logps`.
+        use_weighting: weigh each pair by the policy's confidence in it (WPO, arXiv 2406.11827).
 
     `ipo`, `sigmoid_norm` and `sft` need sequence lengths: `from_logits` and `from_hidden` count the labels.
     """
@@ -207,6 +281,8 @@ class DPOLoss(PairedLoss):
         f_alpha_divergence_coef: float = 0.5,
         loss_weights: Sequence[float] | None = None,
         discopop_tau: float = 0.05,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
     ) -> None:
         losses = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
         for name in losses:
@@ -236,4 +312,22 @@ class DPOLoss(PairedLoss):
             alpha=float(f_alpha_divergence_coef),
             tau=float(discopop_tau),
         )
-        super().__init__(objective, with_reference=True)
+        if ld_alpha is not None:
+            checks.within("ld_alpha", ld_alpha, 0.0, 1.0, closed=True)
+        unweighable = sorted(set(losses) & UNWEIGHABLE)
+        if use_weighting and unweighable:
+            raise ValueError(f"use_weighting: got True with loss_type {', '.join(unweighable)}, want it on others only")
+        super().__init__(objective, with_reference=True, ld_alpha=ld_alpha, use_weighting=use_weighting)
+
+
+class IPOLoss(PairedLoss):
+    """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036v2, eq. 17): `(m - 1 / (2 beta))^2`.
+
+    `m` is the difference of the two log-ratios; with `length_normalize` each is divided by its number of tokens
+    first, as TRL does (and as the authors say they ran it).
+    """
+
+    def __init__(self, beta: float = 0.1, length_normalize: bool = False) -> None:
+        checks.positive("beta", beta)
+        loss = "ipo" if length_normalize else "ipo_sum"
+        super().__init__(PairedObjective(losses=(loss,), beta=float(beta)), with_reference=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,16 +108,19 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
         torch.addmm(bias, hidden, weight.t(), out=out)
 
 
-def fold(tile: Tensor, hidden: Tensor, labels: Tensor, head: Head, *, write_u: bool) -> dict[str, Tensor]:
-    """Logits of `hidden` into `tile`, then their `logps` and `lse`; with `write_u` the tile ends as U."""
+def fold(
+    tile: Tensor, hidden: Tensor, labels: Tensor, head: Head, *, write_u: bool, statistics: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Logits of `hidden` into `tile`, then their `logps`, `lse` and statistics; with `write_u` the tile ends as U."""
     backend = backend_for(tile)
     _project(hidden, head.weight, head.bias, tile)
     exact = None
     if tile.dtype in (torch.bfloat16, torch.float16):
         exact = backend.target_logits(hidden, head.weight, head.bias, labels)
     return backend.row_logprob(
-        tile, labels, transform=head.transform, ignore_index=head.ignore_index, target_logits=exact, write_u=write_u
-    )
+        tile, labels, transform=head.transform, ignore_index=head.ignore_index, statistics=statistics,
+        target_logits=exact, write_u=write_u,
+    )  # fmt: skip
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -158,20 +161,23 @@ class ParameterGradients:
     def finish(self) -> None:
         self._started = True
 
-    def to(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        return tuple(g if g is None else g.to(dtype) for g in (self.weight, self.bias))
+
+class Forward(NamedTuple):
+    logps: Tensor  # [N]
+    lse: Tensor  # [n]
+    kept: Tensor  # what the plan keeps for its backward: U [n, V], U W [N, d], or empty
+    rows: Tensor  # the scored rows [n]
+    statistics: Tensor  # [k, N], as requested
 
 
 def forward(
-    hidden: Tensor, head: Head, labels: Tensor, plan: str, workspace_bytes: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-probs `[N]`, lse `[n]`, what the plan keeps, scored rows `[n]`)."""
+    hidden: Tensor, head: Head, labels: Tensor, plan: str, workspace_bytes: int | None, statistics: Sequence[str] = ()
+) -> Forward:
     total = hidden.shape[0]
     rows = compact(labels, head.ignore_index)
     labels = gather(labels, rows)
     n = rows.numel()
-    logps = hidden.new_empty(n, dtype=_wide(hidden.dtype))
-    lse = torch.empty_like(logps)
+    results = hidden.new_empty(2 + len(statistics), n, dtype=_wide(hidden.dtype))
     step = tile_rows(head, n, workspace_bytes)
     unit_hidden = torch.zeros_like(hidden) if plan == "frozen" else None
     u = logits_buffer(head, n) if plan == "store" else None
@@ -179,12 +185,17 @@ def forward(
         for part in _chunks(n, step):
             tile = scratch[: part.stop - part.start, : head.vocab] if u is None else u[part]
             h = hidden.index_select(0, rows[part])
-            folded = fold(tile, h, labels[part], head, write_u=plan in ("frozen", "store"))
-            logps[part], lse[part] = folded["logps"], folded["lse"]
+            folded = fold(tile, h, labels[part], head, write_u=plan in ("frozen", "store"), statistics=statistics)
+            for result, name in zip(results, ("logps", "lse", *statistics), strict=True):
+                result[part] = folded[name]
             if unit_hidden is not None:
                 unit_hidden.index_copy_(0, rows[part], torch.mm(tile, head.weight))
-    kept = u if unit_hidden is None else unit_hidden
-    return scatter(logps, rows, total), lse, hidden.new_empty(0) if kept is None else kept, rows
+    kept = hidden.new_empty(0) if u is None else u
+    logps, lse, *values = results
+    scattered = torch.stack([scatter(v, rows, total) for v in values]) if values else results.new_empty(0, total)
+    return Forward(
+        scatter(logps, rows, total), lse.clone(), kept if unit_hidden is None else unit_hidden, rows, scattered
+    )
 
 
 def backward_store(
@@ -239,11 +250,11 @@ class UnitRows(NamedTuple):
     sides: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return (len(self.edges) - 1) // self.sides
 
     def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
-        return [(side * self.count + first, side * self.count + last) for side in range(self.sides)]
+        return [(side * self.number + first, side * self.number + last) for side in range(self.sides)]
 
     def of(self, first: int, last: int) -> Tensor:
         """Compacted positions of units first..last-1, side after side."""
@@ -261,8 +272,8 @@ class UnitRows(NamedTuple):
     def groups(self, rows: int) -> Iterator[tuple[int, int]]:
         """Consecutive units, as many as fit `rows`; a unit larger than that stands alone."""
         first = 0
-        for last in range(1, self.count + 1):
-            if last == self.count or self.size(first, last + 1) > rows:
+        for last in range(1, self.number + 1):
+            if last == self.number or self.size(first, last + 1) > rows:
                 yield first, last
                 first = last
 
@@ -277,12 +288,12 @@ def unit_rows(labels: Tensor, cu_seqlens: Tensor | None, sequences: int, sides: 
 
 def forward_units(
     hidden: Tensor, head: Head, labels: Tensor, cu_seqlens: Tensor | None, sequences: int, sides: int, needs: Needs,
-    workspace_bytes: int | None, separable: bool, group_loss: Callable,
+    workspace_bytes: int | None, separable: bool, group_loss: Callable, statistics: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
     """Loss, metrics and gradients together, one group of whole units at a time.
 
-    `group_loss(logps, cu_seqlens, rows, first, last)` returns (loss, metrics `[k, units]`, coefs) of units
-    first..last-1, whose token log-probs are those of `rows` of the flattened batch. A group that outgrows the
+    `group_loss(logps, cu_seqlens, rows, first, last, **statistics)` returns (loss, metrics `[k, units]`, coefs) of
+    units first..last-1, whose token log-probs are those of `rows` of the flattened batch. A group that outgrows the
     workspace (one huge unit, or a loss that couples the whole batch: `separable` false) is recomputed slice by
     slice instead of kept.
     """
@@ -290,7 +301,7 @@ def forward_units(
     labels = gather(labels, units.rows)
     limits = memory.workspace(hidden.device, workspace_bytes)
     rows_wanted, max_rows = (size // (head.vocab * hidden.element_size()) for size in limits)
-    groups = list(units.groups(rows_wanted)) if separable else [(0, units.count)]
+    groups = list(units.groups(rows_wanted)) if separable else [(0, units.number)]
     kept_rows = max((size for g in groups if (size := units.size(*g)) <= max_rows), default=0)
     d_hidden = torch.zeros_like(hidden) if needs.hidden else None
     parameters = ParameterGradients(head, needs, _wide(hidden.dtype))
@@ -303,12 +314,15 @@ def forward_units(
             edges = units.cu_seqlens(first, last)
             if at.numel() <= max_rows:
                 u = scratch[: at.numel(), : head.vocab]
-                loss, metric, coefs = group_loss(fold(u, h, y, head, write_u=True)["logps"], edges, rows, first, last)
+                folded = fold(u, h, y, head, write_u=True, statistics=statistics)
+                extra = {name: folded[name] for name in statistics}
+                loss, metric, coefs = group_loss(folded["logps"], edges, rows, first, last, **extra)
                 part = backward_store(u, h, head, coefs, needs, parameters)
             else:
-                logps, lse, _, _ = forward(h, head, y, "no_grad", workspace_bytes)
-                loss, metric, coefs = group_loss(logps, edges, rows, first, last)
-                part = backward_recompute(h, head, y, logps, lse, coefs, needs, parameters, workspace_bytes)
+                done = forward(h, head, y, "no_grad", workspace_bytes, statistics)
+                extra = dict(zip(statistics, done.statistics, strict=True))
+                loss, metric, coefs = group_loss(done.logps, edges, rows, first, last, **extra)
+                part = backward_recompute(h, head, y, done.logps, done.lse, coefs, needs, parameters, workspace_bytes)
             losses.append(loss)
             metrics.append(metric)
             if d_hidden is not None and part is not None:

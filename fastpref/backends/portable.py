@@ -6,61 +6,33 @@ each direction however many elementwise passes are made over it.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fastpref import reference
+from fastpref.backends.rows import accumulator, blocks, transform_slope
 
 ROW_ALIGNMENT = 1
-# 1 MiB of fp32 for each thread's L2. On a 2-core CPU with 2 MiB each, V = 49152: 4 to 16 rows a block take 45 ms
-# for 1921 rows, the whole tile at once 70 ms.
-BLOCK_ELEMENTS_PER_THREAD = 1 << 18
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Views of a few rows each, with their places in the flattened labels; copies nothing."""
-    threads = torch.get_num_threads()
-    step = threads * max(1, BLOCK_ELEMENTS_PER_THREAD // max(1, logits.shape[-1]))  # no thread waits for an odd row
-    for outer, rows in enumerate(logits if logits.ndim == 3 else logits[None]):
-        for start in range(0, rows.shape[0], step):
-            block = rows[start : start + step]
-            first = outer * rows.shape[0] + start
-            yield slice(first, first + block.shape[0]), block
-
-
-def _slope(z: Tensor, transform: reference.LogitTransform) -> Tensor | float:
-    """d logit / d head output, from the logit."""
-    slope: Tensor | float = transform.logit_scale / transform.temperature
-    if transform.softcap is not None:
-        slope = slope * (1 - (z * (transform.temperature / transform.softcap)) ** 2)
-    return slope
 
 
 def row_logprob(
     logits: Tensor, labels: Tensor, *, transform: reference.LogitTransform, ignore_index: int, statistics=(),
     target_logits: Tensor | None = None, write_u: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
-    n, vocab, dtype = labels.numel(), logits.shape[-1], _accumulator(logits.dtype)
+    n, vocab, dtype = labels.numel(), logits.shape[-1], accumulator(logits.dtype)
     in_range = (labels >= 0) & (labels < vocab)
     label = labels.where(in_range, 0).long()
     z_label = transform(logits.gather(-1, label.view(*logits.shape[:-1], 1)).view(n).to(dtype))
     exact = None if target_logits is None else transform(target_logits)
     out = {name: logits.new_empty(n, dtype=torch.bool if name == "is_top1" else dtype) for name in statistics}
     out["lse"] = lse = logits.new_empty(n, dtype=dtype)
-    for where, block in _blocks(logits):
+    for where, block in blocks(logits):
         lse_exact = None if exact is None else (z_label[where], exact[where])
         values = {name: value[where] for name, value in out.items()}
         _fold_block(block, labels[where], transform, values, lse_exact, write_u)
     logps = (z_label if exact is None else exact) - lse
     if write_u:
-        d_label = -torch.expm1(logps) * _slope(z_label, transform)
+        d_label = -torch.expm1(logps) * transform_slope(z_label, transform)
         logits.scatter_(1, label[:, None], d_label[:, None].to(logits.dtype))
     out["logps"] = logps.where(in_range, float("nan"))
     ignored = labels == ignore_index
@@ -75,12 +47,12 @@ def _fold_block(
 
     `label_logits` are the labels' logits as rounded and in fp32.
     """
-    dtype = _accumulator(block.dtype)
+    dtype = accumulator(block.dtype)
     own = write_u and block.dtype == dtype  # the logits may be overwritten where they lie
     z = block if own else block.to(dtype, copy=True)
     if transform != reference.LogitTransform():
         z = transform(z)
-    slope = _slope(z, transform) if write_u else 1.0
+    slope = transform_slope(z, transform) if write_u else 1.0
 
     # Maximum, difference, one exponential, sum: log_softmax followed by exp costs a second exponential.
     m = z.amax(1).clamp_(min=torch.finfo(dtype).min)  # a row of -inf
@@ -123,12 +95,12 @@ def row_gradient(
     ignore_index: int, first_column: int = 0, grad_logps: Tensor | None = None,
     entropy: Tensor | None = None, grad_entropy: Tensor | None = None,
 ) -> None:  # fmt: skip
-    dtype = _accumulator(logits.dtype)
-    for where, block in _blocks(logits):
+    dtype = accumulator(logits.dtype)
+    for where, block in blocks(logits):
         z = block.to(dtype, copy=block.dtype == dtype)
         if transform != reference.LogitTransform():
             z = transform(z)
-        slope = _slope(z, transform)
+        slope = transform_slope(z, transform)
         columns = labels[where] - first_column
         rows = ((columns >= 0) & (columns < block.shape[1])).nonzero()[:, 0]
         log_p = z.sub_(lse[where, None])
@@ -147,7 +119,7 @@ def row_gradient(
 
 
 def target_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    dtype = _accumulator(hidden.dtype)
+    dtype = accumulator(hidden.dtype)
     in_range = (labels >= 0) & (labels < weight.shape[0])
     label = labels.where(in_range, 0)
     z = (hidden.to(dtype) * weight[label].to(dtype)).sum(1)
@@ -160,6 +132,7 @@ def paired_loss(
     token_logps: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ref_logps: Tensor | None,
     lengths: Tensor | None, pair_weights: Tensor | None, chosen_tokens: Tensor | None,
     objective: reference.PairedObjective, *, num_pairs: int, total_pairs: int, ignore_index: int,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n, dtype = token_logps.numel(), token_logps.dtype
     scored = torch.ones(n, dtype=torch.bool, device=token_logps.device) if labels is None else labels != ignore_index
@@ -167,18 +140,32 @@ def paired_loss(
         sizes = torch.full((2 * num_pairs,), n // (2 * num_pairs), device=token_logps.device)
     else:
         sizes = cu_seqlens.diff().long()
-    sums = torch.segment_reduce(token_logps.masked_fill(~scored, 0), "sum", lengths=sizes, unsafe=True)
+    nll_logps = token_logps.masked_fill(~scored, 0)
+    nll_sums = torch.segment_reduce(nll_logps, "sum", lengths=sizes, unsafe=True)
+    sums = nll_sums
+    if token_weights is not None:
+        sums = torch.segment_reduce(nll_logps * token_weights, "sum", lengths=sizes, unsafe=True)
     counts = torch.segment_reduce(scored.to(dtype), "sum", lengths=sizes, unsafe=True)
     counts = counts if lengths is None else lengths.to(dtype)
-    refs = (None, None) if ref_logps is None else ref_logps.to(dtype).chunk(2)
+    chosen, rejected = sums.chunk(2)
+    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.to(dtype).chunk(2)
+    given = (ref_chosen, ref_rejected, *counts.chunk(2), objective)
 
-    formula = functools.partial(
-        reference.paired_loss, objective=objective, total_pairs=total_pairs, chosen_tokens=chosen_tokens,
-        pair_weights=pair_weights,
-    )  # fmt: skip
-    per_sequence = (*sums.chunk(2), *refs, *counts.chunk(2))
+    def formula(chosen_sums, rejected_sums, chosen_nll_sums):
+        return reference.paired_loss(
+            chosen_sums, rejected_sums, *given, chosen_nll_sums=chosen_nll_sums,
+            pair_weights=pair_weights, total_pairs=total_pairs, chosen_tokens=chosen_tokens,
+        )  # fmt: skip
+
     # Derivatives come from the specification itself. torch.func works inside a custom op, where autograd is off.
-    grads, loss = torch.func.grad_and_value(formula, argnums=(0, 1))(*per_sequence)
-    coefs = torch.repeat_interleave(torch.cat(grads), sizes, output_size=n).masked_fill(~scored, 0)
+    gradients = torch.func.grad_and_value(formula, argnums=(0, 1, 2))
+    (d_chosen, d_rejected, d_nll), loss = gradients(chosen, rejected, nll_sums[:num_pairs])
 
-    return loss, reference.paired_metrics(*per_sequence, objective), coefs
+    def per_token(values: Tensor) -> Tensor:
+        return torch.repeat_interleave(values, sizes, output_size=n)
+
+    coefs = per_token(torch.cat([d_chosen, d_rejected]))
+    if token_weights is not None:
+        coefs = coefs * token_weights
+    coefs = (coefs + per_token(torch.cat([d_nll, torch.zeros_like(d_nll)]))).masked_fill(~scored, 0)
+    return loss, reference.paired_metrics(chosen, rejected, *given), coefs

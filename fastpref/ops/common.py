@@ -17,6 +17,11 @@ def first_order_only(op: Any) -> None:
     op.register_autograd(refuse)
 
 
+def split_names(names: str) -> tuple[str, ...]:
+    """Operators take strings: a comma-separated list."""
+    return tuple(name for name in names.split(",") if name)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref import checks, plans
-from fastpref.ops.common import first_order_only, wide, without_autocast
+from fastpref.ops.common import first_order_only, split_names, wide, without_autocast
 from fastpref.reference import LogitTransform
 
 
@@ -18,16 +18,19 @@ def head_of(weight, bias, ignore_index, temperature, logit_scale, softcap) -> pl
 @without_autocast
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, temperature: float,
-    logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(log-probs `[N]`, lse `[n]`, what the plan keeps for its backward, the n scored rows)."""
+    logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None, statistics: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(log-probs `[N]`, lse `[n]`, what the plan keeps for its backward, the n scored rows, statistics `[k, N]`)."""
     checks.label_range(labels, weight.shape[0], ignore_index)
     head = head_of(weight, bias, ignore_index, temperature, logit_scale, softcap)
-    return plans.forward(hidden, head, labels, plan, workspace_bytes)
+    logps, lse, kept, rows, values = plans.forward(hidden, head, labels, plan, workspace_bytes, split_names(statistics))
+    return logps, lse, kept, rows, values
 
 
 @linear_token_logprobs.register_fake
-def _(hidden, weight, labels, bias, ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes):
+def _(
+    hidden, weight, labels, bias, ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, statistics=""
+):
     n = torch.library.get_ctx().new_dynamic_size()
     dtype = wide(hidden.dtype)
     kept = hidden.new_empty(0)
@@ -36,7 +39,9 @@ def _(hidden, weight, labels, bias, ignore_index, temperature, logit_scale, soft
     elif plan == "frozen":
         kept = torch.empty_like(hidden)
     rows = labels.new_empty(n, dtype=torch.long)
-    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(n, dtype=dtype), kept, rows
+    logps = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    values = hidden.new_empty(len(split_names(statistics)), hidden.shape[0], dtype=dtype)
+    return logps, hidden.new_empty(n, dtype=dtype), kept, rows, values
 
 
 @torch.library.custom_op("fastpref::linear_token_logprobs_backward", mutates_args=())
@@ -58,12 +63,8 @@ def linear_token_logprobs_backward(
             h, head, plans.gather(labels, rows), plans.gather(logps, rows), lse, coefs, needs, parameters,
             workspace_bytes,
         )  # fmt: skip
-    absent = hidden.new_empty(0)
-    return (
-        absent if d_hidden is None else plans.scatter(d_hidden, rows, hidden.shape[0]),
-        absent if parameters.weight is None else parameters.weight,
-        absent if parameters.bias is None else parameters.bias,
-    )
+    d_hidden = None if d_hidden is None else plans.scatter(d_hidden, rows, hidden.shape[0])
+    return present(plans.Gradients(d_hidden, parameters.weight, parameters.bias), hidden)
 
 
 @linear_token_logprobs_backward.register_fake
@@ -77,16 +78,16 @@ first_order_only(linear_token_logprobs_backward)
 
 def _save_linear(ctx, inputs, output):
     hidden, weight, labels, bias, *options = inputs
-    logps, lse, kept, rows = output
-    ctx.mark_non_differentiable(lse, kept, rows)
+    logps, lse, kept, rows, statistics = output
+    ctx.mark_non_differentiable(lse, kept, rows, statistics)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, labels, bias, logps, lse, kept, rows)
-    ctx.options = options
+    ctx.options = options[:6]
 
 
 def _backward_linear(ctx, grad, *unused):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     hidden, weight, labels, bias, logps, lse, kept, rows = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     plan, ignore_index = ctx.options[4], ctx.options[0]
@@ -94,14 +95,14 @@ def _backward_linear(ctx, grad, *unused):
         raise RuntimeError(f"plan {plan!r} kept nothing for the gradients that backward now asks for")
     if plan == "frozen":
         coefs = grad.masked_fill(labels == ignore_index, 0)  # an ignored row's upstream gradient may be anything
-        return torch.ops.fastpref.scale_gradient(kept, coefs, hidden), *(None,) * 9
+        return torch.ops.fastpref.scale_gradient(kept, coefs, hidden), *(None,) * 10
     gradients = torch.ops.fastpref.linear_token_logprobs_backward(
         grad, hidden, weight, labels, bias, logps, lse, kept, rows, *ctx.options, need_hidden, need_weight, need_bias
     )
     d_hidden, d_weight, d_bias = (
         g if need else None for g, need in zip(gradients, (need_hidden, need_weight, need_bias), strict=True)
     )
-    return d_hidden, d_weight, None, d_bias, *(None,) * 6
+    return d_hidden, d_weight, None, d_bias, *(None,) * 7
 
 
 linear_token_logprobs.register_autograd(_backward_linear, setup_context=_save_linear)
@@ -111,12 +112,15 @@ linear_token_logprobs.register_autograd(_backward_linear, setup_context=_save_li
 # labels, bias and whose outputs are loss, metrics, dH, dW, db (the last two in fp32).
 
 
-def present(gradients: plans.Gradients, like: Tensor) -> tuple[Tensor, ...]:
+def present(gradients: plans.Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Operators return tensors: empty ones where nobody asked for a gradient."""
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+    hidden, weight, bias = (like.new_empty(0) if g is None else g for g in gradients)
+    return hidden, weight, bias
 
 
-def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: plans.Needs) -> tuple[Tensor, ...]:
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: plans.Needs
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = wide(hidden.dtype)
     gradients = plans.Gradients(
         torch.empty_like(hidden) if needs.hidden else None,

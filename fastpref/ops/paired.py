@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fastpref import checks, plans
 from fastpref.backends import backend_for
 from fastpref.ops.common import wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
-from fastpref.reference import PairedObjective
+from fastpref.reference import PairedObjective, pair_confidence
 
 SEPARABLE_EXCEPT = ("aot", "aot_unpaired")  # these sort across the batch
 
@@ -24,7 +25,7 @@ def encode(objective: PairedObjective) -> str:
 
 @functools.lru_cache(maxsize=256)
 def decode(text: str) -> PairedObjective:
-    fields = json.loads(text)
+    fields: dict[str, Any] = json.loads(text)
     return PairedObjective(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
@@ -32,7 +33,7 @@ def _chosen_tokens(objective: PairedObjective, labels, cu_seqlens, lengths, pair
     """Scored tokens of all chosen completions: the denominator of an `sft` term, else None."""
     if "sft" not in objective.losses:
         return None
-    if lengths is not None:
+    if labels is None:
         return lengths[:pairs].sum()
     scored = labels != ignore_index
     if cu_seqlens is None:
@@ -45,6 +46,7 @@ def _chosen_tokens(objective: PairedObjective, labels, cu_seqlens, lengths, pair
 def paired_loss(
     token_logps: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ref_logps: Tensor | None,
     lengths: Tensor | None, pair_weights: Tensor | None, objective: str, num_pairs: int, ignore_index: int,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics `[6, B]`, d loss / d token_logps `[N]`)."""
     checks.packed_edges(cu_seqlens, token_logps.numel())
@@ -52,12 +54,12 @@ def paired_loss(
     return backend_for(token_logps).paired_loss(
         token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights,
         _chosen_tokens(o, labels, cu_seqlens, lengths, num_pairs, ignore_index), o,
-        num_pairs=num_pairs, total_pairs=num_pairs, ignore_index=ignore_index,
+        num_pairs=num_pairs, total_pairs=num_pairs, ignore_index=ignore_index, token_weights=token_weights,
     )  # fmt: skip
 
 
 @paired_loss.register_fake
-def _(token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, objective, num_pairs, ignore_index):
+def _(token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, objective, num_pairs, ignore_index, *_):
     return token_logps.new_empty(()), token_logps.new_empty(6, num_pairs), torch.empty_like(token_logps)
 
 
@@ -69,9 +71,9 @@ def _save_paired(ctx, inputs, output):
 
 def _backward_paired(ctx, grad, *unused):
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     coefs, token_logps = ctx.saved_tensors
-    return torch.ops.fastpref.scale_gradient(coefs, grad, token_logps), *(None,) * 8
+    return torch.ops.fastpref.scale_gradient(coefs, grad, token_logps), *(None,) * 9
 
 
 paired_loss.register_autograd(_backward_paired, setup_context=_save_paired)
@@ -83,26 +85,35 @@ def linear_paired_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ref_logps: Tensor | None,
     cu_seqlens: Tensor | None, ignore_index: int, temperature: float, logit_scale: float, softcap: float | None,
     objective: str, num_pairs: int, workspace_bytes: int | None,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
+    need_hidden: bool, need_weight: bool, need_bias: bool, lengths: Tensor | None = None,
+    token_weights: Tensor | None = None, confidence: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics `[6, B]`, dH, dW, db), the gradients empty where not needed; dW and db in fp32."""
     checks.label_range(labels, weight.shape[0], ignore_index)
     checks.packed_edges(cu_seqlens, labels.numel())
     o = decode(objective)
     chosen_tokens = _chosen_tokens(o, labels, cu_seqlens, None, num_pairs, ignore_index)
-    refs = None if ref_logps is None else ref_logps.view(2, num_pairs)
 
-    def group_loss(logps: Tensor, edges: Tensor, rows: Tensor, first: int, last: int):
-        ref = None if refs is None else refs[:, first:last].reshape(-1)
+    def of_group(values: Tensor | None, first: int, last: int) -> Tensor | None:
+        return None if values is None else values.view(2, num_pairs)[:, first:last].reshape(-1)
+
+    def group_loss(logps: Tensor, edges: Tensor, rows: Tensor, first: int, last: int, log_sum_sq=None):
+        pair_weights = None
+        if log_sum_sq is not None:
+            sizes = edges.diff()
+            totals = [torch.segment_reduce(x, "sum", lengths=sizes, unsafe=True) for x in (logps, log_sum_sq)]
+            pair_weights = pair_confidence(totals[0], totals[1], sizes)
         return backend_for(logps).paired_loss(
-            logps, None, edges, ref, None, None, chosen_tokens, o,
-            num_pairs=last - first, total_pairs=num_pairs, ignore_index=ignore_index,
+            logps, None, edges, of_group(ref_logps, first, last), of_group(lengths, first, last), pair_weights,
+            chosen_tokens, o, num_pairs=last - first, total_pairs=num_pairs, ignore_index=ignore_index,
+            token_weights=None if token_weights is None else token_weights[rows],
         )  # fmt: skip
 
     loss, metrics, gradients = plans.forward_units(
         hidden, head_of(weight, bias, ignore_index, temperature, logit_scale, softcap), labels, cu_seqlens,
         2 * num_pairs, 2, plans.Needs(need_hidden, need_weight, need_bias), workspace_bytes,
         separable=not set(o.losses) & set(SEPARABLE_EXCEPT), group_loss=group_loss,
+        statistics=("log_sum_sq",) if confidence else (),
     )  # fmt: skip
     return loss, metrics, *present(gradients, hidden)
 
@@ -110,7 +121,7 @@ def linear_paired_loss(
 @linear_paired_loss.register_fake
 def _(
     hidden, weight, labels, bias, ref_logps, cu_seqlens, ignore_index, temperature, logit_scale, softcap, objective,
-    num_pairs, workspace_bytes, need_hidden, need_weight, need_bias,
+    num_pairs, workspace_bytes, need_hidden, need_weight, need_bias, *_,
 ):  # fmt: skip
     dtype = wide(hidden.dtype)
     needs = plans.Needs(need_hidden, need_weight, need_bias)
@@ -118,4 +129,4 @@ def _(
     return loss, metrics, *fake_gradients(hidden, weight, bias, needs)
 
 
-register_ready_gradients(linear_paired_loss, num_inputs=16)
+register_ready_gradients(linear_paired_loss, num_inputs=19)

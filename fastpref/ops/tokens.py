@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastpref import checks
 from fastpref.backends import backend_for
-from fastpref.ops.common import first_order_only, wide, without_autocast
+from fastpref.ops.common import first_order_only, split_names, wide, without_autocast
 from fastpref.reference import STATISTICS, LogitTransform
 
 
@@ -19,7 +19,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, then STATISTICS in order, empty where not in the comma-separated `statistics`), each `[N]`."""
     checks.label_range(labels, logits.shape[-1], ignore_index)
-    wanted = tuple(s for s in statistics.split(",") if s)
+    wanted = split_names(statistics)
     out = backend_for(logits).row_logprob(
         logits, labels, transform=LogitTransform(temperature, logit_scale, softcap),
         ignore_index=ignore_index, statistics=wanted,
@@ -33,7 +33,7 @@ def _(logits, labels, ignore_index, temperature, logit_scale, softcap, statistic
     n, dtype = labels.numel(), wide(logits.dtype)
 
     def result(name):
-        if name not in statistics.split(","):
+        if name not in split_names(statistics):
             return logits.new_empty(0)
         return logits.new_empty(n, dtype=torch.bool if name == "is_top1" else dtype)
 
@@ -70,7 +70,7 @@ first_order_only(token_logprobs_backward)
 def _save_token_logprobs(ctx, inputs, output):
     logits, labels, *options = inputs
     logps, lse, entropy, *_ = output
-    differentiable = (logps, entropy) if "entropy" in options[-1].split(",") else (logps,)
+    differentiable = (logps, entropy) if "entropy" in split_names(options[-1]) else (logps,)
     ctx.mark_non_differentiable(*(t for t in output if all(t is not d for d in differentiable)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, logps, lse, entropy)

@@ -13,8 +13,10 @@ from fastpref.reference.paired import (
     PAIR_LOSSES,
     PairedObjective,
     Pairs,
+    pair_confidence,
     paired_loss,
     paired_metrics,
+    shared_length_weights,
 )
 from fastpref.reference.tokens import (
     STATISTICS,
@@ -36,10 +38,12 @@ __all__ = [
     "Pairs",
     "TokenStatistics",
     "linear_token_logprobs",
+    "pair_confidence",
     "paired_loss",
     "paired_metrics",
     "sequence_bounds",
     "sequence_logprobs",
+    "shared_length_weights",
     "token_logprobs",
     "token_statistics",
 ]

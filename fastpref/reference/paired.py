@@ -151,6 +151,17 @@ def sigmoid_norm(pairs: Pairs, o: PairedObjective) -> Tensor:
     return -F.logsigmoid(o.beta * (a - b))  # length-normalised DPO, section 4 of 2411.15124 (Tulu 3)
 
 
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x <= 0, exact at both ends; a probability within rounding of 1 counts as 1 - eps."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    return torch.where(x < -math.log(2), torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
+
+
+def odds_ratio(pairs: Pairs, o: PairedObjective) -> Tensor:
+    a, b = pairs.chosen, pairs.rejected
+    return -F.logsigmoid((a - b) - (_log1mexp(a) - _log1mexp(b)))  # eq. 7 of ORPO, 2403.07691, log-odds of eq. 4
+
+
 PAIR_LOSSES: dict[str, Callable[[Pairs, PairedObjective], Tensor]] = {
     f.__name__: f
     for f in (
@@ -169,6 +180,7 @@ PAIR_LOSSES: dict[str, Callable[[Pairs, PairedObjective], Tensor]] = {
         apo_down,
         discopop,
         sigmoid_norm,
+        odds_ratio,
     )
 }
 
@@ -194,6 +206,7 @@ def paired_loss(
     rejected_lengths: Tensor,
     objective: PairedObjective,
     *,
+    chosen_nll_sums: Tensor | None = None,
     pair_weights: Tensor | None = None,
     total_pairs: int | None = None,
     chosen_tokens: Tensor | None = None,
@@ -201,14 +214,16 @@ def paired_loss(
     """The batch's loss from summed log-probs, everything `[B]`; scalar.
 
     A group of pairs out of a larger batch passes the batch's `total_pairs` and `chosen_tokens`, so that
-    group losses add up to the batch's (all but the two `aot` losses, which sort across the batch).
+    group losses add up to the batch's (all but the two `aot` losses, which sort across the batch). Where token
+    weights shape `chosen_sums`, `chosen_nll_sums` are the unweighted ones, for the `sft` term.
     """
     pairs = _pairs(chosen_sums, rejected_sums, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, objective)
     loss = chosen_sums.new_zeros(())
     for name, weight in zip(objective.losses, objective.weights, strict=True):
         if name == "sft":  # token mean over the batch's chosen completions (MPO 2411.10442, RPO 2404.19733)
             tokens = chosen_lengths.sum() if chosen_tokens is None else chosen_tokens
-            loss = loss - weight * chosen_sums.sum() / tokens.clamp(min=1)
+            nll_sums = chosen_sums if chosen_nll_sums is None else chosen_nll_sums
+            loss = loss - weight * nll_sums.sum() / tokens.clamp(min=1)
             continue
         losses = PAIR_LOSSES[name](pairs, objective)
         if pair_weights is not None:
@@ -226,3 +241,31 @@ def paired_metrics(
     margins = chosen_rewards - rejected_rewards
     accuracies = (margins > 0).to(margins.dtype)
     return torch.stack([pairs.chosen, pairs.rejected, chosen_rewards, rejected_rewards, margins, accuracies])
+
+
+def shared_length_weights(labels: Tensor, cu_seqlens: Tensor | None, alpha: float, ignore_index: int) -> Tensor:
+    """LD-DPO's weight of each token (arXiv 2409.06411, eq. 8): 1 up to the shorter response's length, then alpha.
+
+    `[N]` for `labels` `[2B, T]` or packed `[N]`; 0 on ignored rows.
+    """
+    scored = (labels != ignore_index).reshape(-1)
+    edges = cu_seqlens
+    if edges is None:
+        edges = torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1]
+    before = torch.cat([scored.new_zeros(1, dtype=torch.long), scored.long().cumsum(0)])
+    first = before[edges[:-1].long()]
+    lengths = before[edges[1:].long()] - first
+    shared = torch.minimum(*lengths.chunk(2)).repeat(2)
+    sequence = torch.searchsorted(edges[1:].contiguous(), torch.arange(scored.numel(), device=edges.device), right=True)
+    position = before[1:] - first[sequence]  # 1 for the first scored token
+    return torch.where(position <= shared[sequence], 1.0, alpha) * scored
+
+
+def pair_confidence(token_logps: Tensor, log_sum_sq: Tensor, lengths: Tensor) -> Tensor:
+    """WPO's weight of each pair (arXiv 2406.11827, eq. 4 with its alignment term), `[B]`, a constant.
+
+    `exp(mean_t(log p(y_t) - log sum_v p(v)^2))` of chosen times rejected; the arguments are summed per sequence.
+    """
+    confidence = ((token_logps - log_sum_sq) / lengths.clamp(min=1)).exp()
+    chosen, rejected = confidence.chunk(2)
+    return (chosen * rejected).detach()

@@ -22,6 +22,16 @@ def log1p(x):
 
 
 @triton.jit
+def expm1(x):
+    # Kahan's form again
+    u = exp(x)
+    exact = u == 1.0
+    tiny = u <= 0.0
+    y = (u - 1.0) * x / tl.where(exact | tiny, 1.0, tl.log(tl.where(tiny, 1.0, u)))
+    return tl.where(exact, x, tl.where(tiny, -1.0, y))
+
+
+@triton.jit
 def log_sigmoid(x):
     return tl.minimum(x, 0.0) - log1p(exp(-tl.abs(x)))
 

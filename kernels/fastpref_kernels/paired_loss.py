@@ -14,49 +14,15 @@ import triton
 import triton.language as tl
 
 from ._launch import accumulator, on_device_of
-from ._math import LN2, exp, log_sigmoid, sigmoid
+from ._math import LN2, exp, expm1, log1p, log_sigmoid, sigmoid
+from ._sequences import _bounds, _sum_sequences
 
 # the order is the code that the kernel branches on
 LOSSES = (
     "sigmoid", "hinge", "ipo", "ipo_sum", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "odds_ratio",
 )  # fmt: skip
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-
-
-@triton.jit
-def _sum_sequences(
-    logps_ptr, labels_ptr, cu_seqlens_ptr, sums_ptr, counts_ptr, num_sequences, seq_len, ignore_index,
-    HAS_LABELS: tl.constexpr, PACKED: tl.constexpr, ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Each sequence's summed log-prob and number of scored tokens, BLOCK_S sequences side by side."""
-    for first in range(0, num_sequences, BLOCK_S):
-        seqs = first + tl.arange(0, BLOCK_S)
-        real = seqs < num_sequences
-        begin, end = _bounds(cu_seqlens_ptr, seqs, real, seq_len, PACKED)
-        total = tl.zeros([BLOCK_S], ACC)
-        count = tl.zeros([BLOCK_S], ACC)
-        for offset in range(0, tl.max(end - begin, axis=0), BLOCK_T):
-            tokens = begin[:, None] + offset + tl.arange(0, BLOCK_T)[None, :]
-            scored = tokens < end[:, None]
-            if HAS_LABELS:
-                labels = tl.load(labels_ptr + tokens, mask=scored, other=0).to(tl.int64)
-                scored = scored & (labels != ignore_index)
-            total += tl.sum(tl.load(logps_ptr + tokens, mask=scored, other=0.0), axis=1)
-            count += tl.sum(scored.to(ACC), axis=1)
-        tl.store(sums_ptr + seqs, total, mask=real)
-        tl.store(counts_ptr + seqs, count, mask=real)
-
-
-@triton.jit
-def _bounds(cu_seqlens_ptr, seqs, real, seq_len, PACKED: tl.constexpr):
-    if PACKED:
-        begin = tl.load(cu_seqlens_ptr + seqs, mask=real, other=0).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + seqs + 1, mask=real, other=0).to(tl.int64)
-    else:
-        begin = seqs.to(tl.int64) * seq_len
-        end = tl.where(real, begin + seq_len, begin)
-    return begin, end
 
 
 @triton.jit
@@ -72,6 +38,19 @@ def _divergence(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
         y = x * (ALPHA - 1.0)
         e = exp(tl.minimum(y, 80.0))
         return (e - 1.0) / (ALPHA - 1.0), tl.where(y <= 80.0, e, 0.0)
+
+
+@triton.jit
+def _log1mexp(x):
+    """log(1 - e^x) and its derivative for x <= 0; probabilities within rounding of 1 count as 1 - eps."""
+    if x.dtype == tl.float64:
+        limit: tl.constexpr = -2.220446049250313e-16
+    else:
+        limit: tl.constexpr = -1.1920928955078125e-07
+    y = tl.minimum(x, limit)
+    complement = -expm1(y)
+    value = tl.where(y < -LN2, log1p(-exp(y)), tl.log(complement))
+    return value, tl.where(x <= limit, -exp(y) / complement, 0.0)
 
 
 @triton.jit
@@ -146,9 +125,15 @@ def _pair_loss(
         dlog_m = sigmoid(-x / TAU) / TAU
         dx = -sigmoid(-x) * (1.0 - m) + log_sigmoid(x) * m * dlog_m + e * (dlog_m - 1.0)
         return loss, dx * BETA * da, -dx * BETA * db
-    else:  # sigmoid_norm
+    elif KIND == 14:  # sigmoid_norm
         x = BETA * (sa / len_a - sb / len_b)
         return -log_sigmoid(x), -sigmoid(-x) * BETA * da / len_a, sigmoid(-x) * BETA * db / len_b
+    else:  # odds_ratio
+        log_not_a, slope_a = _log1mexp(a)
+        log_not_b, slope_b = _log1mexp(b)
+        log_odds = (a - b) - (log_not_a - log_not_b)
+        push = sigmoid(-log_odds)
+        return -log_sigmoid(log_odds), -push * (1.0 - slope_a), push * (1.0 - slope_b)
 
 
 @triton.jit
@@ -244,8 +229,8 @@ def _matched_margins(
 @triton.jit
 def _paired_loss_kernel(
     # data
-    logps_ptr, labels_ptr, cu_seqlens_ptr, ref_ptr, lengths_ptr, pair_weights_ptr, chosen_tokens_ptr,
-    loss_ptr, metrics_ptr, coefs_ptr, sums_ptr, counts_ptr, seq_coefs_ptr, scratch_ptr,
+    logps_ptr, labels_ptr, cu_seqlens_ptr, ref_ptr, lengths_ptr, token_weights_ptr, pair_weights_ptr,
+    chosen_tokens_ptr, loss_ptr, metrics_ptr, coefs_ptr, sums_ptr, counts_ptr, seq_coefs_ptr, nll_sums_ptr, scratch_ptr,
     # sizes
     B, seq_len, total_pairs, ignore_index,
     # objective
@@ -254,13 +239,20 @@ def _paired_loss_kernel(
     TAU: tl.constexpr, DIVERGENCE: tl.constexpr, ALPHA: tl.constexpr, AVERAGE: tl.constexpr,
     # constants
     HAS_AOT: tl.constexpr, HAS_AOT_UNPAIRED: tl.constexpr, HAS_LABELS: tl.constexpr, PACKED: tl.constexpr,
-    HAS_REF: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_PAIR_WEIGHTS: tl.constexpr,
+    HAS_REF: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_TOKEN_WEIGHTS: tl.constexpr, HAS_PAIR_WEIGHTS: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     _sum_sequences(
         logps_ptr, labels_ptr, cu_seqlens_ptr, sums_ptr, counts_ptr, 2 * B, seq_len, ignore_index,
-        HAS_LABELS, PACKED, ACC, BLOCK, BLOCK_T,
+        HAS_LABELS, PACKED, ACC, BLOCK, BLOCK_T, token_weights_ptr, HAS_TOKEN_WEIGHTS,
     )  # fmt: skip
+    if HAS_TOKEN_WEIGHTS and SFT_WEIGHT != 0.0:  # weights shape the score of a sequence, not its likelihood
+        _sum_sequences(
+            logps_ptr, labels_ptr, cu_seqlens_ptr, nll_sums_ptr, counts_ptr, 2 * B, seq_len, ignore_index,
+            HAS_LABELS, PACKED, ACC, BLOCK, BLOCK_T,
+        )  # fmt: skip
+    else:
+        nll_sums_ptr = sums_ptr
     tl.debug_barrier()  # what one thread stored, the others load
     if not HAS_LENGTHS:
         lengths_ptr = counts_ptr
@@ -301,9 +293,9 @@ def _paired_loss_kernel(
         scale = tl.full((), 1.0, ACC) / total_pairs
         if HAS_PAIR_WEIGHTS:
             scale = scale * tl.load(pair_weights_ptr + pairs, mask=real, other=0.0).to(ACC)
-        tl.store(seq_coefs_ptr + pairs, coef_a * scale + sft_coef, mask=real)
+        tl.store(seq_coefs_ptr + pairs, coef_a * scale, mask=real)
         tl.store(seq_coefs_ptr + B + pairs, coef_b * scale, mask=real)
-        sft_loss = sft_coef * tl.load(sums_ptr + pairs, mask=real, other=0.0)
+        sft_loss = sft_coef * tl.load(nll_sums_ptr + pairs, mask=real, other=0.0)
         batch_loss += tl.sum(tl.where(real, loss * scale + sft_loss, 0.0), axis=0)
 
         margin = BETA * a - BETA * b
@@ -325,6 +317,9 @@ def _paired_loss_kernel(
             tokens = begin[:, None] + offset + tl.arange(0, BLOCK_T)[None, :]
             inside = tokens < end[:, None]
             spread = tl.broadcast_to(coef[:, None], [BLOCK, BLOCK_T])
+            if HAS_TOKEN_WEIGHTS:
+                spread = spread * tl.load(token_weights_ptr + tokens, mask=inside, other=0.0).to(ACC)
+            spread += tl.where(seqs < B, sft_coef, 0.0)[:, None]
             if HAS_LABELS:
                 labels = tl.load(labels_ptr + tokens, mask=inside, other=0).to(tl.int64)
                 spread = tl.where(labels != ignore_index, spread, 0.0)
@@ -335,34 +330,35 @@ def paired_loss(
     token_logps: torch.Tensor, labels: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
     ref_logps: torch.Tensor | None, lengths: torch.Tensor | None, pair_weights: torch.Tensor | None,
     chosen_tokens: torch.Tensor | None, objective, *, num_pairs: int, total_pairs: int, ignore_index: int,
+    token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(loss, metrics `[6, B]`, d loss / d token_logps `[N]`) of a group of `num_pairs` pairs, in one launch.
 
     Sequences are `cu_seqlens[s]:cu_seqlens[s + 1]`, or N / 2B rows each. `objective` has the fields of
     `fastpref.reference.PairedObjective`; metrics are chosen and rejected log-probs, chosen and rejected
-    rewards, margins and accuracies. `chosen_tokens` (0-d) is the denominator of an `sft` term.
+    rewards, margins and accuracies. `chosen_tokens` (0-d) is the denominator of an `sft` term. `token_weights` `[N]`
+    weigh the tokens of a sequence's score (not of the `sft` term).
     """
     o, n, dtype = objective, token_logps.numel(), token_logps.dtype
-    inputs = (token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, chosen_tokens)
+    inputs = (token_logps, labels, cu_seqlens, ref_logps, lengths, token_weights, pair_weights, chosen_tokens)
     inputs = tuple(x if x is None else x.contiguous() for x in inputs)  # the kernel strides by 1
     terms = dict(zip(o.losses, o.weights, strict=True))
     sft_weight = terms.pop("sft", 0.0)
     kinds = tuple(LOSSES.index(name) for name in terms)
-    options = {"dtype": dtype, "device": token_logps.device}
-    loss, metrics, coefs = torch.empty((), **options), torch.empty(6, num_pairs, **options), torch.empty(n, **options)
-    per_sequence = torch.empty(3, 2 * num_pairs, **options)
+    loss, metrics, coefs = (token_logps.new_empty(shape) for shape in ((), (6, num_pairs), (n,)))
+    per_sequence = token_logps.new_empty(4, 2 * num_pairs)
     sorts = "aot" in terms or "aot_unpaired" in terms
     eps = o.label_smoothing
     with on_device_of(token_logps):
         _paired_loss_kernel[(1,)](
-            *inputs, loss, metrics, coefs, *per_sequence, torch.empty(8, num_pairs, **options) if sorts else None,
+            *inputs, loss, metrics, coefs, *per_sequence, token_logps.new_empty(8, num_pairs) if sorts else None,
             num_pairs, 0 if cu_seqlens is not None else n // (2 * num_pairs), total_pairs, ignore_index,
             KINDS=kinds, WEIGHTS=tuple(terms.values()), NUM_KINDS=len(kinds), SFT_WEIGHT=sft_weight,
             BETA=o.beta, EPS=eps, LOG_EPS=math.log(eps) if eps else 0.0, LOG_1_EPS=math.log1p(-eps), GAMMA=o.gamma,
             TAU=o.tau, DIVERGENCE=_divergence_code(o), ALPHA=o.alpha, AVERAGE=o.average,
             HAS_AOT="aot" in terms, HAS_AOT_UNPAIRED="aot_unpaired" in terms, HAS_LABELS=labels is not None,
             PACKED=cu_seqlens is not None, HAS_REF=ref_logps is not None, HAS_LENGTHS=lengths is not None,
-            HAS_PAIR_WEIGHTS=pair_weights is not None,
+            HAS_TOKEN_WEIGHTS=token_weights is not None, HAS_PAIR_WEIGHTS=pair_weights is not None,
             ACC=accumulator(dtype), BLOCK=16, BLOCK_T=128, num_warps=8,
         )  # fmt: skip
     return loss, metrics, coefs

@@ -1,0 +1,32 @@
+"""`unpaired_loss` of the backend contract in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpref import reference
+
+
+def unpaired_loss(
+    token_logps: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ref_logps: Tensor, desirable: Tensor,
+    shift: Tensor | None, objective: reference.UnpairedObjective, *, first_sequence: int, num_sequences: int,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n, dtype = token_logps.numel(), token_logps.dtype
+    scored = torch.ones(n, dtype=torch.bool, device=token_logps.device) if labels is None else labels != ignore_index
+    if cu_seqlens is None:
+        sizes = torch.full((num_sequences,), n // num_sequences, device=token_logps.device)
+    else:
+        sizes = cu_seqlens.diff().long()
+    sums = torch.segment_reduce(token_logps.masked_fill(~scored, 0), "sum", lengths=sizes, unsafe=True)
+    group = desirable[first_sequence : first_sequence + num_sequences]
+    ref_logps, shift = ref_logps.to(dtype), None if shift is None else shift.to(dtype)
+
+    def formula(sums: Tensor) -> Tensor:
+        return reference.unpaired_loss(sums, ref_logps, group, shift, objective, batch_desirable=desirable)
+
+    # Derivatives come from the specification itself. torch.func works inside a custom op, where autograd is off.
+    gradient, loss = torch.func.grad_and_value(formula)(sums)
+    coefs = torch.repeat_interleave(gradient, sizes, output_size=n).masked_fill(~scored, 0)
+    return loss, reference.unpaired_metrics(sums, ref_logps, objective), coefs

@@ -1,0 +1,37 @@
+"""Rows of logits a few at a time: what the portable row functions share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastpref import reference
+
+# 1 MiB of fp32 for each thread's L2. On a 2-core CPU with 2 MiB each, V = 49152: 4 to 16 rows a block take 45 ms
+# for 1921 rows, the whole tile at once 70 ms.
+BLOCK_ELEMENTS_PER_THREAD = 1 << 18
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Views of a few rows each, with their places in the flattened labels; copies nothing."""
+    threads = torch.get_num_threads()
+    step = threads * max(1, BLOCK_ELEMENTS_PER_THREAD // max(1, logits.shape[-1]))  # no thread waits for an odd row
+    for outer, rows in enumerate(logits if logits.ndim == 3 else logits[None]):
+        for start in range(0, rows.shape[0], step):
+            block = rows[start : start + step]
+            first = outer * rows.shape[0] + start
+            yield slice(first, first + block.shape[0]), block
+
+
+def transform_slope(z: Tensor, transform: reference.LogitTransform) -> Tensor | float:
+    """d logit / d head output, from the logit."""
+    slope: Tensor | float = transform.logit_scale / transform.temperature
+    if transform.softcap is not None:
+        slope = slope * (1 - (z * (transform.temperature / transform.softcap)) ** 2)
+    return slope

@@ -1,0 +1,420 @@
+"""KL penalties: exact over the vocabulary from two rows of logits, and estimated from sampled tokens.
+
+For a policy row z and a reference row y (both after scale, softcap and temperature), p = softmax z, q = softmax y:
+
+    reverse  KL(p || q) = sum_v p_v (log p_v - log q_v)     d KL / d z_v = p_v (log p_v - log q_v - KL)
+    forward  KL(q || p) = sum_v q_v (log q_v - log p_v)     d KL / d z_v = p_v - q_v
+
+One sweep over both rows gives the divergence; K = d KL / d head output, unscaled by the upstream gradient, is written
+over the policy's row in a second sweep, or by a backward from the saved log-sum-exps. The reference has no gradient.
+
+Bytes, for b bytes an element: forward 2 N V b; with K 5 N V b; backward 3 N V b.
+
+The estimators k1, k2, k3 and abs need one number a token: `kl_estimate`, and the reward penalised by it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import accumulator, on_device_of, row_block
+from ._math import LOG2E, exp, expm1, transform_logit, transform_slope
+from .row_logprob import _row_strides
+
+
+@triton.jit
+def _finite_max(m):
+    # a row that is -inf so far (a masked vocabulary) must not turn -inf - -inf into NaN
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _fold_blocks(za, zb, ma, sa, mb, sb, t):
+    """Fold one block of each row into KL(a || b): running maxima ma, mb, sums of exponentials sa, sb and
+    t = sum e^(za - ma) ((za - ma) - (zb - mb)). Differences of shifted logits keep KL exact to its own size,
+    however large the logits."""
+    ma_new = tl.maximum(ma, tl.max(za, axis=0))
+    mb_new = tl.maximum(mb, tl.max(zb, axis=0))
+    ma_ref = _finite_max(ma_new)
+    mb_ref = _finite_max(mb_new)
+    rescale = exp(ma - ma_ref)
+    moved = (_finite_max(ma) - ma_ref) - (_finite_max(mb) - mb_ref)
+    a = za - ma_ref
+    b = zb - mb_ref
+    e = tl.exp2(a * LOG2E)
+    # 0 log 0 = 0: impossible tokens add nothing, whatever the other row says of them (t may be +inf)
+    t = tl.where(rescale > 0, rescale * (t + sa * moved), 0.0) + tl.sum(tl.where(e > 0, e * (a - b), 0.0), axis=0)
+    sa = sa * rescale + tl.sum(e, axis=0)
+    sb = sb * exp(mb - mb_ref) + tl.sum(tl.exp2(b * LOG2E), axis=0)
+    return ma_new, sa, mb_new, sb, t
+
+
+@triton.jit
+def _fold_pair(zp, zq, mp, sp, mq, sq, t, FORWARD: tl.constexpr):
+    if FORWARD:
+        mq, sq, mp, sp, t = _fold_blocks(zq, zp, mq, sq, mp, sp, t)
+    else:
+        mp, sp, mq, sq, t = _fold_blocks(zp, zq, mp, sp, mq, sq, t)
+    return mp, sp, mq, sq, t
+
+
+@triton.jit
+def _load_pair(
+    policy_ptr, ref_ptr, cols, V,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """A block of both rows' logits; the masked form, for a row's end, gives 0 beyond it."""
+    if MASKED:
+        zp = tl.load(policy_ptr + cols, mask=cols < V, other=0.0)
+        zq = tl.load(ref_ptr + cols, mask=cols < V, other=0.0)
+    else:
+        zp = tl.load(policy_ptr + cols)
+        zq = tl.load(ref_ptr + cols)
+    zp = transform_logit(zp.to(ACC), LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+    return zp, transform_logit(zq.to(ACC), LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+
+
+@triton.jit
+def _kl_gradient(
+    zp, zq, lse_p, lse_q, kl,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, FORWARD: tl.constexpr,
+):  # fmt: skip
+    """d KL / d policy's head output."""
+    log_p = zp - lse_p
+    log_q = zq - lse_q
+    p = tl.exp2(log_p * LOG2E)
+    if FORWARD:
+        gradient = p - tl.exp2(log_q * LOG2E)
+    else:
+        gradient = tl.where(p > 0, p * (log_p - log_q - kl), 0.0)
+    return gradient * transform_slope(zp, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+
+
+@triton.jit
+def _label_logprob(
+    logits_ptr, target_ptr, row, label, V, m, s,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr,
+    HAS_TARGET: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The label's log-prob from a finished sweep; with a target, as in row_logprob, its fp32 logit replaces the
+    rounded one inside the sum too."""
+    in_range = (label >= 0) & (label < V)
+    z = tl.load(logits_ptr + label, mask=in_range, other=float("nan")).to(ACC)
+    z = transform_logit(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+    if HAS_TARGET:
+        exact = transform_logit(tl.load(target_ptr + row).to(ACC), LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+        m_new = _finite_max(tl.maximum(m, exact))
+        s = tl.maximum(s * exp(m - m_new) - exp(z - m_new), 0.0) + exp(exact - m_new)
+        m = m_new
+        z = tl.where(in_range, exact, z)
+    return z - m - tl.log(s)
+
+
+@triton.jit
+def _token_kl_kernel(
+    # data
+    policy_ptr, ref_ptr, mask_ptr, labels_ptr, target_ptr, ref_target_ptr,
+    kl_ptr, lse_ptr, ref_lse_ptr, logp_ptr, ref_logp_ptr,
+    # sizes and strides
+    inner, stride_outer, stride_inner, ref_stride_outer, ref_stride_inner, V,
+    # constants
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, FORWARD: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_TARGET: tl.constexpr, WRITE_K: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            tl.store(kl_ptr + row, 0.0)
+            tl.store(lse_ptr + row, 0.0)
+            tl.store(ref_lse_ptr + row, 0.0)
+            if HAS_LABELS:
+                tl.store(logp_ptr + row, 0.0)
+                tl.store(ref_logp_ptr + row, 0.0)
+            return
+
+    policy_ptr += (row // inner) * stride_outer + (row % inner) * stride_inner
+    ref_ptr += (row // inner) * ref_stride_outer + (row % inner) * ref_stride_inner
+    mp = tl.full((), float("-inf"), ACC)
+    sp = tl.full((), 0.0, ACC)
+    mq = tl.full((), float("-inf"), ACC)
+    sq = tl.full((), 0.0, ACC)
+    t = tl.full((), 0.0, ACC)
+    offs = tl.arange(0, BLOCK)
+    full = V // BLOCK * BLOCK  # full blocks without a mask, as in row_logprob
+    for start in range(0, full, BLOCK):
+        zp, zq = _load_pair(policy_ptr, ref_ptr, start + offs, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False)
+        mp, sp, mq, sq, t = _fold_pair(zp, zq, mp, sp, mq, sq, t, FORWARD)
+    if full < V:
+        cols = full + offs
+        zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True)
+        zp = tl.where(cols < V, zp, float("-inf"))
+        zq = tl.where(cols < V, zq, float("-inf"))
+        mp, sp, mq, sq, t = _fold_pair(zp, zq, mp, sp, mq, sq, t, FORWARD)
+
+    # KL(a || b) = t / sa - log sa + log sb: the maxima have cancelled
+    if FORWARD:
+        kl = t / sq - tl.log(sq) + tl.log(sp)
+    else:
+        kl = t / sp - tl.log(sp) + tl.log(sq)
+    lse_p = mp + tl.log(sp)
+    lse_q = mq + tl.log(sq)
+    tl.store(kl_ptr + row, kl)
+    tl.store(lse_ptr + row, lse_p)
+    tl.store(ref_lse_ptr + row, lse_q)
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row).to(tl.int64)
+        logp = _label_logprob(
+            policy_ptr, target_ptr, row, label, V, mp, sp, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_TARGET, ACC
+        )
+        ref_logp = _label_logprob(
+            ref_ptr, ref_target_ptr, row, label, V, mq, sq, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_TARGET, ACC
+        )
+        tl.store(logp_ptr + row, logp)
+        tl.store(ref_logp_ptr + row, ref_logp)
+
+    if WRITE_K:
+        if HAS_LABELS:
+            tl.debug_barrier()  # every thread has the label's logit before any of them overwrites it
+        for start in range(0, full, BLOCK):
+            cols = start + offs
+            zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False)
+            k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
+            tl.store(policy_ptr + cols, k)
+        if full < V:
+            cols = full + offs
+            zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True)
+            k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
+            tl.store(policy_ptr + cols, k, mask=cols < V)
+
+
+@triton.jit
+def _token_kl_gradient_kernel(
+    # data
+    policy_ptr, ref_ptr, mask_ptr, kl_ptr, lse_ptr, ref_lse_ptr, grad_ptr, out_ptr,
+    # sizes and strides
+    inner, stride_outer, stride_inner, ref_stride_outer, ref_stride_inner, stride_out, V,
+    # constants
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, FORWARD: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1).to(tl.int64) * BLOCK
+    cols = start + tl.arange(0, BLOCK)
+    out_ptr += row * stride_out
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            tl.store(out_ptr + cols, tl.zeros([BLOCK], ACC), mask=cols < V)
+            return
+
+    policy_ptr += (row // inner) * stride_outer + (row % inner) * stride_inner
+    ref_ptr += (row // inner) * ref_stride_outer + (row % inner) * ref_stride_inner
+    kl = tl.load(kl_ptr + row)
+    lse_p = tl.load(lse_ptr + row)
+    lse_q = tl.load(ref_lse_ptr + row)
+    g = tl.full((), 1.0, ACC)
+    if HAS_GRAD:
+        g = tl.load(grad_ptr + row)
+    if start + BLOCK <= V:
+        zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False)
+        k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
+        tl.store(out_ptr + cols, g * k)
+    else:
+        zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True)
+        k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
+        tl.store(out_ptr + cols, g * k, mask=cols < V)
+
+
+def token_kl(
+    policy: torch.Tensor, ref: torch.Tensor, *, direction: str, transform, mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None, target_logits: torch.Tensor | None = None,
+    ref_target_logits: torch.Tensor | None = None, write_k: bool = False,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """One launch over the rows of both logits (each [N, V] or [B, T, V], last stride 1, any float dtypes).
+
+    Returns `kl`, `lse` and `ref_lse`, each `[N]` in fp32 (fp64 if either input is); with `labels` `[N]` also
+    `logps` and `ref_logps`, for which `target_logits` and `ref_target_logits` `[N]` are the labels' head outputs in
+    fp32. Rows whose `mask` `[N]` is False give 0. With `write_k` the policy's logits are overwritten by K.
+    """
+    n, vocab = policy.shape[:-1].numel(), policy.shape[-1]
+    wide = torch.float64 if torch.float64 in (policy.dtype, ref.dtype) else torch.float32
+    names = ("kl", "lse", "ref_lse") + (("logps", "ref_logps") if labels is not None else ())
+    out = {name: policy.new_empty(n, dtype=wide) for name in names}
+    if n == 0:
+        return out
+    inner, *strides = _row_strides(policy)
+    temperature, logit_scale, softcap = transform
+    block, warps = row_block(vocab)
+    with on_device_of(policy):
+        _token_kl_kernel[(n,)](
+            policy, ref, mask, labels, target_logits, ref_target_logits,
+            out["kl"], out["lse"], out["ref_lse"], out.get("logps"), out.get("ref_logps"),
+            inner, *strides, *_row_strides(ref)[1:], vocab,
+            LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature, FORWARD=direction == "forward",
+            HAS_MASK=mask is not None, HAS_LABELS=labels is not None, HAS_TARGET=target_logits is not None,
+            WRITE_K=write_k, ACC=accumulator(wide), BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+def token_kl_gradient(
+    policy: torch.Tensor, ref: torch.Tensor, kl: torch.Tensor, lse: torch.Tensor, ref_lse: torch.Tensor,
+    out: torch.Tensor, *, direction: str, transform, mask: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """out `[N, V]` = grad * K, row by row (K alone without `grad`); `out` may be the policy's logits themselves, and
+    all three a slice of the vocabulary."""
+    n, vocab = kl.numel(), policy.shape[-1]
+    if n == 0 or vocab == 0:
+        return
+    inner, *strides = _row_strides(policy)
+    temperature, logit_scale, softcap = transform
+    block, warps = row_block(vocab)
+    with on_device_of(policy):
+        _token_kl_gradient_kernel[(n, triton.cdiv(vocab, block))](
+            policy, ref, mask, kl, lse, ref_lse, grad, out,
+            inner, *strides, *_row_strides(ref)[1:], out.stride(0), vocab,
+            LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature, FORWARD=direction == "forward",
+            HAS_MASK=mask is not None, HAS_GRAD=grad is not None,
+            ACC=accumulator(kl.dtype), BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+
+
+@triton.jit
+def _estimate(log_ratio, ESTIMATOR: tl.constexpr):
+    """(estimate, its derivative) from log p - log q of a sampled token."""
+    if ESTIMATOR == "k1":
+        return log_ratio, tl.full(log_ratio.shape, 1.0, log_ratio.dtype)
+    elif ESTIMATOR == "k2":
+        return 0.5 * log_ratio * log_ratio, log_ratio
+    elif ESTIMATOR == "k3":
+        x = -log_ratio
+        e = tl.where(x > 1.0, exp(x) - 1.0, expm1(tl.minimum(x, 1.0)))  # Kahan's form is inf / inf where e^x overflows
+        return e - x, -e
+    else:
+        sign = tl.where(log_ratio > 0, 1.0, tl.where(log_ratio < 0, -1.0, 0.0)).to(log_ratio.dtype)
+        return tl.abs(log_ratio), sign
+
+
+@triton.jit
+def _kl_estimate_kernel(logps_ptr, ref_ptr, kl_ptr, slope_ptr, N, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    log_ratio = tl.load(logps_ptr + at, mask=inside, other=0.0) - tl.load(ref_ptr + at, mask=inside, other=0.0)
+    kl, slope = _estimate(log_ratio, ESTIMATOR)
+    tl.store(kl_ptr + at, kl, mask=inside)
+    tl.store(slope_ptr + at, slope, mask=inside)
+
+
+@triton.jit
+def _penalized_rewards_kernel(
+    # data
+    scores_ptr, logps_ptr, ref_ptr, mask_ptr, beta_ptr, rewards_ptr, sums_ptr,
+    # sizes
+    T,
+    # constants
+    ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    beta = tl.load(beta_ptr)
+    score = tl.load(scores_ptr + row)
+    total = score
+    waiting = True
+    for done in range(0, T, BLOCK):  # from the end: the first scored token met is the last of the sequence
+        cols = (T - 1) // BLOCK * BLOCK - done + tl.arange(0, BLOCK)
+        inside = cols < T
+        at = row * T + cols
+        scored = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+        log_ratio = tl.load(logps_ptr + at, mask=scored, other=0.0) - tl.load(ref_ptr + at, mask=scored, other=0.0)
+        kl, _ = _estimate(log_ratio, ESTIMATOR)
+        penalty = tl.where(scored, -beta * kl, 0.0)
+        last = tl.max(tl.where(scored, cols, -1), axis=0)
+        tl.store(rewards_ptr + at, penalty + tl.where(waiting & (cols == last), score, 0.0), mask=inside)
+        waiting = waiting & (last < 0)
+        total += tl.sum(penalty, axis=0)
+    tl.store(sums_ptr + row, total)
+
+
+@triton.jit
+def _penalized_rewards_backward_kernel(
+    # data
+    grad_rewards_ptr, grad_sums_ptr, logps_ptr, ref_ptr, mask_ptr, beta_ptr, d_scores_ptr, d_logps_ptr,
+    # sizes
+    T,
+    # constants
+    HAS_REWARDS: tl.constexpr, HAS_SUMS: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    beta = tl.load(beta_ptr)
+    d_score = beta * 0.0
+    if HAS_SUMS:
+        d_score = tl.load(grad_sums_ptr + row)
+    d_sum = d_score
+    waiting = True
+    for done in range(0, T, BLOCK):
+        cols = (T - 1) // BLOCK * BLOCK - done + tl.arange(0, BLOCK)
+        inside = cols < T
+        at = row * T + cols
+        scored = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+        log_ratio = tl.load(logps_ptr + at, mask=scored, other=0.0) - tl.load(ref_ptr + at, mask=scored, other=0.0)
+        _, slope = _estimate(log_ratio, ESTIMATOR)
+        grad = tl.zeros([BLOCK], beta.dtype) + d_sum
+        if HAS_REWARDS:
+            grad_reward = tl.load(grad_rewards_ptr + at, mask=scored, other=0.0)
+            grad += grad_reward
+            last = tl.max(tl.where(scored, cols, -1), axis=0)
+            d_score += tl.sum(tl.where(waiting & (cols == last), grad_reward, 0.0), axis=0)
+            waiting = waiting & (last < 0)
+        tl.store(d_logps_ptr + at, tl.where(scored, -beta * slope * grad, 0.0), mask=inside)
+    tl.store(d_scores_ptr + row, d_score)
+
+
+def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(estimate, d estimate / d logps), each `[N]`; inputs contiguous, of one accumulator dtype."""
+    kl, slope = torch.empty_like(logps), torch.empty_like(logps)
+    if logps.numel():
+        with on_device_of(logps):
+            _kl_estimate_kernel[(triton.cdiv(logps.numel(), 1024),)](
+                logps, ref_logps, kl, slope, logps.numel(), ESTIMATOR=estimator, BLOCK=1024, num_warps=4
+            )
+    return kl, slope
+
+
+def _sequence_block(length: int) -> tuple[int, int]:
+    block = min(2048, max(64, triton.next_power_of_2(length)))
+    return block, max(1, min(8, block // 256))
+
+
+def penalized_rewards(
+    scores: torch.Tensor, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, beta: torch.Tensor,
+    estimator: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(rewards `[S, T]`, their sums with the scores `[S]`); inputs contiguous, of one accumulator dtype, beta 0-d
+    (a number would be a constant of the kernel, or lose half its digits in fp64)."""
+    rewards, sums = torch.empty_like(logps), torch.empty_like(scores)
+    block, warps = _sequence_block(logps.shape[1])
+    if len(scores):
+        with on_device_of(logps):
+            _penalized_rewards_kernel[(len(scores),)](
+                scores, logps, ref_logps, mask, beta, rewards, sums,
+                logps.shape[1], ESTIMATOR=estimator, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+    return rewards, sums
+
+
+def penalized_rewards_backward(
+    grad_rewards: torch.Tensor | None, grad_sums: torch.Tensor | None, logps: torch.Tensor, ref_logps: torch.Tensor,
+    mask: torch.Tensor, beta: torch.Tensor, estimator: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(d scores `[S]`, d logps `[S, T]`) of the same; a gradient that is None is zero."""
+    d_scores, d_logps = logps.new_empty(len(logps)), torch.empty_like(logps)
+    block, warps = _sequence_block(logps.shape[1])
+    if len(logps):
+        with on_device_of(logps):
+            _penalized_rewards_backward_kernel[(len(logps),)](
+                grad_rewards, grad_sums, logps, ref_logps, mask, beta, d_scores, d_logps,
+                logps.shape[1], HAS_REWARDS=grad_rewards is not None, HAS_SUMS=grad_sums is not None,
+                ESTIMATOR=estimator, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+    return d_scores, d_logps
