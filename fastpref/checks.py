@@ -115,5 +115,5 @@ def packed_edges(cu_seqlens: Tensor | None, rows: int) -> None:
     if cu_seqlens is None or (cu_seqlens.device.type != "cpu" and not debugging()):
         return
     edges = cu_seqlens.tolist()
-    if edges[0] != 0 or edges[-1] != rows or any(a > b for a, b in itertools.pairwise(edges)):
+    if not edges or edges[0] != 0 or edges[-1] != rows or any(a > b for a, b in itertools.pairwise(edges)):
         raise ValueError(f"cu_seqlens: got {edges}, want ascending offsets from 0 to the number of rows, {rows}")

@@ -135,13 +135,15 @@ class PairedLoss(nn.Module):
         users = sorted(NEEDS_LENGTHS & set(self.objective.losses)) + ["mean log-probs"] * self.objective.average
         if not users:
             return None
+        lengths = []
         for name, value in (("chosen_lengths", chosen), ("rejected_lengths", rejected)):
             if value is None:
                 raise ValueError(f"{name}: got None, want the number of scored tokens [B] (for {', '.join(users)})")
             checks.tensor(name, value, dtypes=(*checks.INTEGERS, *checks.FLOATS))
             checks.shape(name, value, (token_logps.shape[0] // 2,), "one per pair")
             checks.same_device(name, value, "chosen_logps", token_logps)
-        return torch.cat([chosen, rejected]).to(token_logps.dtype)
+            lengths.append(value.to(token_logps.dtype))
+        return torch.cat(lengths)
 
     def from_logits(
         self,

@@ -46,7 +46,8 @@ class Head(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a plan's backward returns; None where nobody asked."""
+    """Gradients formed before the upstream gradient is known, in fp32 (fp64): scaled, then rounded, by the backward.
+    None where nobody asked."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -138,11 +139,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scaled(values: Tensor, coefs: Tensor, dtype: torch.dtype) -> Tensor:
-    """`coefs * values` row by row: multiplied in fp32, then rounded once."""
-    return (values * coefs[:, None]).to(dtype)
-
-
 class ParameterGradients:
     """dW and db of the head, added up over groups of rows in `dtype`; None where not needed."""
 
@@ -154,9 +150,23 @@ class ParameterGradients:
     def add(self, u: Tensor, hidden: Tensor, coefs: Tensor, columns: slice = slice(None)) -> None:
         """Add U^T (c * H) and U^T c to the vocabulary rows `columns`; `finish` after each pass over them."""
         if self.weight is not None:
-            _matmul_into(self.weight[columns], u.t(), _scaled(hidden, coefs, u.dtype), add=self._started)
+            self._add(self.weight[columns], u, hidden * coefs[:, None])
         if self.bias is not None:
-            _matmul_into(self.bias[columns, None], u.t(), coefs[:, None].to(u.dtype), add=self._started)
+            self._add(self.bias[columns, None], u, coefs[:, None])
+
+    def _add(self, total: Tensor, u: Tensor, scaled: Tensor) -> None:
+        """total += U^T scaled, with `scaled` rounded once, from fp32."""
+        if u.dtype != torch.float16:
+            _matmul_into(total, u.t(), scaled.to(u.dtype), add=self._started)
+            return
+        # Coefficients of 1e-6 would underflow in fp16, and a GradScaler's 65536 overflow: the product is of values
+        # of size 1, at the price of a buffer.
+        peak = scaled.abs().max() if scaled.numel() else scaled.new_ones(())
+        peak = peak.masked_fill(peak == 0, 1)
+        product = torch.empty_like(total, dtype=torch.float32)
+        _matmul_into(product, u.t(), (scaled / peak).to(u.dtype), add=False)
+        product.mul_(peak)
+        total.add_(product) if self._started else total.copy_(product)
 
     def finish(self) -> None:
         self._started = True
@@ -201,12 +211,12 @@ def forward(
 def backward_store(
     u: Tensor, hidden: Tensor, head: Head, coefs: Tensor, needs: Needs, parameters: ParameterGradients
 ) -> Tensor | None:
-    """The two gradient products from a stored U, everything on scored rows; returns dH `[n, d]`."""
+    """The two gradient products from a stored U, everything on scored rows; returns dH `[n, d]`, not yet rounded."""
     d_hidden = None
     if needs.hidden:
         product = torch.empty_like(hidden, dtype=_wide(u.dtype))
         _matmul_into(product, u, head.weight, add=False)
-        d_hidden = _scaled(product, coefs, hidden.dtype)
+        d_hidden = product.mul_(coefs[:, None])
     parameters.add(u, hidden, coefs)
     parameters.finish()
     return d_hidden
@@ -216,7 +226,7 @@ def backward_recompute(
     hidden: Tensor, head: Head, labels: Tensor, logps: Tensor, lse: Tensor, coefs: Tensor, needs: Needs,
     parameters: ParameterGradients, workspace_bytes: int | None,
 ) -> Tensor | None:  # fmt: skip
-    """Three products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]`."""
+    """Three products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]`, not yet rounded."""
     n = hidden.shape[0]
     width = tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
     width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries
@@ -235,7 +245,7 @@ def backward_recompute(
                 _matmul_into(d_hidden, u, weight, add=True)
             parameters.add(u, hidden, coefs, part)
     parameters.finish()
-    return None if d_hidden is None else _scaled(d_hidden, coefs, hidden.dtype)
+    return None if d_hidden is None else d_hidden.mul_(coefs[:, None])
 
 
 class UnitRows(NamedTuple):
@@ -303,7 +313,7 @@ def forward_units(
     rows_wanted, max_rows = (size // (head.vocab * hidden.element_size()) for size in limits)
     groups = list(units.groups(rows_wanted)) if separable else [(0, units.number)]
     kept_rows = max((size for g in groups if (size := units.size(*g)) <= max_rows), default=0)
-    d_hidden = torch.zeros_like(hidden) if needs.hidden else None
+    d_hidden = torch.zeros_like(hidden, dtype=_wide(hidden.dtype)) if needs.hidden else None
     parameters = ParameterGradients(head, needs, _wide(hidden.dtype))
     losses, metrics = [], []
     with memory.borrowed(kept_rows, padded_vocab(head), like=head.weight) as scratch:
@@ -328,3 +338,48 @@ def forward_units(
             if d_hidden is not None and part is not None:
                 d_hidden.index_copy_(0, rows, part)
     return torch.stack(losses).sum(), torch.cat(metrics, 1), Gradients(d_hidden, parameters.weight, parameters.bias)
+
+
+def forward_tokens(
+    hidden: Tensor, head: Head, labels: Tensor, needs: Needs, workspace_bytes: int | None, num_metrics: int,
+    token_loss: Callable,
+) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
+    """Loss, metrics `[num_metrics, N]` and gradients together, tile by tile, for a loss that adds up over tokens.
+
+    `token_loss(rows, logps, entropy)` returns (losses `[n]`, metrics, d loss / d logp, d loss / d entropy or None)
+    of a tile's rows. The coefficients are known while the tile's logits still exist, so they are mixed into one
+    gradient in place: 3 products (2 with a frozen head) and one tile of memory, an entropy bonus included.
+    """
+    rows = compact(labels, head.ignore_index)
+    labels = gather(labels, rows)
+    n, backend = rows.numel(), backend_for(hidden)
+    wide = _wide(hidden.dtype)
+    metrics = hidden.new_zeros(num_metrics, hidden.shape[0], dtype=wide)
+    d_hidden = torch.zeros_like(hidden, dtype=_wide(hidden.dtype)) if needs.hidden else None
+    parameters = ParameterGradients(head, needs, wide)
+    losses = [hidden.new_zeros((), dtype=wide)]
+    step = tile_rows(head, n, workspace_bytes)
+    with memory.borrowed(step, padded_vocab(head), like=head.weight) as scratch:
+        for part in list(_chunks(n, step)) or [slice(0, 0)]:  # without rows, zero gradients all the same
+            tile = scratch[: part.stop - part.start, : head.vocab]
+            h, y = hidden.index_select(0, rows[part]), labels[part]
+            folded = fold(tile, h, y, head, write_u=False, statistics=("entropy",))
+            logps, entropy = folded["logps"], folded["entropy"]
+            loss, metric, coefs, coefs_entropy = token_loss(rows[part], logps, entropy)
+            losses.append(loss.sum())
+            metrics.index_copy_(1, rows[part], metric)
+            if not any(needs):
+                continue
+            # The tile holds the mixed gradient of size about 1, and the row's scale is applied to something of
+            # width d: coefficients of 1e-6 times probabilities would underflow in fp16.
+            scale = coefs.abs() if coefs_entropy is None else torch.maximum(coefs.abs(), coefs_entropy.abs())
+            scale = scale.masked_fill(scale == 0, 1)
+            backend.row_gradient(
+                tile, y, logps, folded["lse"], tile, transform=head.transform, ignore_index=head.ignore_index,
+                grad_logps=coefs / scale, entropy=entropy,
+                grad_entropy=None if coefs_entropy is None else coefs_entropy / scale,
+            )  # fmt: skip
+            d_rows = backward_store(tile, h, head, scale, needs, parameters)
+            if d_hidden is not None and d_rows is not None:
+                d_hidden.index_copy_(0, rows[part], d_rows)
+    return torch.stack(losses).sum(), metrics, Gradients(d_hidden, parameters.weight, parameters.bias)

@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
+from fastpref.backends.portable_kl import kl_estimate as kl_estimate
+from fastpref.backends.portable_kl import penalized_rewards as penalized_rewards
+from fastpref.backends.portable_kl import penalized_rewards_backward as penalized_rewards_backward
+from fastpref.backends.portable_kl import token_kl as token_kl
+from fastpref.backends.portable_kl import token_kl_gradient as token_kl_gradient
+from fastpref.backends.portable_policy import policy_loss as policy_loss
+from fastpref.backends.portable_reward import bradley_terry as bradley_terry
+from fastpref.backends.portable_reward import row_scores as row_scores
+from fastpref.backends.portable_reward import row_scores_gradient as row_scores_gradient
+from fastpref.backends.portable_unpaired import unpaired_loss as unpaired_loss
 from fastpref.backends.rows import accumulator, blocks, transform_slope
 
 ROW_ALIGNMENT = 1

@@ -1,4 +1,4 @@
-"""The contract of `fastpref_kernels.token_kl` in plain PyTorch."""
+"""The contract of `fastpref_kernels.token_kl` and `fastpref_kernels.sampled_kl` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def penalized_rewards_backward(
     grad = torch.zeros_like(logps) if grad_rewards is None else grad_rewards
     steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     last = (steps * mask).argmax(1, keepdim=True) if mask.shape[1] else steps.new_zeros(len(mask), 0)
-    d_scores = (grad * mask).gather(1, last).sum(1)
+    d_scores = grad.masked_fill(~mask, 0).gather(1, last).sum(1)
     if grad_sums is not None:
         d_scores, grad = d_scores + grad_sums, grad + grad_sums[:, None]
     _, slope = kl_estimate(logps, ref_logps, estimator)

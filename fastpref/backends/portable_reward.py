@@ -60,7 +60,8 @@ def bradley_terry(
     rewards: Tensor, margin: Tensor | None, *, center_coefficient: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     def formula(both: Tensor) -> Tensor:
-        return reference.bradley_terry(*both.chunk(2), margin, center_coefficient)
+        chosen, rejected = both.chunk(2)
+        return reference.bradley_terry(chosen, rejected, margin, center_coefficient)
 
     # Derivatives come from the specification itself. torch.func works inside a custom op, where autograd is off.
     coefs, loss = torch.func.grad_and_value(formula)(rewards)

@@ -5,6 +5,6 @@ formulas are operators themselves, so that differentiating them again raises ins
 of the answer. Importing this package registers all of them under `torch.ops.fastpref`.
 """
 
-from fastpref.ops import linear, paired, tokens
+from fastpref.ops import kl, linear, paired, policy, reward, tokens, unpaired
 
-__all__ = ["linear", "paired", "tokens"]
+__all__ = ["kl", "linear", "paired", "policy", "reward", "tokens", "unpaired"]

@@ -63,7 +63,8 @@ def linear_token_logprobs_backward(
             h, head, plans.gather(labels, rows), plans.gather(logps, rows), lse, coefs, needs, parameters,
             workspace_bytes,
         )  # fmt: skip
-    d_hidden = None if d_hidden is None else plans.scatter(d_hidden, rows, hidden.shape[0])
+    if d_hidden is not None:
+        d_hidden = plans.scatter(d_hidden.to(hidden.dtype), rows, hidden.shape[0])
     return present(plans.Gradients(d_hidden, parameters.weight, parameters.bias), hidden)
 
 
@@ -109,7 +110,7 @@ linear_token_logprobs.register_autograd(_backward_linear, setup_context=_save_li
 
 
 # Losses that form their gradients in the forward (plan `pair`): operators whose inputs begin with hidden, weight,
-# labels, bias and whose outputs are loss, metrics, dH, dW, db (the last two in fp32).
+# labels, bias and whose outputs are loss, metrics, dH, dW, db (in fp32).
 
 
 def present(gradients: plans.Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +124,7 @@ def fake_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = wide(hidden.dtype)
     gradients = plans.Gradients(
-        torch.empty_like(hidden) if needs.hidden else None,
+        torch.empty_like(hidden, dtype=dtype) if needs.hidden else None,
         torch.empty_like(weight, dtype=dtype) if needs.weight else None,
         torch.empty_like(bias, dtype=dtype) if needs.bias and bias is not None else None,
     )
@@ -141,9 +142,12 @@ def register_ready_gradients(op, num_inputs: int) -> None:
         if grad is None:
             return (None,) * num_inputs
         d_hidden, d_weight, d_bias, hidden, weight, bias = ctx.saved_tensors
-        # An upstream gradient of exactly 1, known without a sync on a CPU, saves a pass over [V, d].
-        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        as_is = eager and grad.device.type == "cpu" and grad.item() == 1
+        # An upstream gradient of exactly 1, known without a sync on a CPU, saves a pass over [V, d]. One that is being
+        # traced is a fake of another type, and has no value.
+        eager = type(grad) is Tensor and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        # A graph that is kept keeps its gradients too: `.grad` takes what it is given, and is written in place.
+        kept = eager and torch._C._autograd._get_current_graph_task_keep_graph()
+        as_is = eager and not kept and grad.device.type == "cpu" and grad.item() == 1
 
         def scaled(gradient, of, needed):
             if not needed or (as_is and gradient.dtype == of.dtype):

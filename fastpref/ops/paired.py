@@ -26,7 +26,8 @@ def encode(objective: PairedObjective) -> str:
 @functools.lru_cache(maxsize=256)
 def decode(text: str) -> PairedObjective:
     fields: dict[str, Any] = json.loads(text)
-    return PairedObjective(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    lists: dict[str, Any] = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return PairedObjective(**(fields | lists))
 
 
 def _chosen_tokens(objective: PairedObjective, labels, cu_seqlens, lengths, pairs: int, ignore_index: int):
@@ -88,7 +89,7 @@ def linear_paired_loss(
     need_hidden: bool, need_weight: bool, need_bias: bool, lengths: Tensor | None = None,
     token_weights: Tensor | None = None, confidence: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics `[6, B]`, dH, dW, db), the gradients empty where not needed; dW and db in fp32."""
+    """(loss, metrics `[6, B]`, dH, dW, db), the gradients in fp32, empty where not needed."""
     checks.label_range(labels, weight.shape[0], ignore_index)
     checks.packed_edges(cu_seqlens, labels.numel())
     o = decode(objective)

@@ -15,9 +15,13 @@ from fastpref.ops.linear import fake_gradients, head_of, present, register_ready
 from fastpref.reference import UnpairedObjective
 
 
+def encode(objective: UnpairedObjective) -> str:
+    """Operators take strings, not named tuples."""
+    return json.dumps(objective._asdict())
+
+
 @functools.lru_cache(maxsize=256)
 def decode(text: str) -> UnpairedObjective:
-    """Inverse of `fastpref.ops.paired.encode`."""
     return UnpairedObjective(**json.loads(text))
 
 
@@ -64,7 +68,7 @@ def linear_unpaired_loss(
     softcap: float | None, objective: str, workspace_bytes: int | None,
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics `[2, S]`, dH, dW, db), the gradients empty where not needed; dW and db in fp32."""
+    """(loss, metrics `[2, S]`, dH, dW, db), the gradients in fp32, empty where not needed."""
     checks.label_range(labels, weight.shape[0], ignore_index)
     checks.packed_edges(cu_seqlens, labels.numel())
     o = decode(objective)

@@ -8,6 +8,14 @@ Shapes: `N` rows (tokens), `V` vocabulary, `d` hidden size, `S` sequences, `B` p
 token that row `i` scores, so shifting has already happened; rows labelled `ignore_index` give exactly 0.
 """
 
+from fastpref.reference.kl import (
+    KL_DIRECTIONS,
+    KL_ESTIMATORS,
+    kl_estimate,
+    kl_penalized_rewards,
+    linear_token_kl,
+    token_kl,
+)
 from fastpref.reference.paired import (
     F_DIVERGENCES,
     PAIR_LOSSES,
@@ -17,6 +25,25 @@ from fastpref.reference.paired import (
     paired_loss,
     paired_metrics,
     shared_length_weights,
+)
+from fastpref.reference.policy import (
+    POLICY_METRICS,
+    PolicyObjective,
+    policy_token_losses,
+    policy_token_weights,
+)
+from fastpref.reference.reward import (
+    Comparisons,
+    aggregate_steps,
+    bradley_terry,
+    comparisons,
+    hard_step_losses,
+    plackett_luce,
+    ranking_center,
+    ranking_loss,
+    reward_metrics,
+    row_scores,
+    soft_step_losses,
 )
 from fastpref.reference.tokens import (
     STATISTICS,
@@ -28,22 +55,57 @@ from fastpref.reference.tokens import (
     token_logprobs,
     token_statistics,
 )
+from fastpref.reference.unpaired import (
+    UNPAIRED_LOSSES,
+    UNPAIRED_MEANS,
+    UnpairedObjective,
+    kto_kl,
+    unpaired_loss,
+    unpaired_metrics,
+)
 
 __all__ = [
     "F_DIVERGENCES",
+    "KL_DIRECTIONS",
+    "KL_ESTIMATORS",
     "PAIR_LOSSES",
+    "POLICY_METRICS",
     "STATISTICS",
+    "UNPAIRED_LOSSES",
+    "UNPAIRED_MEANS",
+    "Comparisons",
     "LogitTransform",
     "PairedObjective",
     "Pairs",
+    "PolicyObjective",
     "TokenStatistics",
+    "UnpairedObjective",
+    "aggregate_steps",
+    "bradley_terry",
+    "comparisons",
+    "hard_step_losses",
+    "kl_estimate",
+    "kl_penalized_rewards",
+    "kto_kl",
+    "linear_token_kl",
     "linear_token_logprobs",
     "pair_confidence",
     "paired_loss",
     "paired_metrics",
+    "plackett_luce",
+    "policy_token_losses",
+    "policy_token_weights",
+    "ranking_center",
+    "ranking_loss",
+    "reward_metrics",
+    "row_scores",
     "sequence_bounds",
     "sequence_logprobs",
     "shared_length_weights",
+    "soft_step_losses",
+    "token_kl",
     "token_logprobs",
     "token_statistics",
+    "unpaired_loss",
+    "unpaired_metrics",
 ]

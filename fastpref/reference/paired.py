@@ -40,7 +40,7 @@ class Pairs(NamedTuple):
         return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
 
-# f'(t) of the f-divergence that regularises, on the log-ratio x = log t (f-DPO, arXiv 2309.16240, table 1)
+# f'(t) of the f-divergence that regularises, on the log-ratio x = log t (f-DPO, arXiv 2309.16240)
 F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda x, alpha: x,
     "forward_kl": lambda x, alpha: 1 - torch.exp(-x),
@@ -78,7 +78,7 @@ def sigmoid(pairs: Pairs, o: PairedObjective) -> Tensor:
 
 
 def hinge(pairs: Pairs, o: PairedObjective) -> Tensor:
-    return torch.relu(1 - _margin(pairs, o))  # SLiC, eq. 2 of 2309.06657
+    return torch.relu(1 - _margin(pairs, o))  # SLiC-HF, section 2 of 2305.10425
 
 
 def ipo(pairs: Pairs, o: PairedObjective) -> Tensor:
@@ -99,17 +99,17 @@ def exo_pair(pairs: Pairs, o: PairedObjective) -> Tensor:
 
 def nca_pair(pairs: Pairs, o: PairedObjective) -> Tensor:
     a, b = (o.beta * x for x in pairs.log_ratios)
-    return -F.logsigmoid(a) - 0.5 * F.logsigmoid(-a) - 0.5 * F.logsigmoid(-b)  # eq. 11 of 2402.05369, K = 2
+    return -F.logsigmoid(a) - 0.5 * F.logsigmoid(-a) - 0.5 * F.logsigmoid(-b)  # section 4.1 of 2402.05369, K = 2
 
 
 def robust(pairs: Pairs, o: PairedObjective) -> Tensor:
     x, eps = _margin(pairs, o), o.label_smoothing
-    return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)  # eq. 12 of 2403.00409
+    return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)  # section 3.1 of 2403.00409
 
 
 def bco_pair(pairs: Pairs, o: PairedObjective) -> Tensor:
     a, b = (o.beta * x for x in pairs.log_ratios)
-    return -F.logsigmoid(a) - F.logsigmoid(-b)  # eq. 9 of 2404.04656 without the running shift
+    return -F.logsigmoid(a) - F.logsigmoid(-b)  # section 4 of 2404.04656, without the running shift
 
 
 def sppo_hard(pairs: Pairs, o: PairedObjective) -> Tensor:
@@ -119,13 +119,13 @@ def sppo_hard(pairs: Pairs, o: PairedObjective) -> Tensor:
 
 def aot(pairs: Pairs, o: PairedObjective) -> Tensor:
     policy, ref = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
-    u = policy.sort().values - ref.sort().values  # optimal transport in 1-d is sorting: eq. 7 of 2406.05882
+    u = policy.sort().values - ref.sort().values  # optimal transport in 1-d is sorting: section 3 of 2406.05882
     return _smoothed_logistic(o.beta * u, o.label_smoothing)
 
 
 def aot_unpaired(pairs: Pairs, o: PairedObjective) -> Tensor:
     a, b = pairs.log_ratios
-    u = a.sort().values - b.sort().values  # eq. 9 of 2406.05882
+    u = a.sort().values - b.sort().values  # section 3 of 2406.05882
     return _smoothed_logistic(o.beta * u, o.label_smoothing)
 
 
@@ -148,7 +148,7 @@ def discopop(pairs: Pairs, o: PairedObjective) -> Tensor:
 
 def sigmoid_norm(pairs: Pairs, o: PairedObjective) -> Tensor:
     a, b = _normalized_scores(pairs, o)
-    return -F.logsigmoid(o.beta * (a - b))  # length-normalised DPO, section 4 of 2411.15124 (Tulu 3)
+    return -F.logsigmoid(o.beta * (a - b))  # length-normalised DPO of Tulu 3, 2411.15124
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def paired_metrics(
 
 
 def shared_length_weights(labels: Tensor, cu_seqlens: Tensor | None, alpha: float, ignore_index: int) -> Tensor:
-    """LD-DPO's weight of each token (arXiv 2409.06411, eq. 8): 1 up to the shorter response's length, then alpha.
+    """LD-DPO's weight of each token (arXiv 2409.06411): 1 up to the shorter response's length, then alpha.
 
     `[N]` for `labels` `[2B, T]` or packed `[N]`; 0 on ignored rows.
     """
@@ -262,7 +262,7 @@ def shared_length_weights(labels: Tensor, cu_seqlens: Tensor | None, alpha: floa
 
 
 def pair_confidence(token_logps: Tensor, log_sum_sq: Tensor, lengths: Tensor) -> Tensor:
-    """WPO's weight of each pair (arXiv 2406.11827, eq. 4 with its alignment term), `[B]`, a constant.
+    """WPO's weight of each pair (arXiv 2406.11827, aligned by log sum p^2), `[B]`, a constant.
 
     `exp(mean_t(log p(y_t) - log sum_v p(v)^2))` of chosen times rejected; the arguments are summed per sequence.
     """

@@ -63,7 +63,8 @@ def token_statistics(
     ignored = labels == ignore_index
     return TokenStatistics(
         logps=token_logprobs(logits, labels, ignore_index=ignore_index, **options),
-        entropy=-torch.where(p > 0, p * logp, 0).sum(-1).masked_fill(ignored, 0),
+        # 0 log 0 = 0, in the gradient too: a where around the product would pass 0 * inf back
+        entropy=-(p * logp.masked_fill(p == 0, 0)).sum(-1).masked_fill(ignored, 0),
         mean_logit=z.mean(-1).masked_fill(ignored, 0),
         is_top1=(z.argmax(-1) == labels) & ~ignored,  # the first index wins a tie, as in TRL
         log_sum_sq=torch.logsumexp(2 * logp, -1).masked_fill(ignored, 0),  # log sum_v p_v^2, WPO arXiv 2406.11827

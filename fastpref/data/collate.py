@@ -1,0 +1,92 @@
+"""From pairs to batches: chat template, truncation, shifted labels, padding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.data.pairs import Pair
+
+IGNORE_INDEX = -100
+
+
+class TokenizedPair(NamedTuple):
+    """Token ids; `prompt` is what both sequences begin with."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    def longest(self) -> int:
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+class PairBatch(NamedTuple):
+    """Right-padded `[2B, T]`, the B chosen sequences first. `labels[s, t]` is the token that position t scores."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        return PairBatch(*(x.to(device) for x in self))
+
+
+def _template_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+
+
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(first, second, strict=False)))
+
+
+def tokenize_pair(pair: Pair, tokenizer: Any) -> TokenizedPair:
+    """As TRL does: a completion is what the template adds to the prompt with its generation header, whatever
+    closes the assistant's turn included. The prompt ends where it stops being a prefix of either sequence."""
+    prompt = _template_ids(tokenizer, pair.prompt, add_generation_prompt=True)
+    chosen = _template_ids(tokenizer, pair.prompt + pair.chosen)
+    rejected = _template_ids(tokenizer, pair.prompt + pair.rejected)
+    n = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
+    return TokenizedPair(chosen[:n], chosen[n:], rejected[n:])
+
+
+def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, max_length: int) -> list[TokenizedPair]:
+    """Sequences are cut at `max_length`; pairs whose prompt leaves no room for a completion are left out."""
+    tokenized = (tokenize_pair(pair, tokenizer) for pair in pairs)
+    kept = [
+        TokenizedPair(prompt, chosen[: max_length - len(prompt)], rejected[: max_length - len(prompt)])
+        for prompt, chosen, rejected in tokenized
+        if len(prompt) < max_length
+    ]
+    if not kept:
+        raise ValueError(
+            f"max_length: got {max_length}, want more: the prompt alone is that long in each of {len(pairs)} pairs"
+        )
+    return kept
+
+
+def collate_pairs(pairs: Sequence[TokenizedPair], pad_token_id: int) -> PairBatch:
+    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    length = max(p.longest() for p in pairs)
+    batch = PairBatch(
+        torch.full((len(sequences), length), pad_token_id),
+        torch.zeros(len(sequences), length, dtype=torch.long),
+        torch.full((len(sequences), length), IGNORE_INDEX),
+    )
+    for row, (prompt, completion) in enumerate(sequences):
+        end = len(prompt) + len(completion)
+        batch.input_ids[row, :end] = torch.tensor(prompt + completion)
+        batch.attention_mask[row, :end] = 1
+        first = max(len(prompt), 1)  # nothing scores the first token of a sequence
+        batch.labels[row, first - 1 : end - 1] = batch.input_ids[row, first:end]
+    return batch
+
+
+def batches_by_length(pairs: Sequence[TokenizedPair], batch_size: int, pad_token_id: int) -> list[PairBatch]:
+    """All pairs, neighbours in length together, so that little is padding."""
+    by_length = sorted(pairs, key=TokenizedPair.longest)
+    return [collate_pairs(by_length[i : i + batch_size], pad_token_id) for i in range(0, len(by_length), batch_size)]

@@ -1,0 +1,254 @@
+"""KL penalties: estimated from sampled tokens, exact from logits, exact from hidden states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpref import checks, kl_plans, plans
+from fastpref.backends import backend_for
+from fastpref.ops.common import first_order_only, wide, without_autocast
+from fastpref.ops.linear import head_of, present
+from fastpref.reference import LogitTransform
+
+
+@torch.library.custom_op("fastpref::kl_estimate", mutates_args=())
+@without_autocast
+def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """(estimate, d estimate / d logps), each `[N]`."""
+    return backend_for(logps).kl_estimate(logps, ref_logps, estimator)
+
+
+@kl_estimate.register_fake
+def _(logps, ref_logps, estimator):
+    return torch.empty_like(logps), torch.empty_like(logps)
+
+
+def _save_estimate(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], inputs[0])
+
+
+def _backward_estimate(ctx, grad, *unused):
+    if grad is None:
+        return None, None, None
+    slope, logps = ctx.saved_tensors
+    return torch.ops.fastpref.scale_gradient(slope, grad, logps), None, None
+
+
+kl_estimate.register_autograd(_backward_estimate, setup_context=_save_estimate)
+
+
+@torch.library.custom_op("fastpref::kl_penalized_rewards", mutates_args=())
+@without_autocast
+def kl_penalized_rewards(
+    scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: Tensor, estimator: str
+) -> tuple[Tensor, Tensor]:
+    """(rewards `[S, T]`, sums `[S]`); beta is 0-d."""
+    return backend_for(logps).penalized_rewards(scores, logps, ref_logps, mask, beta, estimator)
+
+
+@kl_penalized_rewards.register_fake
+def _(scores, logps, ref_logps, mask, beta, estimator):
+    return torch.empty_like(logps), torch.empty_like(scores)
+
+
+@torch.library.custom_op("fastpref::kl_penalized_rewards_backward", mutates_args=())
+@without_autocast
+def kl_penalized_rewards_backward(
+    grad_rewards: Tensor | None, grad_sums: Tensor | None, logps: Tensor, ref_logps: Tensor, mask: Tensor,
+    beta: Tensor, estimator: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(d scores, d logps)."""
+    grads = (None if g is None else g.contiguous() for g in (grad_rewards, grad_sums))
+    return backend_for(logps).penalized_rewards_backward(*grads, logps, ref_logps, mask, beta, estimator)
+
+
+@kl_penalized_rewards_backward.register_fake
+def _(grad_rewards, grad_sums, logps, ref_logps, mask, beta, estimator):
+    return logps.new_empty(logps.shape[0]), torch.empty_like(logps)
+
+
+first_order_only(kl_penalized_rewards_backward)
+
+
+def _save_rewards(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[1:5])
+    ctx.estimator = inputs[5]
+
+
+def _backward_rewards(ctx, grad_rewards, grad_sums):
+    if grad_rewards is None and grad_sums is None:
+        return (None,) * 6
+    gradients = torch.ops.fastpref.kl_penalized_rewards_backward(
+        grad_rewards, grad_sums, *ctx.saved_tensors, ctx.estimator
+    )
+    return *gradients, *(None,) * 4
+
+
+kl_penalized_rewards.register_autograd(_backward_rewards, setup_context=_save_rewards)
+
+
+@torch.library.custom_op("fastpref::token_kl", mutates_args=())
+@without_autocast
+def token_kl(
+    policy_logits: Tensor, ref_logits: Tensor, mask: Tensor | None, direction: str, temperature: float,
+    logit_scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(KL, the policy's lse, the reference's), each `[N]`."""
+    out = backend_for(policy_logits).token_kl(
+        policy_logits, ref_logits, direction=direction, mask=mask,
+        transform=LogitTransform(temperature, logit_scale, softcap),
+    )  # fmt: skip
+    return out["kl"], out["lse"], out["ref_lse"]
+
+
+@token_kl.register_fake
+def _(policy_logits, ref_logits, *options):
+    dtype = wide(torch.promote_types(policy_logits.dtype, ref_logits.dtype))
+    n = policy_logits.shape[:-1].numel()
+    kl, lse, ref_lse = (policy_logits.new_empty(n, dtype=dtype) for _ in range(3))
+    return kl, lse, ref_lse
+
+
+@torch.library.custom_op("fastpref::token_kl_backward", mutates_args=())
+@without_autocast
+def token_kl_backward(
+    grad: Tensor, policy_logits: Tensor, ref_logits: Tensor, mask: Tensor | None, kl: Tensor, lse: Tensor,
+    ref_lse: Tensor, direction: str, temperature: float, logit_scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    d_logits = torch.empty(policy_logits.shape, dtype=policy_logits.dtype, device=policy_logits.device)
+    backend_for(policy_logits).token_kl_gradient(
+        policy_logits, ref_logits, kl, lse, ref_lse, d_logits.view(-1, policy_logits.shape[-1]),
+        direction=direction, transform=LogitTransform(temperature, logit_scale, softcap), mask=mask,
+        grad=grad.contiguous(),
+    )  # fmt: skip
+    return d_logits
+
+
+@token_kl_backward.register_fake
+def _(grad, policy_logits, *rest):
+    return torch.empty(policy_logits.shape, dtype=policy_logits.dtype, device=policy_logits.device)
+
+
+first_order_only(token_kl_backward)
+
+
+def _save_token_kl(ctx, inputs, output):
+    policy_logits, ref_logits, mask, *options = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(policy_logits, ref_logits, mask, *output)
+    ctx.options = options
+
+
+def _backward_token_kl(ctx, grad, *unused):
+    if grad is None:
+        return (None,) * 7
+    return torch.ops.fastpref.token_kl_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+
+
+token_kl.register_autograd(_backward_token_kl, setup_context=_save_token_kl)
+
+
+@torch.library.custom_op("fastpref::linear_token_kl", mutates_args=())
+@without_autocast
+def linear_token_kl(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor | None,
+    bias: Tensor | None, ref_bias: Tensor | None, direction: str, ignore_index: int, temperature: float,
+    logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(KL `[N]`, log-probs and reference log-probs of the labels `[N]` or empty, both lse `[n]`, what the plan keeps
+    for its backward, the n scored rows)."""
+    if labels is not None:
+        checks.label_range(labels, weight.shape[0], ignore_index)
+    head, ref_head = (
+        head_of(w, b, ignore_index, temperature, logit_scale, softcap)
+        for w, b in ((weight, bias), (ref_weight, ref_bias))
+    )
+    out = kl_plans.forward(hidden, head, ref_hidden, ref_head, labels, direction, plan, workspace_bytes)
+    logps, ref_logps = (out.kl.new_empty(0) if x is None else x for x in (out.logps, out.ref_logps))
+    return out.kl, logps, ref_logps, out.lse, out.ref_lse, out.kept, out.rows
+
+
+@linear_token_kl.register_fake
+def _(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, direction, ignore_index, *options):
+    total, plan = hidden.shape[0], options[3]
+    n = total if labels is None else torch.library.get_ctx().new_dynamic_size()
+    dtype = wide(torch.promote_types(hidden.dtype, ref_hidden.dtype))
+    kept = hidden.new_empty(0)
+    if plan == "store":
+        kept = plans.logits_buffer(head_of(weight, bias, ignore_index, 1.0, 1.0, None), n)
+    elif plan == "frozen":
+        kept = torch.empty_like(hidden)
+    scored = 0 if labels is None else total
+    logps, ref_logps = (hidden.new_empty(scored, dtype=dtype) for _ in range(2))
+    kl, lse, ref_lse = (hidden.new_empty(size, dtype=dtype) for size in (total, n, n))
+    return kl, logps, ref_logps, lse, ref_lse, kept, hidden.new_empty(n, dtype=torch.long)
+
+
+@torch.library.custom_op("fastpref::linear_token_kl_backward", mutates_args=())
+@without_autocast
+def linear_token_kl_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None,
+    ref_bias: Tensor | None, kl: Tensor, lse: Tensor, ref_lse: Tensor, kept: Tensor, rows: Tensor, direction: str,
+    ignore_index: int, temperature: float, logit_scale: float, softcap: float | None, plan: str,
+    workspace_bytes: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dH, dW, db), empty where not needed."""
+    head = head_of(weight, bias, ignore_index, temperature, logit_scale, softcap)
+    needs = plans.Needs(need_hidden, need_weight, need_bias)
+    parameters = plans.ParameterGradients(head, needs, weight.dtype)
+    h, coefs = plans.gather(hidden, rows), plans.gather(grad, rows)
+    if plan == "store":
+        d_hidden = plans.backward_store(kept, h, head, coefs, needs, parameters)
+    else:
+        ref_head = head_of(ref_weight, ref_bias, ignore_index, temperature, logit_scale, softcap)
+        d_hidden = kl_plans.backward_recompute(
+            h, head, plans.gather(ref_hidden, rows), ref_head, plans.gather(kl, rows), lse, ref_lse, coefs,
+            direction, needs, parameters, workspace_bytes,
+        )  # fmt: skip
+    if d_hidden is not None:
+        d_hidden = plans.scatter(d_hidden.to(hidden.dtype), rows, hidden.shape[0])
+    return present(plans.Gradients(d_hidden, parameters.weight, parameters.bias), hidden)
+
+
+@linear_token_kl_backward.register_fake
+def _(grad, hidden, weight, ref_hidden, ref_weight, bias, *rest):
+    needs = zip(rest[-3:], (hidden, weight, bias), strict=True)
+    return tuple(torch.empty_like(t) if need and t is not None else hidden.new_empty(0) for need, t in needs)
+
+
+first_order_only(linear_token_kl_backward)
+
+
+def _save_linear(ctx, inputs, output):
+    hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, *options = inputs
+    kl, _, _, *saved = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(labels, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, kl, *saved)
+    ctx.options = options
+
+
+def _backward_linear(ctx, grad, *unused):
+    if grad is None:
+        return (None,) * 14
+    labels, hidden, *rest = ctx.saved_tensors
+    need_hidden, need_weight, _, _, _, need_bias, _ = ctx.needs_input_grad[:7]
+    ignore_index, plan, kept = ctx.options[1], ctx.options[5], rest[-2]
+    if plan == "no_grad" or (plan == "frozen" and (need_weight or need_bias)):
+        raise RuntimeError(f"plan {plan!r} kept nothing for the gradients that backward now asks for")
+    if plan == "frozen":
+        if labels is not None:  # an ignored row's upstream gradient may be anything
+            grad = grad.masked_fill(labels == ignore_index, 0)
+        return torch.ops.fastpref.scale_gradient(kept, grad, hidden), *(None,) * 13
+    needs = (need_hidden, need_weight, need_bias)
+    gradients = torch.ops.fastpref.linear_token_kl_backward(grad, hidden, *rest, *ctx.options, *needs)
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return d_hidden, d_weight, None, None, None, d_bias, *(None,) * 8
+
+
+linear_token_kl.register_autograd(_backward_linear, setup_context=_save_linear)

@@ -1,0 +1,77 @@
+"""Clipped policy-gradient losses per token: PPO, GRPO, DAPO."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PolicyObjective(NamedTuple):
+    """`sum_t weight_t * (-clipped_t + beta * kl_t - entropy_coef * H_t)`."""
+
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    beta: float = 0.0  # weight of the KL to the reference
+    entropy_coef: float = 0.0
+
+
+POLICY_METRICS = ("ratio", "kl", "clipped")
+
+
+def policy_token_losses(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    advantages: Tensor,
+    entropy: Tensor | None,
+    objective: PolicyObjective,
+) -> tuple[Tensor, Tensor]:
+    """(loss `[N]`, POLICY_METRICS `[3, N]`) of every token; all arguments `[N]`.
+
+    Without `old_logps` the sample is on-policy: the ratio is 1 and only its gradient counts.
+    """
+    o = objective
+    log_ratio = logps - (logps.detach() if old_logps is None else old_logps)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - o.epsilon_low, 1 + o.epsilon_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)  # eq. 7 of PPO, 1707.06347; DAPO 2503.14476 eq. 10
+    kl = torch.zeros_like(logps)
+    if ref_logps is not None:
+        difference = ref_logps - logps
+        kl = torch.expm1(difference) - difference  # k3: eq. 4 of GRPO, 2402.03300
+        loss = loss + o.beta * kl
+    if entropy is not None:
+        loss = loss - o.entropy_coef * entropy  # eq. 9 of PPO
+    outside = ((ratio < 1 - o.epsilon_low) & (advantages < 0)) | ((ratio > 1 + o.epsilon_high) & (advantages > 0))
+    return loss, torch.stack([ratio, kl, outside.to(ratio.dtype)]).detach()
+
+
+def policy_token_weights(
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What each token weighs in the loss `[N]`; 0 on ignored rows. `labels` `[S, T]`, or packed `[N]`.
+
+    `sequence`: mean of the sequences' token means (GRPO, eq. 3 of 2402.03300); `token`: mean over all tokens (BNPO,
+    and DAPO, eq. 8 of 2503.14476, with the global token count as `normalizer`); `constant`: sum over
+    `normalizer` (Dr. GRPO, 2503.20783: sequences times the maximal length).
+    """
+    scored = (labels != ignore_index).reshape(-1).to(dtype)
+    if reduction != "sequence":
+        total = scored.sum().clamp(min=1) if normalizer is None else normalizer
+        return scored / total
+    if cu_seqlens is None:
+        sequence = torch.arange(labels.shape[0], device=labels.device).repeat_interleave(labels.shape[1])
+        sequences = labels.shape[0]
+    else:
+        every = torch.arange(scored.numel(), device=labels.device)
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), every, right=True)
+        sequences = cu_seqlens.numel() - 1
+    lengths = scored.new_zeros(sequences).index_add(0, sequence, scored)  # of small integers: exact in any order
+    return scored / lengths.clamp(min=1)[sequence] / sequences

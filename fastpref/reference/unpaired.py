@@ -1,0 +1,80 @@
+"""Losses on single responses, each labelled desirable or undesirable: KTO, APO-zero-unpaired, BCO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class UnpairedObjective(NamedTuple):
+    """What an unpaired loss is, besides its tensors."""
+
+    loss: str = "kto"
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    mean: str = "batch"  # over all sequences, or "class": the sum of the two classes' means
+
+
+UNPAIRED_MEANS = ("batch", "class")
+
+
+def _towards(desirable: Tensor, x: Tensor) -> Tensor:
+    """x of a desirable sequence, -x of an undesirable one: what every loss here wants to be large."""
+    return torch.where(desirable, x, -x)
+
+
+def kto(log_ratios: Tensor, desirable: Tensor, z0: Tensor, beta: float) -> Tensor:
+    y = _towards(desirable, beta * (log_ratios - z0))
+    return torch.sigmoid(-y)  # 1 - sigmoid(y) without cancellation: eq. 8 of 2402.01306, with v(x, y) as in eq. 7
+
+
+def apo_zero_unpaired(log_ratios: Tensor, desirable: Tensor, _: Tensor, beta: float) -> Tensor:
+    return torch.sigmoid(-_towards(desirable, beta * log_ratios))  # the two terms of eq. 7 of 2408.06266, as in TRL
+
+
+def bco(log_ratios: Tensor, desirable: Tensor, delta: Tensor, beta: float) -> Tensor:
+    return -F.logsigmoid(_towards(desirable, beta * log_ratios - delta))  # 2404.04656, with its reward shift delta
+
+
+UNPAIRED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    f.__name__: f for f in (kto, apo_zero_unpaired, bco)
+}
+
+
+def unpaired_loss(
+    sums: Tensor,
+    ref_sums: Tensor,
+    desirable: Tensor,
+    shift: Tensor | None,
+    objective: UnpairedObjective,
+    *,
+    batch_desirable: Tensor | None = None,
+) -> Tensor:
+    """The batch's loss from summed log-probs, everything `[S]` but `shift` (0-d, a constant); scalar.
+
+    A group of sequences out of a larger batch passes the batch's `desirable` too, so that group losses add up to the
+    batch's. A class without sequences contributes 0.
+    """
+    o, batch = objective, desirable if batch_desirable is None else batch_desirable
+    shift = sums.new_zeros(()) if shift is None else shift.detach()
+    losses = UNPAIRED_LOSSES[o.loss](sums - ref_sums, desirable, shift, o.beta)
+    losses = torch.where(desirable, o.desirable_weight * losses, o.undesirable_weight * losses)
+    if o.mean == "batch":
+        return losses.sum() / len(batch)
+    chosen = batch.sum()
+    return (losses / torch.where(desirable, chosen, len(batch) - chosen)).sum()  # E over each class: 2402.01306 eq. 8
+
+
+def unpaired_metrics(sums: Tensor, ref_sums: Tensor, objective: UnpairedObjective) -> Tensor:
+    """`[2, S]`: log-probs and rewards."""
+    return torch.stack([sums, objective.beta * (sums - ref_sums)])
+
+
+def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """z0 of KTO from mismatched completions' summed log-probs `[S]`, a constant: section 4.1 of 2402.01306."""
+    return (logps - ref_logps).mean().clamp(min=0).detach()

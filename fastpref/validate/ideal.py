@@ -1,0 +1,240 @@
+"""Two readings of every formula: `Exact`, the specification, and `Ideal`, fp64 arithmetic with our rounding points.
+
+The ideal is the best that an implementation can do which stores what ours stores:
+
+    head output      rounded to the inputs' dtype (the product's output); the label's also in fp32, and its rounded
+                     self is replaced inside the log-sum-exp
+    log-sum-exp      its sum, the sum's log and the total with the maximum in fp32; so are log-probs, statistics, sequence sums and coefficients c
+    U                rounded to the inputs' dtype
+    c * H, c         rounded to the inputs' dtype, as operands of the products for dW and db
+    sequence sums    rounded after each token; so is their difference to the reference model's
+    U W              rounded where the plan keeps it (`frozen`), and on a CPU, which has no product of half-precision
+                     operands with an fp32 result: there each product is rounded before groups or slices are added
+    gradients        rounded once at the end
+
+With fp64 inputs nothing is rounded, and the ideal is the truth.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpref import reference
+from fastpref.reference import LogitTransform, TokenStatistics
+
+EXACT = torch.float64
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).to(EXACT)
+
+
+class Rounding(NamedTuple):
+    io: torch.dtype  # inputs, logits, U, gradients
+    wide: torch.dtype  # log-probs and everything per row
+    product: torch.dtype  # what a gradient product leaves behind before it is added up or scaled
+
+    @classmethod
+    def of(cls, io: torch.dtype, device: torch.device) -> Rounding:
+        wide = torch.float64 if io == torch.float64 else torch.float32
+        return cls(io, wide, io if device.type == "cpu" else wide)
+
+
+class Partition(NamedTuple):
+    """In which pieces the gradient products run; matters where each piece is rounded."""
+
+    keeps_product: bool = False  # U W is stored before c is known
+    row_groups: tuple[Tensor, ...] = ()  # row indices; none: all rows at once
+    slice_width: int | None = None  # of the vocabulary; None: all of it
+
+
+class Exact:
+    """The specification in the dtype of its inputs. `logps` collects what losses are made of."""
+
+    def __init__(self) -> None:
+        self.logps: list[Tensor] = []
+
+    def keep(self, logps: Tensor) -> Tensor:
+        self.logps.append(logps)
+        return logps
+
+    def stored(self, x: Tensor) -> Tensor:
+        """An intermediate result that is larger than what is made of it."""
+        return x
+
+    def sequence_logprobs(self, logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return reference.sequence_logprobs(logps, labels, cu_seqlens=cu_seqlens)
+
+    def token_logprobs(self, logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        return self.keep(reference.token_logprobs(logits, labels, **options))
+
+    def token_statistics(self, logits: Tensor, labels: Tensor, **options: Any) -> TokenStatistics:
+        return reference.token_statistics(logits, labels, **options)
+
+    def linear_token_logprobs(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, pieces: Partition, **options: Any
+    ) -> Tensor:
+        return self.keep(reference.linear_token_logprobs(hidden, weight, labels, bias, **options))
+
+
+class Ideal(Exact):
+    def __init__(self, rounding: Rounding) -> None:
+        super().__init__()
+        self.rounding = rounding
+
+    def stored(self, x: Tensor) -> Tensor:
+        return _Stored.apply(x, self.rounding.wide)
+
+    def sequence_logprobs(self, logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        bounds = reference.sequence_bounds(labels, cu_seqlens)
+        flat = logps.reshape(-1)
+        return torch.stack([_Sum.apply(flat[a:b], self.rounding.wide) for a, b in bounds])
+
+    def token_logprobs(self, logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        return self.keep(self.token_statistics(logits, labels, **options).logps)
+
+    def token_statistics(
+        self, logits: Tensor, labels: Tensor, *, ignore_index: int = -100, **transform: Any
+    ) -> TokenStatistics:
+        flat = logits.reshape(-1, logits.shape[-1])
+        found = _RowStatistics.apply(
+            flat, labels.reshape(-1), ignore_index, LogitTransform(**transform), self.rounding.wide
+        )
+        logps, entropy, mean, log_sum_sq = (x.view(labels.shape) for x in found)
+        top1 = reference.token_statistics(logits, labels, ignore_index=ignore_index, **transform).is_top1
+        return TokenStatistics(logps, entropy, mean, top1, log_sum_sq)
+
+    def linear_token_logprobs(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, pieces: Partition, *,
+        ignore_index: int = -100, **transform: Any,
+    ) -> Tensor:  # fmt: skip
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logps = _LinearLogprobs.apply(
+            flat, weight, bias, labels.reshape(-1), ignore_index, LogitTransform(**transform), self.rounding, pieces
+        )
+        return self.keep(logps.view(labels.shape))
+
+
+class _Stored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return rounded(x, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    """A sequence's log-prob, token by token: every partial sum is rounded, and so is the coefficient on its way back
+    (the log-probs of ignored rows are 0). Rewards subtract such sums from each other."""
+
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.shape, ctx.dtype = logps.shape, dtype
+        total = logps.new_zeros(())
+        for logp in logps.cpu():
+            total = rounded(total.cpu() + logp, dtype)
+        return total.to(logps.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return rounded(grad, ctx.dtype).expand(ctx.shape), None
+
+
+def _slope(z: Tensor, transform: LogitTransform) -> Tensor:
+    """d logit / d head output from the logit as stored: near the cap, 1 - (z / cap)^2 cancels."""
+    slope = torch.full_like(z, transform.logit_scale / transform.temperature)
+    if transform.softcap is not None:
+        slope = slope * (1 - (z * transform.temperature / transform.softcap) ** 2)
+    return slope
+
+
+def _lse(z: Tensor, dtype: torch.dtype) -> Tensor:
+    m = z.amax(1)
+    return rounded(m + rounded(rounded((z - m[:, None]).exp().sum(1), dtype).log(), dtype), dtype)
+
+
+def _unit_gradient(z: Tensor, lse: Tensor, label: Tensor, logps: Tensor) -> Tensor:
+    u = -(z - lse[:, None]).exp()
+    return u.scatter(1, label[:, None], -torch.expm1(logps)[:, None])
+
+
+class _RowStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform, wide) -> Any:
+        ignored = labels == ignore_index
+        label = labels.masked_fill(ignored, 0).long()
+        z = rounded(transform(logits), wide)
+        lse = _lse(z, wide)
+        logps = rounded(z.gather(1, label[:, None])[:, 0] - lse, wide)
+        p = (z - lse[:, None]).exp()
+        energy = rounded(torch.where(p > 0, p * z, 0).sum(1), wide)
+        entropy = rounded(lse - energy, wide)
+        log_sum_sq = rounded(rounded((2 * z).logsumexp(1), wide) - 2 * lse, wide)
+        ctx.save_for_backward(z, lse, label, logps, entropy, ignored)
+        ctx.transform, ctx.wide = transform, wide
+        values = (logps, entropy, rounded(z.mean(1), wide), log_sum_sq)
+        return tuple(x.masked_fill(ignored, 0) for x in values)
+
+    @staticmethod
+    def backward(ctx: Any, d_logps: Tensor, d_entropy: Tensor, *unused: Tensor) -> Any:
+        z, lse, label, logps, entropy, ignored = ctx.saved_tensors
+        gradient = rounded(d_logps, ctx.wide)[:, None] * _unit_gradient(z, lse, label, logps)
+        log_p = z - lse[:, None]
+        p = log_p.exp()
+        mixed = torch.where(p > 0, -p * (log_p + entropy[:, None]), 0)
+        gradient = (gradient + rounded(d_entropy, ctx.wide)[:, None] * mixed) * _slope(z, ctx.transform)
+        return gradient.masked_fill(ignored[:, None], 0), None, None, None, None
+
+
+def _in_another_order(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The head output as an fp32 product sums it whose terms come in another order.
+
+    Plan `recompute` forms the head output twice, by products of different shapes, which need not agree in the last
+    bits: exp(z - lse) inherits an error of some eps |z|. (Rounded to half precision they all but always agree.)
+    """
+    product = hidden.flip(1).float() @ weight.flip(1).float().t()
+    return (product if bias is None else product + bias).to(EXACT)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
+        transform: LogitTransform, rounding: Rounding, pieces: Partition,
+    ) -> Tensor:  # fmt: skip
+        ignored = labels == ignore_index
+        label = labels.masked_fill(ignored, 0).long()
+        raw = F.linear(hidden, weight, bias)
+        z = rounded(transform(rounded(raw, rounding.io)), rounding.wide)
+        own = rounded(transform(rounded(raw.gather(1, label[:, None]), rounding.wide)), rounding.wide)
+        lse = _lse(z.scatter(1, label[:, None], own), rounding.wide)
+        logps = rounded(own[:, 0] - lse, rounding.wide)
+        if pieces.slice_width is not None and rounding.io == torch.float32:
+            z = rounded(transform(_in_another_order(hidden, weight, bias)), rounding.wide)
+        u = rounded(_unit_gradient(z, lse, label, logps) * _slope(z, transform), rounding.io)
+        ctx.save_for_backward(u.masked_fill(ignored[:, None], 0), hidden, weight)
+        ctx.rounding, ctx.pieces = rounding, pieces
+        return logps.masked_fill(ignored, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        u, hidden, weight = ctx.saved_tensors
+        rounding: Rounding = ctx.rounding
+        pieces: Partition = ctx.pieces
+        coefs = rounded(grad, rounding.wide)[:, None]
+        width = pieces.slice_width or weight.shape[0]
+        kept = rounding.io if pieces.keeps_product else rounding.product
+        product = sum(rounded(part @ w, kept) for part, w in zip(u.split(width, 1), weight.split(width), strict=True))
+        scaled = rounded(coefs * hidden, rounding.io)
+        groups = pieces.row_groups or (torch.arange(u.shape[0], device=u.device),)
+        d_weight = sum(rounded(u[g].t() @ scaled[g], rounding.product) for g in groups)
+        d_bias = None
+        if ctx.needs_input_grad[2]:
+            d_bias = sum(rounded(u[g].t() @ rounded(coefs[g, 0], rounding.io), rounding.product) for g in groups)
+        return coefs * product, d_weight, d_bias, None, None, None, None, None

@@ -1,0 +1,81 @@
+"""What the compilers make of the kernels, for GPUs that need not be here: `python -m benchmarks.resources`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+THREADS = {"sm_80": 256, "sm_90": 256, "sm_100": 256, "gfx942": 512}  # 8 warps
+BLOCK = 4096
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict]:
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.resources", "--json"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)["kernels"]
+
+
+def _name(kernel: dict) -> str:
+    return "{kernel} ({variant}) {dtype} on {target}".format(**kernel)
+
+
+def test_nothing_spills(kernels):
+    assert {_name(k): (k["spills"], k["stack"]) for k in kernels if k["spills"] or k["stack"]} == {}
+
+
+def test_every_kernel_is_compiled_for_every_target(kernels):
+    import fastpref_kernels
+
+    from benchmarks.resources import KERNELS
+
+    modules = [
+        importlib.import_module(m.name) for m in pkgutil.iter_modules(fastpref_kernels.__path__, "fastpref_kernels.")
+    ]
+    written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {name for _, name in KERNELS.values()} == written
+    assert {(k["kernel"], k["target"]) for k in kernels} == {(name, target) for name in KERNELS for target in TARGETS}
+
+
+def test_rows_are_read_16_bytes_at_a_time_though_the_vocabulary_is_odd(kernels):
+    """V = 50257 in rows 50272 apart: each sweep of the row kernels reads its full blocks with 16-byte loads only."""
+    forwards = [k for k in kernels if k["kernel"] == "row_logprob"]
+    backwards = [k for k in kernels if k["kernel"] == "row_gradient"]
+    for k in forwards + backwards:
+        per_sweep = BLOCK * ELEMENT_BYTES[k["dtype"]] // (16 * THREADS[k["target"]])
+        sweeps = 2 if "U" in k["variant"].split(", ") and k["kernel"] == "row_logprob" else 1
+        loads = k["loop_loads"] if k["kernel"] == "row_logprob" else k["loads"]
+        assert loads.get("16") == sweeps * per_sweep, f"{_name(k)}: {loads}"
+    for k in forwards:
+        assert set(k["loop_loads"]) == {"16"}, f"{_name(k)}: {k['loop_loads']} in a loop"
+        assert k["stores"].get("16", 0) == k["loop_loads"]["16"] // 2 * ("U" in k["variant"]), (
+            f"{_name(k)}: {k['stores']}"
+        )
+
+
+def test_the_plain_forward_fits_6_programs_of_8_warps_on_an_h100(kernels):
+    """65,536 registers, 256 threads a program, 40 registers a thread."""
+    (registers,) = (
+        k["registers"]
+        for k in kernels
+        if (k["kernel"], k["variant"], k["dtype"], k["target"]) == ("row_logprob", "plain", "bf16", "sm_90")
+    )
+    assert registers <= 40
