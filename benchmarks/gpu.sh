@@ -49,7 +49,7 @@ step() {
 wants() { [ "$part" = all ] || [ "$part" = "$1" ]; }
 
 if wants validate; then
-    step validate 210 "$python" -m fastpref.cli validate --json "$out/validate.json"
+    step validate 210 "$python" -m fastpref.cli validate "${device[@]}" --json "$out/validate.json"
     step tests 250 "$python" -m pytest tests -q -p no:cacheprovider --maxfail=20 \
         --ignore=tests/test_benchmarks.py --ignore=tests/test_packaging.py --ignore=tests/test_aot.py
 fi

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastpref.losses import DPO_LOSS_TYPES
-from fastpref.reference import STATISTICS, LogitTransform, PairedObjective
+from fastpref.reference import STATISTICS, LogitTransform, PairedObjective, UnpairedObjective
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -84,6 +84,17 @@ def _paired_loss(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]
     launcher(
         _meta(tokens, dtype=dtype), _meta(tokens, dtype=torch.int64), packed, _meta(2 * PAIRS), None, None,
         _meta(dtype=torch.int64), objective, num_pairs=PAIRS, total_pairs=PAIRS, ignore_index=-100,
+    )  # fmt: skip
+
+
+def _unpaired_loss(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    tokens, sequences = 2 * PAIRS * LENGTH, 2 * PAIRS
+    packed = _meta(sequences + 1, dtype=torch.int64) if options.pop("packed", True) else None
+    shift = None if options["loss"] == "apo_zero_unpaired" else _meta()
+    launcher(
+        _meta(tokens, dtype=dtype), _meta(tokens, dtype=torch.int64), packed, _meta(sequences),
+        _meta(sequences, dtype=torch.bool), shift, UnpairedObjective(**options),
+        first_sequence=0, num_sequences=sequences, ignore_index=-100,
     )  # fmt: skip
 
 
@@ -145,6 +156,7 @@ CALLS = {
     "row_gradient": _row_gradient,
     "target_logits": _target_logits,
     "paired_loss": _paired_loss,
+    "unpaired_loss": _unpaired_loss,
 }
 KERNELS = {  # launcher -> (module, the kernel that it launches)
     "row_scores": ("bradley_terry", "_row_scores_kernel"),
@@ -159,6 +171,7 @@ KERNELS = {  # launcher -> (module, the kernel that it launches)
     "row_gradient": ("row_logprob", "_row_gradient_kernel"),
     "target_logits": ("row_logprob", "_target_logit_kernel"),
     "paired_loss": ("paired_loss", "_paired_loss_kernel"),
+    "unpaired_loss": ("unpaired_loss", "_unpaired_loss_kernel"),
 }
 
 # (launcher, variant) -> options of the call; for every target in bf16 and fp32, for sm_90 in fp16 too
@@ -190,6 +203,13 @@ PAIR_VARIANTS: dict[str, dict[str, Any]] = {
     "sigmoid + bco_pair + sft": {"losses": ("sigmoid", "bco_pair", "sft"), "weights": (0.8, 0.2, 1.0)},
     "sigmoid + aot + aot_unpaired": {"losses": ("sigmoid", "aot", "aot_unpaired"), "weights": (1.0, 1.0, 1.0)},
     "sigmoid, mean log-probs": {"average": True, "gamma": 0.5},
+}
+# the same for unpaired losses
+UNPAIRED_VARIANTS: dict[str, dict[str, Any]] = {
+    "kto": {"loss": "kto"},
+    "kto, padded, class means": {"loss": "kto", "packed": False, "mean": "class"},
+    "apo_zero_unpaired": {"loss": "apo_zero_unpaired"},
+    "bco, class means": {"loss": "bco", "mean": "class"},
 }
 # variant -> options; log-probs are fp32; for every target
 SAMPLED_VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -227,6 +247,7 @@ CASES = [
     *(Case(k, v, dtype, t, o) for t, dtype in ROW_DTYPES for (k, v), o in ROW_VARIANTS.items()),
     *(Case("paired_loss", v, "fp32", t, o) for t in TARGETS for v, o in PAIR_VARIANTS.items()),
     *(Case("paired_loss", v, "fp32", "sm_90", o) for v, o in SM90_VARIANTS.items()),
+    *(Case("unpaired_loss", v, "fp32", t, o) for t in TARGETS for v, o in UNPAIRED_VARIANTS.items()),
     *(Case(k, v, "fp32", t, o) for t in TARGETS for (k, v), o in SAMPLED_VARIANTS.items()),
     *(Case(k, v, dtype, t, o) for t, dtype in ROW_DTYPES for (k, v), o in REWARD_VARIANTS.items()),
     *(Case("bradley_terry", "centred", "fp32", t, {"center_coefficient": 0.01}) for t in TARGETS),

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="FILE.jsonl", help="preference pairs as messages (default: the sample that fastpref ships)")
     add("--model", metavar="PATH", help="a transformers checkpoint, or smollm2 (the default) or tiny (with --quick)")
     add("--output", default="demo-model", metavar="DIR", help="where the trained model goes (default: %(default)s)")
-    add("--epochs", type=_positive(int), default=2, help="passes over the training pairs (default: %(default)s)")
+    add("--epochs", type=_positive(int), default=1, help="passes over the training pairs (default: %(default)s)")
     add("--steps", type=_positive(int), help="optimizer steps, in place of --epochs")
     add("--batch-size", type=_positive(int), default=4, help="pairs a step (default: %(default)s)")
     add("--max-length", type=_positive(int), default=512, help="tokens a sequence (default: %(default)s)")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastpref import backends, checks, memory, ops, plans
 from fastpref.reference import STATISTICS, LogitTransform, TokenStatistics
+from fastpref.segments import segment_sums, sum_dtype
 
 
 def _rows_of_logits(logits: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ def sequence_logprobs(
     if cu_seqlens is None:
         if token_logps.ndim != 2:
             raise ValueError(f"token_logps: got shape {tuple(token_logps.shape)} without cu_seqlens, want [S, T]")
-        sums, counts = values.sum(1), scored.sum(1)
+        sums, counts = values.sum(1, dtype=sum_dtype(values)), scored.sum(1)
     else:
         checks.tensor("cu_seqlens", cu_seqlens, dtypes=checks.INTEGERS, ndim=(1,))
         checks.same_device("cu_seqlens", cu_seqlens, "labels", labels)
@@ -279,9 +280,8 @@ def sequence_logprobs(
             raise ValueError(f"token_logps: got shape {tuple(token_logps.shape)} with cu_seqlens, want [N]")
         checks.packed_edges(cu_seqlens, token_logps.numel())
         sizes = cu_seqlens.diff().long()
-        sums = torch.segment_reduce(values, "sum", lengths=sizes, unsafe=True)
-        counts = torch.segment_reduce(scored.to(values.dtype), "sum", lengths=sizes, unsafe=True)
-    return sums / counts.clamp(min=1) if average else sums
+        sums, counts = segment_sums(values, sizes), segment_sums(scored.to(values.dtype), sizes)
+    return (sums / counts.clamp(min=1) if average else sums).to(token_logps.dtype)
 
 
 def explain(

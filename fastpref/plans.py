@@ -161,8 +161,10 @@ class ParameterGradients:
             return
         # Coefficients of 1e-6 would underflow in fp16, and a GradScaler's 65536 overflow: the product is of values
         # of size 1, at the price of a buffer.
+        # Dividing and multiplying by a power of two rounds nothing.
         peak = scaled.abs().max() if scaled.numel() else scaled.new_ones(())
         peak = peak.masked_fill(peak == 0, 1)
+        peak = peak / torch.frexp(peak).mantissa
         product = torch.empty_like(total, dtype=torch.float32)
         _matmul_into(product, u.t(), (scaled / peak).to(u.dtype), add=False)
         product.mul_(peak)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastpref import checks
 from fastpref.losses import PairedLoss, PreferenceOutput
 from fastpref.reference import LogitTransform, PairedObjective
+from fastpref.segments import segment_sums
 
 CPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo")
 INFINITY = float("inf")
@@ -157,6 +158,6 @@ def _with_prompts(
         lengths = completion.sum(1)
     else:
         chosen = torch.arange(labels.numel(), device=labels.device) < cu_seqlens[pairs]
-        lengths = torch.segment_reduce(weights, "sum", lengths=cu_seqlens.diff().long(), unsafe=True)
+        lengths = segment_sums(weights, cu_seqlens.diff().long())
     merged = torch.where(completion | ~chosen, labels, prompt_labels.to(labels.dtype))
     return merged, lengths, weights

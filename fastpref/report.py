@@ -87,7 +87,8 @@ def show_gradients(errors: dict[str, GradientErrors], limit: float) -> bool:
 
 
 def show_comparison(found: dict[tuple[str, bool], Measurement]) -> None:
-    print(f"{'forward and backward':22}{'eager':>9}{'fused':>10}{'':>9}{'eager':>12}{'fused':>12}")
+    print(f"{'forward and backward:':22}{'time':>9}{'':>19}{'peak memory':>12}{' beyond the inputs':>12}")
+    print(f"{'':22}{'eager':>9}{'fused':>10}{'':>9}{'eager':>12}{'fused':>12}")
     for trainable in (True, False):
         eager, fused = found["eager", trainable], found["fused", trainable]
         name = f"  {'trainable' if trainable else 'frozen'} head"

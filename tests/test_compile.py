@@ -16,7 +16,6 @@ from fastpref import DPOLoss
 
 B, D, V = 2, 8, 37
 LENGTHS = (5, 9, 12, 7, 16)
-PLANS = {True: "pair", False: "frozen"}  # what runs, by whether the head is trainable
 
 
 class Model(nn.Module):
@@ -95,7 +94,7 @@ def test_training_step_from_hidden_states(backend, device, trainable_head):
         assert "frozen" in str(counter.graphs[0].code)
 
 
-def test_packed_batches(backend, device):
+def test_packed_batches(device):
     model = Model(trainable_head=True).to(device)
     loss_fn = DPOLoss()
 
@@ -113,7 +112,7 @@ def test_packed_batches(backend, device):
 
 
 @pytest.mark.parametrize("trainable_head", [True, False])
-def test_log_probs_of_hidden_states(backend, device, trainable_head):
+def test_log_probs_of_hidden_states(device, trainable_head):
     model = Model(trainable_head).to(device)
 
     def step(x, labels, weights):
@@ -130,7 +129,7 @@ def test_log_probs_of_hidden_states(backend, device, trainable_head):
     assert plan in str(counter.graphs[0].code)
 
 
-def test_log_probs_of_logits(backend, device):
+def test_log_probs_of_logits(device):
     model = Model(trainable_head=True).to(device)
 
     def step(x, labels, weights):
@@ -145,7 +144,7 @@ def test_log_probs_of_logits(backend, device):
     assert len(counter.graphs) <= 2
 
 
-def test_loss_from_logits_shifted_without_a_copy(backend, device):
+def test_loss_from_logits_shifted_without_a_copy(device):
     model = Model(trainable_head=True).to(device)
     loss_fn = DPOLoss(loss_type="ipo")
 
@@ -160,12 +159,13 @@ def test_loss_from_logits_shifted_without_a_copy(backend, device):
     assert len(counter.graphs) <= 2
 
 
-def test_without_gradients(backend, device):
+def test_without_gradients(device):
     model = Model(trainable_head=True).to(device)
+    loss_fn = DPOLoss()
     x, labels, ref_logps = batch(5, device)
 
     def evaluate(x, labels, ref_logps):
-        return DPOLoss().from_hidden(x, model.head.weight, labels, ref_logps=ref_logps)
+        return loss_fn.from_hidden(x, model.head.weight, labels, ref_logps=ref_logps)
 
     counter = Counter("aot_eager")
     with torch.no_grad():

@@ -101,16 +101,29 @@ def test_linear_token_logprobs(half, plan):
         assert_as_good_as(p.weight.grad, ideal.weight, truth.weight, "gradient of weight")
 
 
-def test_five_times_more_accurate_than_the_usual_path(half):
-    """Half-precision logits, then log_softmax in fp32, as models are trained everywhere."""
-    p = problem(half, rows=128, vocab=2053)
-    truth = truth_of(p).logps
-    with torch.no_grad():
-        usual = torch.nn.functional.linear(p.hidden, p.weight).float().log_softmax(1)
-        usual = usual.gather(1, p.labels[:, None])[:, 0]
-        ours = linear_token_logprobs(p.hidden, p.weight, p.labels)
+@pytest.mark.parametrize(
+    ("label", "times"),
+    [
+        ("the likeliest token", 5),  # only the target's logit matters, and it is fp32 here
+        ("drawn from the model", 1),  # where another token is likelier, its half-precision logit matters
+    ],
+)
+def test_more_accurate_than_the_usual_path(half, label, times):
+    """Half-precision logits, then log_softmax in fp32, as models are trained everywhere. Rows are peaked, as a trained
+    model's are: logits of standard deviation 2.5, and one token 8 to 20 above 0. SmolLM2's vocabulary: the smaller,
+    the less the rounding of the other logits averages out of the sum."""
+    rows, vocab, width = 64, 49152, 64
+    weight = torch.randn(vocab, width) * 2.5 / width**0.5
+    top, height = torch.randint(vocab, (rows,)), 8 + 12 * torch.rand(rows, 1)
+    hidden = torch.randn(rows, width) + height * weight[top] / weight[top].square().sum(1, keepdim=True)
+    hidden, weight = hidden.to(DEVICE, half), weight.to(DEVICE, half)
+    logits = hidden.double() @ weight.double().t()
+    labels = logits.argmax(1) if times > 1 else torch.multinomial(logits.softmax(1), 1)[:, 0]
+    truth = reference.token_logprobs(logits, labels)
+    usual = torch.nn.functional.linear(hidden, weight).float().log_softmax(1).gather(1, labels[:, None])[:, 0]
+    ours = linear_token_logprobs(hidden, weight, labels)
     rms = [float((x.double() - truth).square().mean().sqrt()) for x in (ours, usual)]
-    assert rms[0] * 5 <= rms[1], f"rms error {rms[0]:.1e} against {rms[1]:.1e}"
+    assert rms[0] * times < rms[1], f"rms error {rms[0]:.1e} against {rms[1]:.1e}"
 
 
 def test_token_logprobs(half):

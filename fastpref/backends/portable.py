@@ -21,6 +21,7 @@ from fastpref.backends.portable_reward import row_scores as row_scores
 from fastpref.backends.portable_reward import row_scores_gradient as row_scores_gradient
 from fastpref.backends.portable_unpaired import unpaired_loss as unpaired_loss
 from fastpref.backends.rows import accumulator, blocks, transform_slope
+from fastpref.segments import segment_sums
 
 ROW_ALIGNMENT = 1
 
@@ -151,15 +152,14 @@ def paired_loss(
     else:
         sizes = cu_seqlens.diff().long()
     nll_logps = token_logps.masked_fill(~scored, 0)
-    nll_sums = torch.segment_reduce(nll_logps, "sum", lengths=sizes, unsafe=True)
-    sums = nll_sums
-    if token_weights is not None:
-        sums = torch.segment_reduce(nll_logps * token_weights, "sum", lengths=sizes, unsafe=True)
-    counts = torch.segment_reduce(scored.to(dtype), "sum", lengths=sizes, unsafe=True)
-    counts = counts if lengths is None else lengths.to(dtype)
+    nll_sums = segment_sums(nll_logps, sizes)
+    sums = nll_sums if token_weights is None else segment_sums(nll_logps * token_weights, sizes)
+    wide = sums.dtype  # everything of size B stays in it
+    counts = segment_sums(scored.to(dtype), sizes) if lengths is None else lengths.to(wide)
     chosen, rejected = sums.chunk(2)
-    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.to(dtype).chunk(2)
+    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.to(wide).chunk(2)
     given = (ref_chosen, ref_rejected, *counts.chunk(2), objective)
+    pair_weights = None if pair_weights is None else pair_weights.to(wide)
 
     def formula(chosen_sums, rejected_sums, chosen_nll_sums):
         return reference.paired_loss(
@@ -172,10 +172,10 @@ def paired_loss(
     (d_chosen, d_rejected, d_nll), loss = gradients(chosen, rejected, nll_sums[:num_pairs])
 
     def per_token(values: Tensor) -> Tensor:
-        return torch.repeat_interleave(values, sizes, output_size=n)
+        return torch.repeat_interleave(values.to(dtype), sizes, output_size=n)
 
     coefs = per_token(torch.cat([d_chosen, d_rejected]))
     if token_weights is not None:
         coefs = coefs * token_weights
     coefs = (coefs + per_token(torch.cat([d_nll, torch.zeros_like(d_nll)]))).masked_fill(~scored, 0)
-    return loss, reference.paired_metrics(chosen, rejected, *given), coefs
+    return loss.to(dtype), reference.paired_metrics(chosen, rejected, *given).to(dtype), coefs

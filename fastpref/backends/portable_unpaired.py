@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
+from fastpref.segments import segment_sums
 
 
 def unpaired_loss(
@@ -19,14 +20,15 @@ def unpaired_loss(
         sizes = torch.full((num_sequences,), n // num_sequences, device=token_logps.device)
     else:
         sizes = cu_seqlens.diff().long()
-    sums = torch.segment_reduce(token_logps.masked_fill(~scored, 0), "sum", lengths=sizes, unsafe=True)
+    sums = segment_sums(token_logps.masked_fill(~scored, 0), sizes)
+    wide = sums.dtype  # everything of size S stays in it
     group = desirable[first_sequence : first_sequence + num_sequences]
-    ref_logps, shift = ref_logps.to(dtype), None if shift is None else shift.to(dtype)
+    ref_logps, shift = ref_logps.to(wide), None if shift is None else shift.to(wide)
 
     def formula(sums: Tensor) -> Tensor:
         return reference.unpaired_loss(sums, ref_logps, group, shift, objective, batch_desirable=desirable)
 
     # Derivatives come from the specification itself. torch.func works inside a custom op, where autograd is off.
     gradient, loss = torch.func.grad_and_value(formula)(sums)
-    coefs = torch.repeat_interleave(gradient, sizes, output_size=n).masked_fill(~scored, 0)
-    return loss, reference.unpaired_metrics(sums, ref_logps, objective), coefs
+    coefs = torch.repeat_interleave(gradient.to(dtype), sizes, output_size=n).masked_fill(~scored, 0)
+    return loss.to(dtype), reference.unpaired_metrics(sums, ref_logps, objective).to(dtype), coefs

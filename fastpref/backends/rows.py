@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fastpref import reference
 
-# 1 MiB of fp32 for each thread's L2. On a 2-core CPU with 2 MiB each, V = 49152: 4 to 16 rows a block take 45 ms
-# for 1921 rows, the whole tile at once 70 ms.
-BLOCK_ELEMENTS_PER_THREAD = 1 << 18
+# 2 MiB of fp32 for each thread. On a 2-core CPU with 2 MiB of L2 each, V = 49152: 4 to 16 rows a block take 45 ms for
+# 1921 rows, the whole tile at once 70 ms; larger blocks are fewer parallel regions, each of which loses a time slice
+# when something else runs on a core.
+BLOCK_ELEMENTS_PER_THREAD = 1 << 19
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -65,7 +65,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
             if not line.strip():
                 continue
             try:
-                pairs.append(_parse(line))
+                pairs.append(_parse(line.strip()))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not pairs:

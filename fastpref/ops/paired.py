@@ -14,6 +14,7 @@ from fastpref.backends import backend_for
 from fastpref.ops.common import wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
 from fastpref.reference import PairedObjective, pair_confidence
+from fastpref.segments import segment_sums
 
 SEPARABLE_EXCEPT = ("aot", "aot_unpaired")  # these sort across the batch
 
@@ -102,8 +103,8 @@ def linear_paired_loss(
         pair_weights = None
         if log_sum_sq is not None:
             sizes = edges.diff()
-            totals = [torch.segment_reduce(x, "sum", lengths=sizes, unsafe=True) for x in (logps, log_sum_sq)]
-            pair_weights = pair_confidence(totals[0], totals[1], sizes)
+            sums = segment_sums(logps, sizes), segment_sums(log_sum_sq, sizes)
+            pair_weights = pair_confidence(*sums, sizes).to(logps.dtype)
         return backend_for(logps).paired_loss(
             logps, None, edges, of_group(ref_logps, first, last), of_group(lengths, first, last), pair_weights,
             chosen_tokens, o, num_pairs=last - first, total_pairs=num_pairs, ignore_index=ignore_index,

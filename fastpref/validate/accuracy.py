@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ import fastpref
 HIDDEN, VOCAB = 576, 49152  # SmolLM2-135M's head
 TOKENS = 512  # of the sequences whose sums are compared
 SEQUENCES = 64  # drawn from the rows
+CONFIDENT = 0.9  # a token of at least this probability, where correcting the label's logit does most
 BLOCK = 256  # rows of fp64 logits at once
 
 
@@ -60,6 +62,10 @@ def _rows(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, torch.cat(list(blocks))[:, 0]
 
 
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
 def compare(device: torch.device, rows: int = 1024) -> list[dict[str, str | float | int]]:
     """Rms errors against fp64 of per-token log-probs and of their sums over 512 tokens, by method."""
     hidden, weight, labels = _rows(rows, device)
@@ -78,8 +84,9 @@ def compare(device: torch.device, rows: int = 1024) -> list[dict[str, str | floa
         results.append(
             {
                 "method": name,
-                "token_rms": error.square().mean().sqrt().item(),
-                "sequence_rms": error[sequences].sum(1).square().mean().sqrt().item(),
+                "token_rms": _rms(error),
+                "confident_token_rms": _rms(error[truth > math.log(CONFIDENT)]),
+                "sequence_rms": _rms(error[sequences].sum(1)),
                 "rows": rows,
                 "tokens": TOKENS,
             }

@@ -4,9 +4,11 @@ The ideal is the best that an implementation can do which stores what ours store
 
     head output      rounded to the inputs' dtype (the product's output); the label's also in fp32, and its rounded
                      self is replaced inside the log-sum-exp
-    log-sum-exp      its sum, the sum's log and the total with the maximum in fp32; so are log-probs, statistics, sequence sums and coefficients c
+    log-sum-exp      in fp32: its sum, the sum's log, and the total with the maximum
+    per row          log-probs, statistics and coefficients c in fp32
     U                rounded to the inputs' dtype
-    c * H, c         rounded to the inputs' dtype, as operands of the products for dW and db
+    c * H, c         rounded to the inputs' dtype, as operands of the products for dW and db (fp16: in units of a
+                     power of two, against underflow)
     sequence sums    rounded after each token; so is their difference to the reference model's
     U W              rounded where the plan keeps it (`frozen`), and on a CPU, which has no product of half-precision
                      operands with an fp32 result: there each product is rounded before groups or slices are added
@@ -202,6 +204,13 @@ def _in_another_order(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return (product if bias is None else product + bias).to(EXACT)
 
 
+def _against(u: Tensor, scaled: Tensor, rounding: Rounding) -> Tensor:
+    """U^T scaled, with fp16 operands brought to size 1 by a power of two."""
+    size = scaled.abs().max() if rounding.io == torch.float16 and scaled.numel() else scaled.new_ones(())
+    unit = torch.exp2(size.log2().ceil()) if size > 0 else 1.0
+    return rounded(u.t() @ rounded(scaled / unit, rounding.io), rounding.product) * unit
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -231,10 +240,9 @@ class _LinearLogprobs(torch.autograd.Function):
         width = pieces.slice_width or weight.shape[0]
         kept = rounding.io if pieces.keeps_product else rounding.product
         product = sum(rounded(part @ w, kept) for part, w in zip(u.split(width, 1), weight.split(width), strict=True))
-        scaled = rounded(coefs * hidden, rounding.io)
         groups = pieces.row_groups or (torch.arange(u.shape[0], device=u.device),)
-        d_weight = sum(rounded(u[g].t() @ scaled[g], rounding.product) for g in groups)
+        d_weight = sum(_against(u[g], coefs[g] * hidden[g], rounding) for g in groups)
         d_bias = None
         if ctx.needs_input_grad[2]:
-            d_bias = sum(rounded(u[g].t() @ rounded(coefs[g, 0], rounding.io), rounding.product) for g in groups)
+            d_bias = torch.stack([_against(u[g], coefs[g], rounding)[:, 0] for g in groups]).sum(0)
         return coefs * product, d_weight, d_bias, None, None, None, None, None

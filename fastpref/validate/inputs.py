@@ -195,7 +195,8 @@ def pair_hidden(draw: Draw) -> Inputs:
 def pair_sums(draw: Draw) -> Inputs:
     """Sequence log-probs as a trainer has them."""
     pairs = 16
-    floats, fixed = {}, {}
+    floats: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
     for side in ("chosen", "rejected"):
         length = draw.integers(8, 200, pairs)
         policy = -length * (0.5 + draw.uniform(pairs))

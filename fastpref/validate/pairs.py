@@ -84,15 +84,17 @@ def _results(out: PreferenceOutput) -> Results:
 
 
 def _specified(spec: Exact, loss_fn: PairedLoss, sums: Tensor, refs: Tensor, lengths: Tensor) -> Results:
-    o, per_side = loss_fn.objective, lengths.chunk(2)
+    o = loss_fn.objective
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
     chosen, rejected = sums.chunk(2)
     ref_chosen, ref_rejected = refs.chunk(2) if loss_fn.with_reference else (None, None)
-    metrics = reference.paired_metrics(chosen.detach(), rejected.detach(), ref_chosen, ref_rejected, *per_side, o)
+    per_pair = (ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, o)
+    metrics = reference.paired_metrics(chosen.detach(), rejected.detach(), *per_pair)
     if loss_fn.with_reference and not set(o.losses) & set(SEPARABLE_EXCEPT):  # those compare policy with policy
         a, b = spec.stored(sums - refs).chunk(2)
-        loss = reference.paired_loss(a, b, None, None, *per_side, o, chosen_nll_sums=chosen)
+        loss = reference.paired_loss(a, b, None, None, *per_pair[2:], chosen_nll_sums=chosen)
     else:
-        loss = reference.paired_loss(chosen, rejected, ref_chosen, ref_rejected, *per_side, o)
+        loss = reference.paired_loss(chosen, rejected, *per_pair)
     return _results(PreferenceOutput(loss, *metrics))
 
 

@@ -118,7 +118,7 @@ def _judge_half(
 class Conditioning(NamedTuple):
     """How a loss reacts to errors in the n log-probs l it is made of: c = d loss / d l in fp64."""
 
-    count: int  # n
+    tokens: int  # n
     sensitivity: float  # sum |c l|
     noise: float  # |c * (ideal l - true l)|_2, what the roundings of the log-probs do to the loss
 
@@ -134,7 +134,7 @@ def judge_loss(got: Tensor, truth: Tensor, ideal: Tensor, conditioning: Conditio
     error, ideal_error = abs(got.double() - truth).item(), abs(ideal - truth).item()
     size = abs(truth).item()
     eps = torch.finfo(got.dtype).eps if got.dtype != torch.float64 else RELATIVE[torch.float64] / LOSS_EPS
-    limit = LOSS_EPS * eps * conditioning.count**0.5 * (size + conditioning.sensitivity)
+    limit = LOSS_EPS * eps * conditioning.tokens**0.5 * (size + conditioning.sensitivity)
     limit += max(TIMES_IDEAL * ideal_error, conditioning.noise)
     detail = "" if error <= limit else f"loss off by {error:.1e} > {limit:.1e}"
     scale = size or 1.0

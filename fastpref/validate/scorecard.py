@@ -175,9 +175,11 @@ def _print_accuracy(results: list[dict[str, Any]], file: Any) -> None:
     first = results[0]
     size = f"d = {accuracy.HIDDEN}, V = {accuracy.VOCAB}, {first['rows']} rows"
     print(f"\nrms error of bf16 log-probs against fp64 ({size}), measured in this run:", file=file)
-    print(f"  {'':34}  per token  sum of {first['tokens']}", file=file)
+    columns = ("a token", f"p > {accuracy.CONFIDENT}", f"sum of {first['tokens']}")
+    print(f"  {'':34}" + "".join(f"{name:>12}" for name in columns), file=file)
     for r in results:
-        print(f"  {r['method']:34}  {r['token_rms']:9.1e}  {r['sequence_rms']:9.1e}", file=file)
+        values = (r["token_rms"], r["confident_token_rms"], r["sequence_rms"])
+        print(f"  {r['method']:34}" + "".join(f"{value:12.1e}" for value in values), file=file)
 
 
 def _as_json(row: Row) -> dict[str, Any]:
