@@ -9,7 +9,6 @@ it would have launched, so block sizes, warps and constants are those of a real 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
@@ -24,13 +23,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import fastpref_kernels
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastpref.losses import DPO_LOSS_TYPES
-from fastpref.reference import STATISTICS, LogitTransform, PairedObjective, UnpairedObjective
+from fastpref.reference import (
+    F_DIVERGENCES,
+    PAIR_LOSSES,
+    STATISTICS,
+    UNPAIRED_LOSSES,
+    LogitTransform,
+    PairedObjective,
+    PolicyObjective,
+    UnpairedObjective,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -48,7 +56,9 @@ POINTERS = {
 }
 
 ROWS, HIDDEN, PAIRS, LENGTH = 4096, 4096, 64, 512
+TOKENS = 2 * PAIRS * LENGTH
 VOCAB, STRIDE = 50257, 50272  # the hard case: an odd vocabulary, in rows that we have padded to a multiple of 16
+PLAIN = LogitTransform()
 SOFTCAP = LogitTransform(temperature=0.7, logit_scale=0.5, softcap=30.0)
 
 
@@ -56,201 +66,167 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _row_logprob(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    logits = _meta(ROWS, STRIDE, dtype=dtype)[:, :VOCAB]
-    exact = _meta(ROWS) if options.pop("target", False) else None
-    options = {"transform": LogitTransform(), **options}
-    launcher(logits, _meta(ROWS, dtype=torch.int64), ignore_index=-100, target_logits=exact, **options)
+def _indices(*shape: int) -> torch.Tensor:
+    return _meta(*shape, dtype=torch.int64)
 
 
-def _row_gradient(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    z = _meta(ROWS, STRIDE, dtype=dtype)[:, :VOCAB]
-    rows = _meta(ROWS)
-    options |= dict.fromkeys(options.pop("given", ()), rows)
-    options = {"transform": LogitTransform(), **options}
-    launcher(z, _meta(ROWS, dtype=torch.int64), rows, rows, z, ignore_index=-100, **options)
+def _logits(dtype: torch.dtype) -> torch.Tensor:
+    return _meta(ROWS, STRIDE, dtype=dtype)[:, :VOCAB]
 
 
-def _target_logits(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    bias = _meta(VOCAB, dtype=dtype) if options["bias"] else None
-    hidden, weight = _meta(ROWS, HIDDEN, dtype=dtype), _meta(VOCAB, HIDDEN, dtype=dtype)
-    launcher(hidden, weight, bias, _meta(ROWS, dtype=torch.int64))
+# Each calls a launcher of fastpref_kernels: (dtype of logits or hidden states, options of the variant).
 
 
-def _paired_loss(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    tokens = 2 * PAIRS * LENGTH
-    packed = _meta(2 * PAIRS + 1, dtype=torch.int64) if options.pop("packed", True) else None
-    objective = PairedObjective(**{"label_smoothing": 0.1, **options})
-    launcher(
-        _meta(tokens, dtype=dtype), _meta(tokens, dtype=torch.int64), packed, _meta(2 * PAIRS), None, None,
-        _meta(dtype=torch.int64), objective, num_pairs=PAIRS, total_pairs=PAIRS, ignore_index=-100,
+def _row_logprob(dtype: torch.dtype, target: bool = False, transform=PLAIN, **options: Any) -> None:
+    exact = _meta(ROWS) if target else None
+    options |= {"transform": transform, "ignore_index": -100, "target_logits": exact}
+    fastpref_kernels.row_logprob(_logits(dtype), _indices(ROWS), **options)
+
+
+def _row_gradient(dtype: torch.dtype, given=(), transform=PLAIN, **options: Any) -> None:
+    z, rows = _logits(dtype), _meta(ROWS)
+    options |= {"transform": transform, "ignore_index": -100, **dict.fromkeys(given, rows)}
+    fastpref_kernels.row_gradient(z, _indices(ROWS), rows, rows, z, **options)
+
+
+def _target_logits(dtype: torch.dtype) -> None:
+    head = (_meta(VOCAB, HIDDEN, dtype=dtype), _meta(VOCAB, dtype=dtype))
+    fastpref_kernels.target_logits(_meta(ROWS, HIDDEN, dtype=dtype), *head, _indices(ROWS))
+
+
+def _token_kl(dtype: torch.dtype, direction: str = "reverse", given=(), transform=PLAIN, **options) -> None:
+    options |= {"direction": direction, "transform": transform, **dict.fromkeys(given, _meta(ROWS))}
+    if given:
+        options |= {"labels": _indices(ROWS), "mask": _meta(ROWS, dtype=torch.bool)}
+    fastpref_kernels.token_kl(_logits(dtype), _logits(dtype), **options)
+
+
+def _token_kl_gradient(dtype: torch.dtype, direction: str, transform=PLAIN) -> None:
+    z, rows = _logits(dtype), _meta(ROWS)
+    fastpref_kernels.token_kl_gradient(
+        z, _logits(dtype), rows, rows, rows, z, direction=direction, transform=transform, grad=rows
+    )
+
+
+def _paired_loss(dtype: torch.dtype, packed: bool = True, weighted: bool = False, **objective: Any) -> None:
+    edges = _indices(2 * PAIRS + 1) if packed else None
+    weights = _meta(PAIRS) if weighted else None
+    fastpref_kernels.paired_loss(
+        _meta(TOKENS, dtype=dtype), _indices(TOKENS), edges, _meta(2 * PAIRS), None, weights, _indices(),
+        PairedObjective(**({"label_smoothing": 0.1} | objective)), num_pairs=PAIRS, total_pairs=PAIRS,
+        ignore_index=-100, token_weights=_meta(TOKENS) if weighted else None,
     )  # fmt: skip
 
 
-def _unpaired_loss(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    tokens, sequences = 2 * PAIRS * LENGTH, 2 * PAIRS
-    packed = _meta(sequences + 1, dtype=torch.int64) if options.pop("packed", True) else None
-    shift = None if options["loss"] == "apo_zero_unpaired" else _meta()
-    launcher(
-        _meta(tokens, dtype=dtype), _meta(tokens, dtype=torch.int64), packed, _meta(sequences),
-        _meta(sequences, dtype=torch.bool), shift, UnpairedObjective(**options),
-        first_sequence=0, num_sequences=sequences, ignore_index=-100,
+def _unpaired_loss(dtype: torch.dtype, **objective: Any) -> None:
+    fastpref_kernels.unpaired_loss(
+        _meta(TOKENS, dtype=dtype), _indices(TOKENS), _indices(2 * PAIRS + 1), _meta(2 * PAIRS),
+        _meta(2 * PAIRS, dtype=torch.bool), _meta(), UnpairedObjective(**objective),
+        first_sequence=0, num_sequences=2 * PAIRS, ignore_index=-100,
     )  # fmt: skip
 
 
-def _token_kl(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    policy, ref = (_meta(ROWS, STRIDE, dtype=dtype)[:, :VOCAB] for _ in range(2))
-    rows = _meta(ROWS)
-    labels = _meta(ROWS, dtype=torch.int64) if options.get("write_k", False) else None
-    exact = {} if labels is None else {"target_logits": rows, "ref_target_logits": rows}
-    launcher(policy, ref, labels=labels, **{"transform": LogitTransform(), **exact, **options})
+def _policy_loss(dtype: torch.dtype) -> None:
+    objective = PolicyObjective(beta=0.04, entropy_coef=0.01)
+    x = _meta(TOKENS, dtype=dtype)
+    fastpref_kernels.policy_loss(x, x, x, x, x, x, objective)
 
 
-def _token_kl_gradient(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    policy, ref = (_meta(ROWS, STRIDE, dtype=dtype)[:, :VOCAB] for _ in range(2))
-    rows = _meta(ROWS)
-    launcher(policy, ref, rows, rows, rows, policy, grad=rows, **{"transform": LogitTransform(), **options})
+def _bradley_terry(dtype: torch.dtype) -> None:
+    fastpref_kernels.bradley_terry(_meta(2 * PAIRS, dtype=dtype), _meta(PAIRS), center_coefficient=0.01)
 
 
-def _penalized_rewards(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    tokens, mask = _meta(PAIRS, LENGTH, dtype=dtype), _meta(PAIRS, LENGTH, dtype=torch.bool)
-    launcher(_meta(PAIRS, dtype=dtype), tokens, tokens, mask, _meta(dtype=dtype), **options)
+def _row_scores(dtype: torch.dtype) -> None:
+    hidden, head = _meta(2 * PAIRS, LENGTH, HIDDEN, dtype=dtype), (_meta(HIDDEN, dtype=dtype), _meta(1, dtype=dtype))
+    fastpref_kernels.row_scores(hidden, *head, _indices(2 * PAIRS), layout="positions")
 
 
-def _penalized_rewards_backward(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    tokens, mask = _meta(PAIRS, LENGTH, dtype=dtype), _meta(PAIRS, LENGTH, dtype=torch.bool)
-    launcher(tokens, _meta(PAIRS, dtype=dtype), tokens, tokens, mask, _meta(dtype=dtype), **options)
+def _row_scores_gradient(dtype: torch.dtype) -> None:
+    hidden, head = _meta(2 * PAIRS, LENGTH, HIDDEN, dtype=dtype), (_meta(HIDDEN, dtype=dtype), _meta(1, dtype=dtype))
+    fastpref_kernels.row_scores_gradient(
+        _meta(2 * PAIRS), _meta(), hidden, *head, _indices(2 * PAIRS), layout="positions",
+        need_hidden=True, need_weight=True, need_bias=True,
+    )  # fmt: skip
 
 
-def _kl_estimate(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    tokens = _meta(PAIRS * LENGTH, dtype=dtype)
-    launcher(tokens, tokens, **options)
+def _kl_estimate(dtype: torch.dtype, estimator: str) -> None:
+    fastpref_kernels.kl_estimate(_meta(TOKENS, dtype=dtype), _meta(TOKENS, dtype=dtype), estimator)
 
 
-def _row_scores(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    layout = options.pop("layout")
-    hidden = _meta(2 * PAIRS, LENGTH, HIDDEN, dtype=dtype)
-    hidden = hidden if layout == "positions" else hidden.flatten(0, 1)
-    index = _meta(2 * PAIRS + (layout == "edges"), dtype=torch.int64)
-    head = hidden, _meta(HIDDEN, dtype=dtype), _meta(1, dtype=dtype), index
-    if "need_hidden" in options:
-        launcher(_meta(2 * PAIRS), _meta(), *head, layout=layout, **options)
-    else:
-        launcher(*head, layout=layout)
+def _penalized_rewards(dtype: torch.dtype, estimator: str) -> None:
+    scores, rows = _meta(PAIRS, dtype=dtype), _meta(PAIRS, LENGTH, dtype=dtype)
+    mask = _meta(PAIRS, LENGTH, dtype=torch.bool)
+    fastpref_kernels.penalized_rewards(scores, rows, rows, mask, _meta(dtype=dtype), estimator)
 
 
-def _bradley_terry(launcher: Callable, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    launcher(_meta(2 * PAIRS), _meta(PAIRS), **options)
+def _penalized_rewards_backward(dtype: torch.dtype, estimator: str) -> None:
+    scores, rows = _meta(PAIRS, dtype=dtype), _meta(PAIRS, LENGTH, dtype=dtype)
+    mask = _meta(PAIRS, LENGTH, dtype=torch.bool)
+    fastpref_kernels.penalized_rewards_backward(rows, scores, rows, rows, mask, _meta(dtype=dtype), estimator)
 
 
-CALLS = {
-    "row_scores": _row_scores,
-    "row_scores_gradient": _row_scores,
-    "bradley_terry": _bradley_terry,
-    "token_kl": _token_kl,
-    "token_kl_gradient": _token_kl_gradient,
-    "kl_estimate": _kl_estimate,
-    "penalized_rewards": _penalized_rewards,
-    "penalized_rewards_backward": _penalized_rewards_backward,
-    "row_logprob": _row_logprob,
-    "row_gradient": _row_gradient,
-    "target_logits": _target_logits,
-    "paired_loss": _paired_loss,
-    "unpaired_loss": _unpaired_loss,
-}
-KERNELS = {  # launcher -> (module, the kernel that it launches)
-    "row_scores": ("bradley_terry", "_row_scores_kernel"),
-    "row_scores_gradient": ("bradley_terry", "_row_scores_gradient_kernel"),
-    "bradley_terry": ("bradley_terry", "_bradley_terry_kernel"),
-    "token_kl": ("token_kl", "_token_kl_kernel"),
-    "token_kl_gradient": ("token_kl", "_token_kl_gradient_kernel"),
-    "kl_estimate": ("sampled_kl", "_kl_estimate_kernel"),
-    "penalized_rewards": ("sampled_kl", "_penalized_rewards_kernel"),
-    "penalized_rewards_backward": ("sampled_kl", "_penalized_rewards_backward_kernel"),
-    "row_logprob": ("row_logprob", "_row_logprob_kernel"),
-    "row_gradient": ("row_logprob", "_row_gradient_kernel"),
-    "target_logits": ("row_logprob", "_target_logit_kernel"),
-    "paired_loss": ("paired_loss", "_paired_loss_kernel"),
-    "unpaired_loss": ("unpaired_loss", "_unpaired_loss_kernel"),
-}
+class Variant(NamedTuple):
+    call: Callable[..., None]
+    name: str
+    dtypes: tuple[str, ...]
+    options: dict[str, Any] = {}  # noqa: RUF012
 
-# (launcher, variant) -> options of the call; for every target in bf16 and fp32, for sm_90 in fp16 too
-ROW_VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("row_logprob", "plain"): {},
-    ("row_logprob", "target"): {"target": True},
-    ("row_logprob", "U"): {"write_u": True},
-    ("row_logprob", "U, target"): {"write_u": True, "target": True},
-    ("row_logprob", "U, target, softcap"): {"write_u": True, "target": True, "transform": SOFTCAP},
-    ("row_logprob", "statistics"): {"statistics": STATISTICS},
-    ("row_logprob", "statistics, softcap"): {"statistics": STATISTICS, "transform": SOFTCAP},
-    ("row_gradient", "U"): {"first_column": 128},
-    ("row_gradient", "plain"): {"given": ("grad_logps",)},
-    ("row_gradient", "entropy, softcap"): {"given": ("grad_logps", "entropy", "grad_entropy"), "transform": SOFTCAP},
-    ("target_logits", "bias"): {"bias": True},
-    ("token_kl", "reverse"): {"direction": "reverse"},
-    ("token_kl", "forward, softcap"): {"direction": "forward", "transform": SOFTCAP},
-    ("token_kl", "K, reverse"): {"direction": "reverse", "write_k": True},
-    ("token_kl", "K, reverse, softcap"): {"direction": "reverse", "write_k": True, "transform": SOFTCAP},
-    ("token_kl", "K, forward"): {"direction": "forward", "write_k": True},
-    ("token_kl_gradient", "reverse"): {"direction": "reverse"},
-    ("token_kl_gradient", "reverse, softcap"): {"direction": "reverse", "transform": SOFTCAP},
-    ("token_kl_gradient", "forward"): {"direction": "forward"},
-}
-# variant -> fields of the objective; log-probs are fp32; for every target
-PAIR_VARIANTS: dict[str, dict[str, Any]] = {
-    "sigmoid": {},
-    "sigmoid, padded": {"packed": False},
-    "sigmoid + bco_pair + sft": {"losses": ("sigmoid", "bco_pair", "sft"), "weights": (0.8, 0.2, 1.0)},
-    "sigmoid + aot + aot_unpaired": {"losses": ("sigmoid", "aot", "aot_unpaired"), "weights": (1.0, 1.0, 1.0)},
-    "sigmoid, mean log-probs": {"average": True, "gamma": 0.5},
-}
-# the same for unpaired losses
-UNPAIRED_VARIANTS: dict[str, dict[str, Any]] = {
-    "kto": {"loss": "kto"},
-    "kto, padded, class means": {"loss": "kto", "packed": False, "mean": "class"},
-    "apo_zero_unpaired": {"loss": "apo_zero_unpaired"},
-    "bco, class means": {"loss": "bco", "mean": "class"},
-}
-# variant -> options; log-probs are fp32; for every target
-SAMPLED_VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
-    (kernel, estimator): {"estimator": estimator}
-    for kernel in ("kl_estimate", "penalized_rewards", "penalized_rewards_backward")
-    for estimator in ("k1", "k3")
-}
-# for every target and the dtypes of hidden states
-REWARD_VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
-    **{("row_scores", layout): {"layout": layout} for layout in ("positions", "edges")},
-    ("row_scores_gradient", "positions"): {
-        "layout": "positions", "need_hidden": True, "need_weight": True, "need_bias": True,
-    },
-    ("row_scores_gradient", "edges, frozen head"): {
-        "layout": "edges", "need_hidden": True, "need_weight": False, "need_bias": False,
-    },
-}  # fmt: skip
-# the same, for sm_90 alone: one kernel each, of which every other target compiles the like
-SM90_VARIANTS: dict[str, dict[str, Any]] = {
-    **{name: {"losses": (name,)} for name in (*DPO_LOSS_TYPES, "ipo_sum") if name != "sigmoid"},
-    **{f"sigmoid, {f}": {"f_divergence": f} for f in ("forward_kl", "js_divergence", "alpha_divergence")},
-}
+
+HALF, BOTH, WIDE = ("bf16",), ("bf16", "fp32"), ("fp32",)
+VARIANTS = [
+    Variant(_row_logprob, "plain", BOTH),
+    Variant(_row_logprob, "target", HALF, {"target": True}),
+    Variant(_row_logprob, "U", BOTH, {"write_u": True}),
+    Variant(_row_logprob, "U, target", HALF, {"write_u": True, "target": True}),
+    Variant(_row_logprob, "U, target, softcap", BOTH, {"write_u": True, "target": True, "transform": SOFTCAP}),
+    Variant(_row_logprob, "statistics", HALF, {"statistics": STATISTICS}),
+    Variant(_row_logprob, "statistics, softcap", BOTH, {"statistics": STATISTICS, "transform": SOFTCAP}),
+    Variant(_row_gradient, "U", HALF, {"first_column": 128}),
+    Variant(_row_gradient, "plain", BOTH, {"given": ("grad_logps",)}),
+    Variant(_row_gradient, "entropy, softcap", BOTH,
+            {"given": ("grad_logps", "entropy", "grad_entropy"), "transform": SOFTCAP}),
+    Variant(_target_logits, "bias", BOTH),
+    Variant(_token_kl, "reverse", HALF),
+    Variant(_token_kl, "forward, K, labels, softcap", BOTH,
+            {"direction": "forward", "write_k": True, "given": ("target_logits", "ref_target_logits"),
+             "transform": SOFTCAP}),
+    Variant(_token_kl_gradient, "reverse, softcap", BOTH, {"direction": "reverse", "transform": SOFTCAP}),
+    Variant(_row_scores, "positions", HALF),
+    Variant(_row_scores_gradient, "positions", HALF),
+    Variant(_bradley_terry, "margin, centre", WIDE),
+    Variant(_kl_estimate, "k3", WIDE, {"estimator": "k3"}),
+    Variant(_penalized_rewards, "k3", WIDE, {"estimator": "k3"}),
+    Variant(_penalized_rewards_backward, "k3", WIDE, {"estimator": "k3"}),
+    Variant(_policy_loss, "clipped, KL, entropy", WIDE),
+    Variant(_unpaired_loss, "kto, class means", WIDE, {"mean": "class"}),
+    Variant(_paired_loss, "sigmoid", WIDE),
+    Variant(_paired_loss, "sigmoid, padded", WIDE, {"packed": False}),
+    Variant(_paired_loss, "sigmoid + bco_pair + sft, weighted", WIDE,
+            {"losses": ("sigmoid", "bco_pair", "sft"), "weights": (0.8, 0.2, 1.0), "weighted": True}),
+    Variant(_paired_loss, "aot + aot_unpaired", WIDE, {"losses": ("aot", "aot_unpaired"), "weights": (1.0, 1.0)}),
+    Variant(_paired_loss, "sigmoid, mean log-probs", WIDE, {"average": True, "gamma": 0.5}),
+]  # fmt: skip
+# for sm_90 alone: of these the other targets compile the like
+SM90_VARIANTS = [
+    Variant(_row_logprob, "plain", ("fp16",)),
+    Variant(_row_logprob, "U, target", ("fp16",), {"write_u": True, "target": True}),
+    Variant(_row_gradient, "plain", ("fp16",), {"given": ("grad_logps",)}),
+    *(Variant(_paired_loss, name, WIDE, {"losses": (name,)}) for name in PAIR_LOSSES if name != "sigmoid"),
+    Variant(_paired_loss, "sft", WIDE, {"losses": ("sft",)}),
+    *(Variant(_unpaired_loss, name, WIDE, {"loss": name}) for name in UNPAIRED_LOSSES),
+    *(Variant(_paired_loss, f"sigmoid, {f}", WIDE, {"f_divergence": f}) for f in F_DIVERGENCES if f != "reverse_kl"),
+]
 
 
 class Case(NamedTuple):
-    kernel: str
-    variant: str
+    variant: Variant
     dtype: str
     target: str
-    options: dict[str, Any]
 
 
-ROW_DTYPES = [*((t, dtype) for t in TARGETS for dtype in ("bf16", "fp32")), ("sm_90", "fp16")]
 CASES = [
-    *(Case(k, v, dtype, t, o) for t, dtype in ROW_DTYPES for (k, v), o in ROW_VARIANTS.items()),
-    *(Case("paired_loss", v, "fp32", t, o) for t in TARGETS for v, o in PAIR_VARIANTS.items()),
-    *(Case("paired_loss", v, "fp32", "sm_90", o) for v, o in SM90_VARIANTS.items()),
-    *(Case("unpaired_loss", v, "fp32", t, o) for t in TARGETS for v, o in UNPAIRED_VARIANTS.items()),
-    *(Case(k, v, "fp32", t, o) for t in TARGETS for (k, v), o in SAMPLED_VARIANTS.items()),
-    *(Case(k, v, dtype, t, o) for t, dtype in ROW_DTYPES for (k, v), o in REWARD_VARIANTS.items()),
-    *(Case("bradley_terry", "centred", "fp32", t, {"center_coefficient": 0.01}) for t in TARGETS),
+    *(Case(v, dtype, target) for target in TARGETS for v in VARIANTS for dtype in v.dtypes),
+    *(Case(v, dtype, "sm_90") for v in SM90_VARIANTS for dtype in v.dtypes),
 ]
 
 
@@ -278,13 +254,15 @@ class Launch(NamedTuple):
 
 def recorded_launch(case: Case) -> Launch:
     """What the launcher would have launched: its kernel, with every argument by name."""
-    module_name, kernel_name = KERNELS[case.kernel]
-    module = importlib.import_module(f"fastpref_kernels.{module_name}")
-    kernel = getattr(module, kernel_name)
-    recorder = mock.MagicMock()
-    with mock.patch.object(module, kernel_name, recorder):
-        CALLS[case.kernel](getattr(module, case.kernel), DTYPES[case.dtype], dict(case.options))
-    (launched,) = recorder.__getitem__.return_value.call_args_list
+    launcher = getattr(fastpref_kernels, case.variant.call.__name__.removeprefix("_"))
+    module = sys.modules[launcher.__module__]  # the package's attribute of that name may be the launcher
+    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    recorders = {name: mock.MagicMock() for name in kernels}
+    with mock.patch.multiple(module, **recorders):
+        case.variant.call(DTYPES[case.dtype], **case.variant.options)
+    ((kernel, launched),) = (
+        (kernels[name], call) for name, r in recorders.items() for call in r.__getitem__.return_value.call_args_list
+    )
     named = dict(launched.kwargs)
     num_warps = named.pop("num_warps")
     return Launch(kernel, dict(zip(kernel.arg_names, launched.args, strict=False)) | named, num_warps)
@@ -378,7 +356,8 @@ def _amd(amdgcn: str) -> dict[str, Any]:
 def measure(case: Case) -> Resources:
     binary = compiled(recorded_launch(case), TARGETS[case.target])
     found = _nvidia(binary.asm["cubin"]) if "cubin" in binary.asm else _amd(binary.asm["amdgcn"])
-    return Resources(*case[:4], shared=binary.metadata.shared, **found)
+    name = case.variant.call.__name__.removeprefix("_")
+    return Resources(name, case.variant.name, case.dtype, case.target, shared=binary.metadata.shared, **found)
 
 
 def measure_all(cases: list[Case], workers: int = 2) -> list[Resources]:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import disable_progress_bar
 
 from fastpref import comparison, linear_token_logprobs, models, report, sequence_logprobs
 from fastpref.data.collate import IGNORE_INDEX, PairBatch, batches_by_length, tokenize_pairs
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=_positive(int), help="optimizer steps, in place of --epochs")
     add("--batch-size", type=_positive(int), default=4, help="pairs a step (default: %(default)s)")
     add("--max-length", type=_positive(int), default=512, help="tokens a sequence (default: %(default)s)")
-    add("--lr", type=_positive(float), help="peak learning rate (default: 1e-5; 2e-3 for the tiny model)")
+    add("--lr", type=_positive(float), help="peak learning rate (default: 2e-5; 2e-3 for the tiny model)")
     add("--beta", type=_positive(float), default=0.1, help="strength of the KL constraint (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the order of the batches (default: %(default)s)")
     add("--device", help="a torch device (default: the GPU if there is one)")
@@ -59,17 +58,19 @@ def _positive(kind: type) -> Callable[[str], Any]:
 def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    disable_progress_bar()  # of loading and saving
     if device.type == "cpu":
         keep_freed_memory()
-    if args.validate and not validate():
-        print("The numerics are wrong on this machine (above): not training on them.", file=sys.stderr)
-        return 1
     try:
         job = prepare(args, device)
+    except ModuleNotFoundError as error:
+        print(f"fastpref demo: {error}; run `pip install 'fastpref[demo]'`", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"fastpref demo: {error}", file=sys.stderr)
         return 2
+    if args.validate and not validate():
+        print("The numerics are wrong on this machine (above): not training on them.", file=sys.stderr)
+        return 1
     same = train_and_save(job, args) and compare(job, args.beta)
     report.heading(f"Done in {time.perf_counter() - begin:.0f} s")
     return 0 if same else 1
@@ -116,7 +117,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Job:
             print("Loading SmolLM2-135M-Instruct (the first time it is converted, half a minute)", flush=True)
         model, tokenizer = models.load(models.smollm2() if name == "smollm2" else name)
     if args.lr is None:
-        args.lr = 2e-3 if name == "tiny" else 1e-5
+        args.lr = 2e-3 if name == "tiny" else 2e-5
     model.to(device).eval()  # no dropout: policy and reference must see the same network
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 

@@ -67,7 +67,9 @@ def output_head(model: Any) -> Head:
 def load(folder: str | Path) -> tuple[Any, Any]:
     """(model in fp32, tokenizer) from a transformers checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if not Path(folder).is_dir():
         raise ValueError(f"model: got {str(folder)!r}, want a folder with a transformers checkpoint")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)

@@ -69,7 +69,7 @@ class Scores(NamedTuple):
 
 
 def show_scores(pairs: int, before: Scores, after: Scores) -> None:
-    print(f"{f'{pairs} held-out pairs':34}{'before':>9}{'after':>9}")
+    print(f"{f'held out: {pairs} pairs':34}{'before':>9}{'after':>9}")
     print(f"{'  reward accuracy':34}{'-':>9}{after.reward_accuracy:9.1%}  (before: policy and reference are the same)")
     print(f"{'  mean reward margin':34}{before.margin:9.3f}{after.margin:9.3f}")
     rows = {"summed log-probs": 2, "log-probs per token": 3}
@@ -87,7 +87,7 @@ def show_gradients(errors: dict[str, GradientErrors], limit: float) -> bool:
 
 
 def show_comparison(found: dict[tuple[str, bool], Measurement]) -> None:
-    print(f"{'forward and backward:':22}{'time':>9}{'':>19}{'peak memory':>12}{' beyond the inputs':>12}")
+    print(f"{'forward and backward:':22}{'time':>9}{'':>19}{'peak memory beyond inputs':>28}")
     print(f"{'':22}{'eager':>9}{'fused':>10}{'':>9}{'eager':>12}{'fused':>12}")
     for trainable in (True, False):
         eager, fused = found["eager", trainable], found["fused", trainable]

@@ -69,7 +69,7 @@ def test_saved_model_is_the_trained_one(tmp_path, capsys) -> None:
         assert torch.equal(saved, trained)
     assert any(not torch.equal(p, q) for p, q in zip(untrained, loaded.parameters(), strict=True))
     printed = capsys.readouterr().out
-    assert "step    3/3" in printed and "tokens/s" in printed and "34 held-out pairs" in printed
+    assert "step    3/3" in printed and "tokens/s" in printed and "held out: 34 pairs" in printed
 
 
 def test_a_model_saved_wrongly_is_noticed(tmp_path, monkeypatch, capsys) -> None:
@@ -99,7 +99,7 @@ def test_command_from_end_to_end(tmp_path, capsys) -> None:
     command = ["demo", "--quick", "--no-validate", "--data", str(data), "--output", str(output), "--steps", "4"]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
-    assert "DPO on 11 pairs, 4 steps" in printed and "1 held-out pairs" in printed
+    assert "DPO on 11 pairs, 4 steps" in printed and "held out: 1 pairs" in printed
     assert "trainable head" in printed and "frozen head" in printed
     assert (output / "model.safetensors").exists() and (output / "tokenizer.json").exists()
     assert len(prepared("--model", str(output))[0].train) == 26  # what was saved is a model that the command takes

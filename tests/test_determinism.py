@@ -21,8 +21,8 @@ from fastpref.losses import DPO_LOSS_TYPES
 
 VOCAB = 257
 PLANS = ["frozen", "store", "pair", "recompute"]
-MANY = [("token_logprobs", None), ("token_statistics", None), ("call", None), ("from_logits", None)]
-ENTRIES = [*MANY, *(("linear", p) for p in PLANS if p != "pair"), *(("from_hidden", p) for p in PLANS)]
+WITHOUT_PLAN = [("token_logprobs", None), ("token_statistics", None), ("call", None), ("from_logits", None)]
+ENTRIES = [*WITHOUT_PLAN, *(("linear", p) for p in PLANS if p != "pair"), *(("from_hidden", p) for p in PLANS)]
 
 
 def problem(entry: str, plan: str | None, dtype=torch.float64):

@@ -122,9 +122,9 @@ def test_identical_distributions(device, dtype, direction):
 @pytest.mark.parametrize("direction", KL_DIRECTIONS)
 def test_masked_vocabulary(device, direction):
     inf = float("inf")
-    z, y = normal(4, 300, device=device), normal(4, 300, device=device)
-    z[0, :200] = y[0, :200] = -inf  # both, over more than the first block of 128
-    z[1, 5], z[1, 299] = -inf, -inf  # the policy alone
+    z, y = normal(4, 2100, device=device), normal(4, 2100, device=device)
+    z[0, :2060] = y[0, :2060] = -inf  # both, over more than the first block of 2048
+    z[1, 5], z[1, 2099] = -inf, -inf  # the policy alone
     y[2, 7] = -inf  # the reference alone
     z[3, ::2] = y[3, ::2] = -inf
     z.requires_grad_()
@@ -144,17 +144,17 @@ def test_masked_vocabulary(device, direction):
 @pytest.mark.parametrize("direction", KL_DIRECTIONS)
 def test_extreme_logits(device, dtype, direction):
     """A common shift of 1e4 costs nothing: the inputs here are exact in fp32, and so is the divergence's scale."""
-    steps = torch.arange(300, device=device, dtype=torch.float64)
+    steps = torch.arange(2100, device=device, dtype=torch.float64)
     z = ((steps % 17) * 0.25 + 1e4).to(dtype)[None].requires_grad_()
     y = ((steps % 13) * 0.25 - 1e4).to(dtype)[None]
     truth = reference.token_kl(*double(z, y), direction).detach()
     assert_exact_or_rounded(fastpref.token_kl(z, y, direction).detach(), truth)
-    peaked = torch.full((1, 300), -1e4, dtype=dtype, device=device)
-    peaked[0, 299] = 1e4  # p -> 1, met last
+    peaked = torch.full((1, 2100), -1e4, dtype=dtype, device=device)
+    peaked[0, 2099] = 1e4  # p -> 1, met in the last block
     peaked.requires_grad_()
-    flat = torch.zeros(1, 300, dtype=dtype, device=device)
+    flat = torch.zeros(1, 2100, dtype=dtype, device=device)
     kl = fastpref.token_kl(peaked, flat, direction)
-    want = math.log(300) if direction == "reverse" else 2e4 * 299 / 300 - math.log(300)
+    want = math.log(2100) if direction == "reverse" else 2e4 * 2099 / 2100 - math.log(2100)
     assert kl.item() == pytest.approx(want, rel=1e-6)
     kl.sum().backward()
     assert peaked.grad.isfinite().all()

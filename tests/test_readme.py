@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+import fastpref
+from fastpref.losses import DPO_LOSS_TYPES
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -17,3 +20,11 @@ def test_python_blocks_run_in_order():
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     assert torch.is_tensor(scope["kl"]) and scope["out"].loss.isfinite()
+
+
+def test_every_objective_has_its_paper():
+    papers = (Path(fastpref.__file__).parent / "papers.md").read_text()
+    objectives = [name for name in fastpref.__all__ if name.endswith("Loss") and name != "PairedLoss"]
+    assert len(objectives) >= 10
+    for name in objectives + [f'"{loss}"' for loss in DPO_LOSS_TYPES]:
+        assert name in papers, name

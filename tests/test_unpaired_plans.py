@@ -21,6 +21,7 @@ from support_unpaired import (
 
 from fastpref import KTOLoss, backends, mismatched_kl_from_hidden
 from fastpref.ops.unpaired import encode
+from fastpref.reference import UnpairedObjective
 
 
 @pytest.mark.parametrize("entry", ["sequences", "logits", "store", "pair", "recompute"])
@@ -62,6 +63,18 @@ def test_opcheck(backend, loss, layout):
     )  # fmt: skip
     results |= torch.library.opcheck(torch.ops.fastpref.linear_unpaired_loss, args)
     assert set(results.values()) == {"SUCCESS"}, results
+
+
+def test_ignored_tokens_have_coefficient_zero(backend):
+    """And the others their sequence's: a derivative of 0 even where no later operator would mask it."""
+    batch = paired_batch()
+    logps, labels = random_leaf(batch.labels.numel()), batch.labels.reshape(-1)
+    objective = encode(UnpairedObjective())
+    args = (logps, labels, None, batch.ref_logps, LABELLED, Z0, objective, IGNORE)
+    coefs = torch.ops.fastpref.unpaired_loss(*args)[2].view(batch.labels.shape)
+    scored = batch.labels != IGNORE
+    assert (coefs[~scored] == 0).all() and (coefs[scored] != 0).all()
+    assert all(row[mask].unique().numel() == min(1, int(mask.sum())) for row, mask in zip(coefs, scored, strict=True))
 
 
 @pytest.mark.parametrize("entry", ["sequences", "store", "pair"])

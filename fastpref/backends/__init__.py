@@ -1,7 +1,7 @@
 """Two implementations of one contract, and the choice between them.
 
-A backend is a module with `row_logprob`, `row_gradient`, `target_logits`, `paired_loss` and `ROW_ALIGNMENT`;
-signatures and meaning are those of `fastpref_kernels`.
+A backend is a module with the functions of `fastpref_kernels`, of the same signatures and meaning, and
+`ROW_ALIGNMENT`.
 """
 
 from __future__ import annotations

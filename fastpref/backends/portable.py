@@ -70,10 +70,11 @@ def _fold_block(
     if len(out) > 1:
         _row_statistics(z, m, labels, out)
     e = z.sub_(m[:, None]).exp_()
-    lse = m + e.sum(1).log_()
+    log_sum = e.sum(1).log_()
+    lse = m + log_sum
     for name, times in (("entropy", 1), ("log_sum_sq", -2)):
         if name in out:
-            out[name].add_(lse, alpha=times)
+            out[name].add_(log_sum, alpha=times)
     if label_logits is not None:
         # the label's fp32 logit replaces its rounded self inside the sum too (see fastpref_kernels.row_logprob)
         rounded, exact = label_logits
@@ -88,13 +89,14 @@ def _fold_block(
 
 
 def _row_statistics(z: Tensor, m: Tensor, labels: Tensor, out: dict[str, Tensor]) -> None:
-    """The requested statistics of a block; entropy and log_sum_sq still miss their lse."""
+    """The requested statistics of a block; entropy and log_sum_sq still miss their log-sum-exp. Those two are taken
+    of z - m: with z itself a confident row's entropy would be a difference of large numbers."""
     shifted = z - m[:, None]
     if "entropy" in out:
         e = shifted.exp()
-        out["entropy"].copy_(-(torch.where(e > 0, e * z, 0).sum(1) / e.sum(1)))
+        out["entropy"].copy_(-(torch.where(e > 0, e * shifted, 0).sum(1) / e.sum(1)))
     if "log_sum_sq" in out:
-        out["log_sum_sq"].copy_(2 * m + (shifted * 2).exp_().sum(1).log())
+        out["log_sum_sq"].copy_((shifted * 2).exp_().sum(1).log())
     if "mean_logit" in out:
         out["mean_logit"].copy_(z.mean(1))
     if "is_top1" in out:

@@ -54,6 +54,12 @@ class Partition(NamedTuple):
     slice_width: int | None = None  # of the vocabulary; None: all of it
 
 
+class HeadInputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 class Exact:
     """The specification in the dtype of its inputs. `logps` collects what losses are made of."""
 
@@ -81,6 +87,23 @@ class Exact:
         self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, pieces: Partition, **options: Any
     ) -> Tensor:
         return self.keep(reference.linear_token_logprobs(hidden, weight, labels, bias, **options))
+
+    def linear_token_statistics(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, pieces: Partition, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropy)."""
+        found = reference.token_statistics(F.linear(hidden, weight, bias), labels, **options)
+        assert found.entropy is not None
+        return found.logps, found.entropy
+
+    def token_kl(self, logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str, **options: Any) -> Tensor:
+        return reference.token_kl(logits, ref_logits, direction, mask=mask, **options)
+
+    def linear_token_kl(
+        self, own: HeadInputs, ref: HeadInputs, mask: Tensor, direction: str, pieces: Partition, **options: Any
+    ) -> Tensor:
+        given = (own.hidden, own.weight, ref.hidden, ref.weight, own.bias, ref.bias)
+        return reference.linear_token_kl(*given, direction=direction, mask=mask, **options)
 
 
 class Ideal(Exact):
@@ -120,6 +143,24 @@ class Ideal(Exact):
         )
         return self.keep(logps.view(labels.shape))
 
+    def linear_token_statistics(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, pieces: Partition, *,
+        ignore_index: int = -100, **transform: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logps, entropy = _LinearStatistics.apply(
+            flat, weight, bias, labels.reshape(-1), ignore_index, LogitTransform(**transform), self.rounding, pieces
+        )
+        return logps.view(labels.shape), entropy.view(labels.shape)
+
+    def token_kl(self, logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str, **options: Any) -> Tensor:
+        return _TokenKL.apply(logits, ref_logits, mask, direction, LogitTransform(**options), self.rounding.wide)
+
+    def linear_token_kl(
+        self, own: HeadInputs, ref: HeadInputs, mask: Tensor, direction: str, pieces: Partition, **options: Any
+    ) -> Tensor:
+        return _LinearKL.apply(*own, ref, mask, (direction, LogitTransform(**options)), self.rounding, pieces)
+
 
 class _Stored(torch.autograd.Function):
     @staticmethod
@@ -156,14 +197,26 @@ def _slope(z: Tensor, transform: LogitTransform) -> Tensor:
     return slope
 
 
-def _lse(z: Tensor, dtype: torch.dtype) -> Tensor:
+def _log_sum(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(m, log sum exp(z - m)) with m the maximum."""
     m = z.amax(1)
-    return rounded(m + rounded(rounded((z - m[:, None]).exp().sum(1), dtype).log(), dtype), dtype)
+    return m, rounded(rounded((z - m[:, None]).exp().sum(1), dtype).log(), dtype)
+
+
+def _lse(z: Tensor, dtype: torch.dtype) -> Tensor:
+    m, log_sum = _log_sum(z, dtype)
+    return rounded(m + log_sum, dtype)
 
 
 def _unit_gradient(z: Tensor, lse: Tensor, label: Tensor, logps: Tensor) -> Tensor:
     u = -(z - lse[:, None]).exp()
     return u.scatter(1, label[:, None], -torch.expm1(logps)[:, None])
+
+
+def _entropy_gradient(z: Tensor, lse: Tensor, entropy: Tensor) -> Tensor:
+    log_p = z - lse[:, None]
+    p = log_p.exp()
+    return torch.where(p > 0, -p * (log_p + entropy[:, None]), 0)
 
 
 class _RowStatistics(torch.autograd.Function):
@@ -187,9 +240,7 @@ class _RowStatistics(torch.autograd.Function):
     def backward(ctx: Any, d_logps: Tensor, d_entropy: Tensor, *unused: Tensor) -> Any:
         z, lse, label, logps, entropy, ignored = ctx.saved_tensors
         gradient = rounded(d_logps, ctx.wide)[:, None] * _unit_gradient(z, lse, label, logps)
-        log_p = z - lse[:, None]
-        p = log_p.exp()
-        mixed = torch.where(p > 0, -p * (log_p + entropy[:, None]), 0)
+        mixed = _entropy_gradient(z, lse, entropy)
         gradient = (gradient + rounded(d_entropy, ctx.wide)[:, None] * mixed) * _slope(z, ctx.transform)
         return gradient.masked_fill(ignored[:, None], 0), None, None, None, None
 
@@ -211,6 +262,32 @@ def _against(u: Tensor, scaled: Tensor, rounding: Rounding) -> Tensor:
     return rounded(u.t() @ rounded(scaled / unit, rounding.io), rounding.product) * unit
 
 
+def _head_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor, transform: LogitTransform, rounding: Rounding
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, log-sum-exp, log-probs of the labels)."""
+    raw = F.linear(hidden, weight, bias)
+    z = rounded(transform(rounded(raw, rounding.io)), rounding.wide)
+    own = rounded(transform(rounded(raw.gather(1, label[:, None]), rounding.wide)), rounding.wide)
+    lse = _lse(z.scatter(1, label[:, None], own), rounding.wide)
+    return z, lse, rounded(own[:, 0] - lse, rounding.wide)
+
+
+def _products(
+    u: Tensor, coefs: Tensor, hidden: Tensor, weight: Tensor, rounding: Rounding, pieces: Partition, with_bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dH, dW, db) of rows whose head output has the gradient coefs * u."""
+    width = pieces.slice_width or weight.shape[0]
+    kept = rounding.io if pieces.keeps_product else rounding.product
+    product = sum(rounded(part @ w, kept) for part, w in zip(u.split(width, 1), weight.split(width), strict=True))
+    groups = pieces.row_groups or (torch.arange(u.shape[0], device=u.device),)
+    d_weight = torch.stack([_against(u[g], coefs[g] * hidden[g], rounding) for g in groups]).sum(0)
+    d_bias = None
+    if with_bias:
+        d_bias = torch.stack([_against(u[g], coefs[g], rounding)[:, 0] for g in groups]).sum(0)
+    return coefs * product, d_weight, d_bias
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -219,11 +296,7 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ignored = labels == ignore_index
         label = labels.masked_fill(ignored, 0).long()
-        raw = F.linear(hidden, weight, bias)
-        z = rounded(transform(rounded(raw, rounding.io)), rounding.wide)
-        own = rounded(transform(rounded(raw.gather(1, label[:, None]), rounding.wide)), rounding.wide)
-        lse = _lse(z.scatter(1, label[:, None], own), rounding.wide)
-        logps = rounded(own[:, 0] - lse, rounding.wide)
+        z, lse, logps = _head_rows(hidden, weight, bias, label, transform, rounding)
         if pieces.slice_width is not None and rounding.io == torch.float32:
             z = rounded(transform(_in_another_order(hidden, weight, bias)), rounding.wide)
         u = rounded(_unit_gradient(z, lse, label, logps) * _slope(z, transform), rounding.io)
@@ -233,16 +306,92 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        coefs = rounded(grad, ctx.rounding.wide)[:, None]
         u, hidden, weight = ctx.saved_tensors
-        rounding: Rounding = ctx.rounding
-        pieces: Partition = ctx.pieces
-        coefs = rounded(grad, rounding.wide)[:, None]
-        width = pieces.slice_width or weight.shape[0]
-        kept = rounding.io if pieces.keeps_product else rounding.product
-        product = sum(rounded(part @ w, kept) for part, w in zip(u.split(width, 1), weight.split(width), strict=True))
-        groups = pieces.row_groups or (torch.arange(u.shape[0], device=u.device),)
-        d_weight = sum(_against(u[g], coefs[g] * hidden[g], rounding) for g in groups)
-        d_bias = None
-        if ctx.needs_input_grad[2]:
-            d_bias = torch.stack([_against(u[g], coefs[g], rounding)[:, 0] for g in groups]).sum(0)
-        return coefs * product, d_weight, d_bias, None, None, None, None, None
+        with_bias = ctx.needs_input_grad[2]
+        return *_products(u, coefs, hidden, weight, ctx.rounding, ctx.pieces, with_bias), *(None,) * 5
+
+
+class _LinearStatistics(torch.autograd.Function):
+    """Log-probs and entropies; the coefficients of both are mixed into one gradient before it is rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
+        transform: LogitTransform, rounding: Rounding, pieces: Partition,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ignored = labels == ignore_index
+        label = labels.masked_fill(ignored, 0).long()
+        z, lse, logps = _head_rows(hidden, weight, bias, label, transform, rounding)
+        log_p = z.log_softmax(1)
+        entropy = rounded(-torch.where(log_p.exp() > 0, log_p.exp() * log_p, 0).sum(1), rounding.wide)
+        slope = _slope(z, transform).masked_fill(ignored[:, None], 0)
+        unit, mixed = _unit_gradient(z, lse, label, logps) * slope, _entropy_gradient(z, lse, entropy) * slope
+        ctx.save_for_backward(unit, mixed, hidden, weight)
+        ctx.rounding, ctx.pieces = rounding, pieces
+        return logps.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
+
+    @staticmethod
+    def backward(ctx: Any, d_logps: Tensor, d_entropy: Tensor) -> Any:
+        unit, mixed, hidden, weight = ctx.saved_tensors
+        c, e = (rounded(d, ctx.rounding.wide)[:, None] for d in (d_logps, d_entropy))
+        size = torch.maximum(c.abs(), e.abs())
+        size = size.masked_fill(size == 0, 1)
+        u = rounded(c / size * unit + e / size * mixed, ctx.rounding.io)
+        with_bias = ctx.needs_input_grad[2]
+        return *_products(u, size, hidden, weight, ctx.rounding, ctx.pieces, with_bias), *(None,) * 5
+
+
+def _divergence(z: Tensor, ref_z: Tensor, direction: str, dtype: torch.dtype) -> Tensor:
+    log_p, log_q = ((x - m[:, None]) - s[:, None] for x in (z, ref_z) for m, s in (_log_sum(x, dtype),))
+    if direction == "forward":
+        log_p, log_q = log_q, log_p
+    p = log_p.exp()
+    return rounded(torch.where(p > 0, p * (log_p - log_q), 0).sum(1), dtype)
+
+
+def _divergence_gradient(
+    z: Tensor, ref_z: Tensor, lse: Tensor, ref_lse: Tensor, kl: Tensor, direction: str
+) -> Tensor:  # fmt: skip
+    """d KL / d z; the backward reads the logits again, and both log-sum-exps and the KL as they were stored."""
+    log_p, log_q = z - lse[:, None], ref_z - ref_lse[:, None]
+    p = log_p.exp()
+    if direction == "forward":
+        return p - log_q.exp()
+    return torch.where(p > 0, p * (log_p - log_q - kl[:, None]), 0)
+
+
+class _TokenKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str, transform, wide) -> Tensor:
+        z, ref_z = (rounded(transform(x), wide) for x in (logits, ref_logits))
+        kl = _divergence(z, ref_z, direction, wide)
+        k = _divergence_gradient(z, ref_z, _lse(z, wide), _lse(ref_z, wide), kl, direction) * _slope(z, transform)
+        ctx.save_for_backward(k.masked_fill(~mask[:, None], 0))
+        ctx.wide = wide
+        return kl.masked_fill(~mask, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return rounded(grad, ctx.wide)[:, None] * ctx.saved_tensors[0], None, None, None, None, None
+
+
+class _LinearKL(_LinearLogprobs):
+    """The backward is that of the log-probs, with K = d KL / d head output in the place of U."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref: HeadInputs, mask: Tensor,
+        what: tuple[str, LogitTransform], rounding: Rounding, pieces: Partition,
+    ) -> Tensor:  # fmt: skip
+        direction, transform = what
+        both = (HeadInputs(hidden, weight, bias), ref)
+        z, ref_z = (rounded(transform(rounded(F.linear(*x), rounding.io)), rounding.wide) for x in both)
+        kl = _divergence(z, ref_z, direction, rounding.wide)
+        lse, ref_lse = _lse(z, rounding.wide), _lse(ref_z, rounding.wide)
+        if pieces.slice_width is not None and rounding.io == torch.float32:
+            z, ref_z = (rounded(transform(_in_another_order(*x)), rounding.wide) for x in both)
+        k = _divergence_gradient(z, ref_z, lse, ref_lse, kl, direction) * _slope(z, transform)
+        ctx.save_for_backward(rounded(k, rounding.io).masked_fill(~mask[:, None], 0), hidden, weight)
+        ctx.rounding, ctx.pieces = rounding, pieces
+        return kl.masked_fill(~mask, 0)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ._launch import accumulator, on_device_of
 from ._math import LN2, exp, expm1, log1p, log_sigmoid, sigmoid
-from ._sequences import _bounds, _sum_sequences
+from ._sequences import spread_coefs, sum_sequences
 
 # the order is the code that the kernel branches on
 LOSSES = (
@@ -242,12 +242,12 @@ def _paired_loss_kernel(
     HAS_REF: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_TOKEN_WEIGHTS: tl.constexpr, HAS_PAIR_WEIGHTS: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    _sum_sequences(
+    sum_sequences(
         logps_ptr, labels_ptr, cu_seqlens_ptr, sums_ptr, counts_ptr, 2 * B, seq_len, ignore_index,
         HAS_LABELS, PACKED, ACC, BLOCK, BLOCK_T, token_weights_ptr, HAS_TOKEN_WEIGHTS,
     )  # fmt: skip
     if HAS_TOKEN_WEIGHTS and SFT_WEIGHT != 0.0:  # weights shape the score of a sequence, not its likelihood
-        _sum_sequences(
+        sum_sequences(
             logps_ptr, labels_ptr, cu_seqlens_ptr, nll_sums_ptr, counts_ptr, 2 * B, seq_len, ignore_index,
             HAS_LABELS, PACKED, ACC, BLOCK, BLOCK_T,
         )  # fmt: skip
@@ -308,22 +308,10 @@ def _paired_loss_kernel(
     tl.store(loss_ptr, batch_loss)
     tl.debug_barrier()
 
-    for first in range(0, 2 * B, BLOCK):
-        seqs = first + tl.arange(0, BLOCK)
-        real = seqs < 2 * B
-        begin, end = _bounds(cu_seqlens_ptr, seqs, real, seq_len, PACKED)
-        coef = tl.load(seq_coefs_ptr + seqs, mask=real, other=0.0)
-        for offset in range(0, tl.max(end - begin, axis=0), BLOCK_T):
-            tokens = begin[:, None] + offset + tl.arange(0, BLOCK_T)[None, :]
-            inside = tokens < end[:, None]
-            spread = tl.broadcast_to(coef[:, None], [BLOCK, BLOCK_T])
-            if HAS_TOKEN_WEIGHTS:
-                spread = spread * tl.load(token_weights_ptr + tokens, mask=inside, other=0.0).to(ACC)
-            spread += tl.where(seqs < B, sft_coef, 0.0)[:, None]
-            if HAS_LABELS:
-                labels = tl.load(labels_ptr + tokens, mask=inside, other=0).to(tl.int64)
-                spread = tl.where(labels != ignore_index, spread, 0.0)
-            tl.store(coefs_ptr + tokens, spread, mask=inside)
+    spread_coefs(
+        coefs_ptr, seq_coefs_ptr, labels_ptr, cu_seqlens_ptr, 2 * B, seq_len, ignore_index,
+        HAS_LABELS, PACKED, ACC, BLOCK, BLOCK_T, token_weights_ptr, HAS_TOKEN_WEIGHTS, B, sft_coef,
+    )  # fmt: skip
 
 
 def paired_loss(
@@ -340,8 +328,8 @@ def paired_loss(
     weigh the tokens of a sequence's score (not of the `sft` term).
     """
     o, n, dtype = objective, token_logps.numel(), token_logps.dtype
-    inputs = (token_logps, labels, cu_seqlens, ref_logps, lengths, token_weights, pair_weights, chosen_tokens)
-    inputs = tuple(x if x is None else x.contiguous() for x in inputs)  # the kernel strides by 1
+    given = (token_logps, labels, cu_seqlens, ref_logps, lengths, token_weights, pair_weights, chosen_tokens)
+    inputs = [x if x is None else x.contiguous() for x in given]  # the kernel strides by 1
     terms = dict(zip(o.losses, o.weights, strict=True))
     sft_weight = terms.pop("sft", 0.0)
     kinds = tuple(LOSSES.index(name) for name in terms)

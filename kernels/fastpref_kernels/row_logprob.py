@@ -29,9 +29,10 @@ def _fold_block(
     m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
     rescale = exp(m - m_ref)
     e = tl.exp2((z - m_ref) * LOG2E)  # subtract first: exact for logits in the thousands
+    if ENTROPY:  # sum of e (z - m): with z itself a confident row's entropy would be a difference of large numbers
+        zp = (zp + tl.where(s > 0, s * (m - m_ref), 0.0)) * rescale
+        zp += tl.sum(tl.where(e > 0, e * (z - m_ref), 0.0), axis=0)
     s = s * rescale + tl.sum(e, axis=0)
-    if ENTROPY:
-        zp = zp * rescale + tl.sum(tl.where(e > 0, e * z, 0.0), axis=0)
     if SUM_SQ:
         pp = pp * rescale * rescale + tl.sum(e * e, axis=0)
     if MEAN:
@@ -105,7 +106,7 @@ def _row_logprob_kernel(
         )  # fmt: skip
 
     if ENTROPY:
-        tl.store(entropy_ptr + row, m + tl.log(s) - zp / s)
+        tl.store(entropy_ptr + row, tl.log(s) - zp / s)
     if SUM_SQ:
         tl.store(log_sum_sq_ptr + row, tl.log(pp / (s * s)))
     if MEAN:

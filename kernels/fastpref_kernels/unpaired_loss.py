@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ._launch import accumulator, on_device_of
 from ._math import log_sigmoid, sigmoid
-from ._sequences import _bounds, _sum_sequences
+from ._sequences import spread_coefs, sum_sequences
 
 LOSSES = ("kto", "apo_zero_unpaired", "bco")  # the order is the code that the kernel branches on
 
@@ -60,7 +60,7 @@ def _unpaired_loss_kernel(
     HAS_LABELS: tl.constexpr, PACKED: tl.constexpr, HAS_SHIFT: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    _sum_sequences(
+    sum_sequences(
         logps_ptr, labels_ptr, cu_seqlens_ptr, sums_ptr, counts_ptr, S, seq_len, ignore_index,
         HAS_LABELS, PACKED, ACC, BLOCK, BLOCK_T,
     )  # fmt: skip
@@ -93,19 +93,10 @@ def _unpaired_loss_kernel(
     tl.store(loss_ptr, batch_loss)
     tl.debug_barrier()
 
-    for first in range(0, S, BLOCK):
-        seqs = first + tl.arange(0, BLOCK)
-        real = seqs < S
-        begin, end = _bounds(cu_seqlens_ptr, seqs, real, seq_len, PACKED)
-        coef = tl.load(seq_coefs_ptr + seqs, mask=real, other=0.0)
-        for offset in range(0, tl.max(end - begin, axis=0), BLOCK_T):
-            tokens = begin[:, None] + offset + tl.arange(0, BLOCK_T)[None, :]
-            inside = tokens < end[:, None]
-            spread = tl.broadcast_to(coef[:, None], [BLOCK, BLOCK_T])
-            if HAS_LABELS:
-                labels = tl.load(labels_ptr + tokens, mask=inside, other=0).to(tl.int64)
-                spread = tl.where(labels != ignore_index, spread, 0.0)
-            tl.store(coefs_ptr + tokens, spread, mask=inside)
+    spread_coefs(
+        coefs_ptr, seq_coefs_ptr, labels_ptr, cu_seqlens_ptr, S, seq_len, ignore_index,
+        HAS_LABELS, PACKED, ACC, BLOCK, BLOCK_T,
+    )  # fmt: skip
 
 
 def unpaired_loss(
