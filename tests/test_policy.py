@@ -167,6 +167,16 @@ def test_small_coefficients_survive_fp16(device):
         assert (got.float() - want).norm() <= 5e-3 * want.norm()
 
 
+def test_k3_of_a_token_that_the_policy_gave_up_is_inf_not_nan(backend):
+    """expm1 was inf / inf where e^x overflows."""
+    logps = torch.tensor([[-1e3, -2.0]], requires_grad=True)
+    out = fastpref.PolicyGradientLoss(beta=0.1)(
+        logps, torch.zeros(1, 2, dtype=torch.long), torch.ones(1), ref_logps=torch.tensor([[-1.0, -1.5]])
+    )
+    out.loss.backward()
+    assert out.loss == float("inf") and not logps.grad.isnan().any()
+
+
 def test_nothing_scored_is_a_differentiable_zero(backend):
     hidden, weight, labels, advantages, old, ref = batch()
     out = fastpref.PolicyGradientLoss(entropy_coef=0.1).from_hidden(

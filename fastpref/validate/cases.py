@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fastpref.losses import DPOLoss, IPOLoss
 from fastpref.reference_free import CPOLoss, ORPOLoss, SimPOLoss
-from fastpref.validate import pairs
+from fastpref.validate import others, pairs
 from fastpref.validate.operator import Operator, linear_token_logprobs, token_logprobs, token_statistics
 from fastpref.validate.pairs import Objective
 
@@ -49,4 +49,5 @@ OPERATORS: tuple[Operator, ...] = (
     linear_token_logprobs("store", ("hidden", "weight", "bias")),
     linear_token_logprobs("recompute", ("hidden", "weight", "bias")),
     *(operator for objective in OBJECTIVES for operator in pairs.operators(objective)),
+    *others.operators(),
 )

@@ -275,13 +275,13 @@ def _head_rows(
 
 def _products(
     u: Tensor, coefs: Tensor, hidden: Tensor, weight: Tensor, rounding: Rounding, pieces: Partition, with_bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Any, ...]:
     """(dH, dW, db) of rows whose head output has the gradient coefs * u."""
     width = pieces.slice_width or weight.shape[0]
     kept = rounding.io if pieces.keeps_product else rounding.product
     product = sum(rounded(part @ w, kept) for part, w in zip(u.split(width, 1), weight.split(width), strict=True))
     groups = pieces.row_groups or (torch.arange(u.shape[0], device=u.device),)
-    d_weight = torch.stack([_against(u[g], coefs[g] * hidden[g], rounding) for g in groups]).sum(0)
+    d_weight = sum(_against(u[g], coefs[g] * hidden[g], rounding) for g in groups)
     d_bias = None
     if with_bias:
         d_bias = torch.stack([_against(u[g], coefs[g], rounding)[:, 0] for g in groups]).sum(0)

@@ -23,12 +23,14 @@ def log1p(x):
 
 @triton.jit
 def expm1(x):
-    # Kahan's form again
-    u = exp(x)
+    # Kahan's form again, where it is needed: beyond 1 it would be inf / inf where e^x overflows
+    near = tl.minimum(x, 1.0)
+    u = exp(near)
     exact = u == 1.0
     tiny = u <= 0.0
-    y = (u - 1.0) * x / tl.where(exact | tiny, 1.0, tl.log(tl.where(tiny, 1.0, u)))
-    return tl.where(exact, x, tl.where(tiny, -1.0, y))
+    y = (u - 1.0) * near / tl.where(exact | tiny, 1.0, tl.log(tl.where(tiny, 1.0, u)))
+    y = tl.where(exact, near, tl.where(tiny, -1.0, y))
+    return tl.where(x > 1.0, exp(x) - 1.0, y)
 
 
 @triton.jit
