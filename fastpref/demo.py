@@ -149,6 +149,7 @@ def train_and_save(job: Job, args: argparse.Namespace) -> bool:
 
     # the reference is the model as it is now: its log-probs are computed once, and no second model is kept
     used = sorted(set(order))
+    print(f"Reference log-probs of {len(used)} training and {len(job.heldout)} held-out batches ...", flush=True)
     references = dict(zip(used, logps_of(job, [job.train[i] for i in used]), strict=True))
     heldout_references = logps_of(job, job.heldout)
     before = score(heldout_references, heldout_references, job.heldout, args.beta)

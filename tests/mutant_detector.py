@@ -22,6 +22,7 @@ from torch import Tensor
 IGNORE = -100
 CAPPED = {"temperature": 0.7, "logit_scale": 1.3, "softcap": 5.0}
 MAP_NORESERVE = 0x4000  # Linux; Python's mmap names it from 3.13 on
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU the kernels run in the interpreter
 TALL = 4101  # one full block of 4096 columns and a tail
 
 
@@ -79,8 +80,8 @@ class Checks:
     def statistics(self, fastpref, reference):
         logits, labels, upstream = rows_of(TALL)
         with torch.no_grad():
-            logits[0, 5] += 20  # beats the label, the last column, from outside the tail
-            logits[1, 0] += 20  # is the label
+            logits[0, 5] = logits[0].max() + 1  # beats the label, the last column, from outside the tail
+            logits[1, 0] = logits[1].max() + 1  # is the label
         (exact,) = in_fp64(logits)
         got, truth = fastpref.token_statistics(logits, labels), reference.token_statistics(exact, labels)
         assert torch.equal(got.is_top1, truth.is_top1)
@@ -88,6 +89,16 @@ class Checks:
             close(getattr(got, name), getattr(truth, name).detach())
         gradient = torch.autograd.grad((got.entropy * upstream).sum(), logits)
         close(*gradient, *torch.autograd.grad((truth.entropy * upstream.double()).sum(), exact))
+
+    def entropy_of_confident_rows(self, fastpref, reference):
+        """About 1e-3, while the logits are about 100."""
+        logits = torch.randn(4, 37)
+        logits[:, 3] += 12
+        logits += 90
+        labels = torch.zeros(4, dtype=torch.long)
+        got, truth = (f(z, labels).entropy for f, z in (
+            (fastpref.token_statistics, logits), (reference.token_statistics, logits.double())))  # fmt: skip
+        close(got, truth)
 
     def half_precision_gradient(self, fastpref, reference):
         logits, labels, upstream = rows_of(513, torch.float16)
@@ -171,8 +182,13 @@ class Checks:
         """The third row begins 2^31 elements behind the first. Memory that nobody touches takes no space, and what
         precedes the first row is where an offset that has wrapped around would look."""
         stride, vocab = 1 << 30, 64
-        memory = mmap.mmap(-1, 2 * (4 * stride + vocab), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        logits = torch.frombuffer(memory, dtype=torch.float16).as_strided((3, vocab), (stride, 1), 2 * stride)
+        size = 4 * stride + vocab
+        if DEVICE == "cuda":
+            memory = torch.zeros(size, dtype=torch.float16)
+        else:
+            lazy = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+            memory = torch.frombuffer(lazy, dtype=torch.float16)
+        logits = memory.as_strided((3, vocab), (stride, 1), 2 * stride)
         logits.copy_(torch.randn(3, vocab))
         labels = torch.tensor([1, 2, 3])
         close(fastpref.token_logprobs(logits, labels), reference.token_logprobs(logits.double(), labels))
@@ -185,6 +201,7 @@ def failing_checks(folder: str, backend: str) -> list[str]:
 
     assert Path(fastpref.__file__).is_relative_to(folder)
     fastpref.set_backend(backend)
+    torch.set_default_device(DEVICE)
     checks, failing = Checks(), []
     for name in (name for name in vars(Checks) if not name.startswith("_")):
         torch.manual_seed(0)

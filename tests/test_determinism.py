@@ -206,14 +206,6 @@ def test_a_backward_outside_and_inside_autocast_is_the_same():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.fixture
-def _hooks_supported(backend, request):
-    if backend == "portable":
-        reason = "a bug: torch.func, which differentiates the pair formulas, refuses to run under saved-tensor hooks"
-        request.applymarker(pytest.mark.xfail(raises=RuntimeError, strict=True, reason=reason))
-
-
-@pytest.mark.usefixtures("_hooks_supported")
 @pytest.mark.parametrize("plan", PLANS)
 def test_gradient_checkpointing_gives_the_same(backend, plan):
     batch = paired_batch(vocab=VOCAB, frozen=plan == "frozen")
@@ -227,7 +219,6 @@ def test_gradient_checkpointing_gives_the_same(backend, plan):
     assert all(torch.equal(a, b) for a, b in zip(gradients(got, leaves), want, strict=True))
 
 
-@pytest.mark.usefixtures("_hooks_supported")
 @pytest.mark.parametrize("plan", PLANS)
 def test_saved_tensors_may_be_offloaded(backend, plan):
     """As trainers do with activations."""

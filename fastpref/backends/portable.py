@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
+from fastpref.backends.derivatives import value_and_gradients
 from fastpref.backends.portable_kl import kl_estimate as kl_estimate
 from fastpref.backends.portable_kl import penalized_rewards as penalized_rewards
 from fastpref.backends.portable_kl import penalized_rewards_backward as penalized_rewards_backward
@@ -35,29 +36,26 @@ def row_logprob(
     label = labels.where(in_range, 0).long()
     z_label = transform(logits.gather(-1, label.view(*logits.shape[:-1], 1)).view(n).to(dtype))
     exact = None if target_logits is None else transform(target_logits)
-    out = {name: logits.new_empty(n, dtype=torch.bool if name == "is_top1" else dtype) for name in statistics}
-    out["lse"] = lse = logits.new_empty(n, dtype=dtype)
+    out = {name: logits.new_empty(n, dtype=dtype) for name in ("logps", "lse")}
+    out |= {name: logits.new_empty(n, dtype=torch.bool if name == "is_top1" else dtype) for name in statistics}
     for where, block in blocks(logits):
-        lse_exact = None if exact is None else (z_label[where], exact[where])
         values = {name: value[where] for name, value in out.items()}
-        _fold_block(block, labels[where], transform, values, lse_exact, write_u)
-    logps = (z_label if exact is None else exact) - lse
+        z_exact = None if exact is None else exact[where]
+        _fold_block(block, labels[where], z_label[where], z_exact, transform, values, write_u)
     if write_u:
-        d_label = -torch.expm1(logps) * transform_slope(z_label, transform)
+        d_label = -torch.expm1(out["logps"]) * transform_slope(z_label, transform)
         logits.scatter_(1, label[:, None], d_label[:, None].to(logits.dtype))
-    out["logps"] = logps.where(in_range, float("nan"))
+    out["logps"].masked_fill_(~in_range, float("nan"))
     ignored = labels == ignore_index
     return {name: value.masked_fill_(ignored, 0) for name, value in out.items()}
 
 
 def _fold_block(
-    block: Tensor, labels: Tensor, transform: reference.LogitTransform, out: dict[str, Tensor],
-    label_logits: tuple[Tensor, Tensor] | None, write_u: bool,
+    block: Tensor, labels: Tensor, z_label: Tensor, z_exact: Tensor | None, transform: reference.LogitTransform,
+    out: dict[str, Tensor], write_u: bool,
 ) -> None:  # fmt: skip
-    """A block's lse and statistics into `out`; with `write_u` its logits become U, but for the label's column.
-
-    `label_logits` are the labels' logits as rounded and in fp32.
-    """
+    """A block's log-probs, lse and statistics into `out`; with `write_u` its logits become U, but for the label's
+    column. `z_label` are the labels' logits as rounded, `z_exact` those in fp32."""
     dtype = accumulator(block.dtype)
     own = write_u and block.dtype == dtype  # the logits may be overwritten where they lie
     z = block if own else block.to(dtype, copy=True)
@@ -67,21 +65,22 @@ def _fold_block(
 
     # Maximum, difference, one exponential, sum: log_softmax followed by exp costs a second exponential.
     m = z.amax(1).clamp_(min=torch.finfo(dtype).min)  # a row of -inf
-    if len(out) > 1:
+    if len(out) > 2:
         _row_statistics(z, m, labels, out)
     e = z.sub_(m[:, None]).exp_()
     log_sum = e.sum(1).log_()
-    lse = m + log_sum
     for name, times in (("entropy", 1), ("log_sum_sq", -2)):
         if name in out:
             out[name].add_(log_sum, alpha=times)
-    if label_logits is not None:
+    shifted = z_label - m
+    if z_exact is not None:
         # the label's fp32 logit replaces its rounded self inside the sum too (see fastpref_kernels.row_logprob)
-        rounded, exact = label_logits
-        lse = torch.logaddexp(lse + torch.log1p(-(rounded - lse).exp()), exact)
-    out["lse"].copy_(lse)
+        rounded, shifted = shifted, z_exact - m
+        log_sum = torch.logaddexp(log_sum + torch.log1p(-(rounded - log_sum).exp()), shifted)
+    torch.sub(shifted, log_sum, out=out["logps"])  # not z_label - lse: a common offset of 1e4 would cost 5e-4
+    torch.add(m, log_sum, out=out["lse"])
     if write_u:
-        u = e.mul_((m - lse).exp_().neg_()[:, None])
+        u = e.mul_((-log_sum).exp_().neg_()[:, None])
         if not isinstance(slope, float) or slope != 1.0:
             u.mul_(slope)
         if u is not block:
@@ -169,9 +168,8 @@ def paired_loss(
             pair_weights=pair_weights, total_pairs=total_pairs, chosen_tokens=chosen_tokens,
         )  # fmt: skip
 
-    # Derivatives come from the specification itself. torch.func works inside a custom op, where autograd is off.
-    gradients = torch.func.grad_and_value(formula, argnums=(0, 1, 2))
-    (d_chosen, d_rejected, d_nll), loss = gradients(chosen, rejected, nll_sums[:num_pairs])
+    loss, gradients = value_and_gradients(formula, chosen, rejected, nll_sums[:num_pairs])
+    d_chosen, d_rejected, d_nll = gradients
 
     def per_token(values: Tensor) -> Tensor:
         return torch.repeat_interleave(values.to(dtype), sizes, output_size=n)

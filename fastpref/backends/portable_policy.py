@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastpref import reference
+from fastpref.backends.derivatives import value_and_gradients
 
 
 def policy_loss(
     logps: Tensor, old_logps: Tensor | None, ref_logps: Tensor | None, advantages: Tensor, entropy: Tensor | None,
     weights: Tensor, objective: reference.PolicyObjective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    def total(logps: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        losses, metrics = reference.policy_token_losses(logps, old_logps, ref_logps, advantages, entropy, objective)
-        return (losses * weights).sum(), (losses * weights, metrics)
+    def token_losses(logps: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.policy_token_losses(logps, old_logps, ref_logps, advantages, entropy, objective)
 
-    coefs, (losses, metrics) = torch.func.grad(total, has_aux=True)(logps)
+    _, (coefs,) = value_and_gradients(lambda logps: (token_losses(logps)[0] * weights).sum(), logps)
+    losses, metrics = token_losses(logps)
     coef_entropy = logps.new_empty(0) if entropy is None else -objective.entropy_coef * weights
-    return losses, metrics, coefs, coef_entropy
+    return losses * weights, metrics, coefs, coef_entropy

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
+from fastpref.backends.derivatives import value_and_gradients
 
 
 def _picked(hidden: Tensor, index: Tensor, layout: str) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -63,6 +64,5 @@ def bradley_terry(
         chosen, rejected = both.chunk(2)
         return reference.bradley_terry(chosen, rejected, margin, center_coefficient)
 
-    # Derivatives come from the specification itself. torch.func works inside a custom op, where autograd is off.
-    coefs, loss = torch.func.grad_and_value(formula)(rewards)
+    loss, (coefs,) = value_and_gradients(formula, rewards)
     return loss, reference.reward_metrics(*rewards.chunk(2)), coefs

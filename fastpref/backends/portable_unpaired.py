@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
+from fastpref.backends.derivatives import value_and_gradients
 from fastpref.segments import segment_sums
 
 
@@ -28,7 +29,6 @@ def unpaired_loss(
     def formula(sums: Tensor) -> Tensor:
         return reference.unpaired_loss(sums, ref_logps, group, shift, objective, batch_desirable=desirable)
 
-    # Derivatives come from the specification itself. torch.func works inside a custom op, where autograd is off.
-    gradient, loss = torch.func.grad_and_value(formula)(sums)
+    loss, (gradient,) = value_and_gradients(formula, sums)
     coefs = torch.repeat_interleave(gradient.to(dtype), sizes, output_size=n).masked_fill(~scored, 0)
     return loss.to(dtype), reference.unpaired_metrics(sums, ref_logps, objective).to(dtype), coefs

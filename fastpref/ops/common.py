@@ -26,22 +26,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _with_torch_func():
-    """Under a TorchDispatchMode (FlopCounterMode, selective checkpointing) PyTorch hides functorch from what runs
-    inside an operator; the portable backend differentiates formulas with it."""
-    keys = torch._C.DispatchKey
-    hidden = torch._C._dispatch_tls_local_exclude_set()
-    hidden = hidden.remove(keys.FuncTorchDynamicLayerFrontMode).remove(keys.FuncTorchDynamicLayerBackMode)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), hidden)
-
-
 def without_autocast(f: Callable) -> Callable:
     """The public functions have cast already; nothing inside an operator may be cast again."""
 
     @functools.wraps(f)
     def wrapped(*args, **kwargs):
         device = next(a.device.type for a in args if isinstance(a, Tensor))
-        with torch.autocast(device, enabled=False), _with_torch_func():
+        with torch.autocast(device, enabled=False):
             return f(*args, **kwargs)
 
     return wrapped

@@ -131,6 +131,12 @@ def fake_gradients(
     return present(gradients, hidden)
 
 
+def _graph_is_kept() -> bool:
+    """Inside a backward: was it called with retain_graph? A torch that cannot tell counts as yes."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
 def register_ready_gradients(op, num_inputs: int) -> None:
     def save(ctx, inputs, output):
         hidden, weight, _, bias = inputs[:4]
@@ -146,8 +152,7 @@ def register_ready_gradients(op, num_inputs: int) -> None:
         # traced is a fake of another type, and has no value.
         eager = type(grad) is Tensor and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         # A graph that is kept keeps its gradients too: `.grad` takes what it is given, and is written in place.
-        kept = eager and torch._C._autograd._get_current_graph_task_keep_graph()
-        as_is = eager and not kept and grad.device.type == "cpu" and grad.item() == 1
+        as_is = eager and not _graph_is_kept() and grad.device.type == "cpu" and grad.item() == 1
 
         def scaled(gradient, of, needed):
             if not needed or (as_is and gradient.dtype == of.dtype):
