@@ -22,6 +22,9 @@ from support import BACKENDS, DEVICE
 import fastpref
 from fastpref import memory
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one process a core already
+
 PACKAGES = ("fastpref", "fastpref_kernels")
 GARBAGE = 0x5A5A5A5A  # fits int32, and is no plausible index or count
 

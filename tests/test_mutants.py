@@ -41,7 +41,7 @@ MUTANTS = [
     Mutant("softcap's slope forgotten", MATH, "slope = slope * (1.0 - t * t)", "slope = slope * 1.0", "log_probs"),
     Mutant("sign of the entropy's gradient", ROW, "gradient += g_entropy", "gradient -= g_entropy", "statistics"),
     Mutant("entropy from large logits", ROW,
-           "tl.log(s) - zp / s)", "m + tl.log(s) - (m + zp / s))", "entropy_of_confident_rows"),
+           "tl.log(s) - zp / s)", "m + tl.log(s) - (m + zp / s))", "entropy_of_large_logits"),
     Mutant("argmax looks at the tail alone", ROW, "above += tl.sum(", "above = tl.sum(", "statistics"),
     Mutant("log-sum-exp of the rounded label", ROW,
            "s = rest + exp(z_exact - m_ref)", "s = s * exp(m - m_ref)", "half_precision_head"),
