@@ -55,6 +55,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str = "k1") -> Tens
 
 
 class PenalizedRewards(NamedTuple):
+    """Of `kl_penalized_rewards`: every token's reward, and each sequence's score less its summed penalty."""
+
     rewards: Tensor  # [S, T]
     sums: Tensor  # [S]
 

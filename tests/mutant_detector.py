@@ -3,7 +3,7 @@
     python tests/mutant_detector.py FOLDER BACKEND [FOLDER BACKEND ...]
 
 Each FOLDER holds copies of both packages. Prints one JSON list for each: the names of the checks that fail. All
-folders share one process that has imported PyTorch, which takes longer than the checks; a fork checks each.
+folders share one process that has imported PyTorch, which takes longer than the checks; a fork of it checks each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 IGNORE = -100
 CAPPED = {"temperature": 0.7, "logit_scale": 1.3, "softcap": 5.0}
 MAP_NORESERVE = 0x4000  # Linux; Python's mmap names it from 3.13 on
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU the kernels run in the interpreter
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"  # as conftest.py found
 TALL = 4101  # one full block of 4096 columns and a tail
 
 
@@ -211,7 +212,8 @@ def failing_checks(folder: str, backend: str) -> list[str]:
 def main() -> None:
     torch.set_num_threads(1)
     jobs = list(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+    context = multiprocessing.get_context("fork" if DEVICE == "cpu" else "spawn")  # CUDA does not survive a fork
+    with context.Pool(min(8, os.cpu_count() or 1), maxtasksperchild=1) as pool:
         for found in pool.starmap(failing_checks, jobs, chunksize=1):
             print(json.dumps(found))
 

@@ -57,7 +57,7 @@ MUTANTS = [
            "row = tl.program_id(0)\n    label = tl.load(labels_ptr + row).to(tl.int64)\n"
            "    if label == ignore_index:\n        tl.store(logp_ptr", "rows_far_apart"),
     Mutant("ignored tokens counted", SEQUENCES, "scored = scored & (labels != ignore_index)", "pass", "objectives"),
-    Mutant("ignored tokens get a coefficient", PAIRED,
+    Mutant("ignored tokens get a coefficient", SEQUENCES,
            "spread = tl.where(labels != ignore_index, spread, 0.0)", "pass", "objectives"),
     Mutant("wrong denominator", PAIRED, "1.0, ACC) / total_pairs", "1.0, ACC) / (2 * total_pairs)", "objectives"),
     Mutant("beta applied twice", PAIRED, "x = BETA * (sa - sb) - GAMMA", "x = BETA * BETA * (sa - sb)", "objectives"),
@@ -74,9 +74,7 @@ MUTANTS = [
            "gradient[rows, columns[rows]] = -torch.expm1(logps[where][rows])", "pass", "log_probs"),
     Mutant("gradient times 1.003 in place", PORTABLE, "gradient.mul_(grad_logps[where, None])",
            "gradient.mul_(grad_logps[where, None]).mul_(1.003)", "log_probs"),
-    Mutant("softcap's slope forgotten in U", PORTABLE,
-           "d_label = -torch.expm1(logps) * transform_slope(z_label, transform)",
-           "d_label = -torch.expm1(logps)", "heads"),
+    Mutant("softcap's slope forgotten in U", PORTABLE, ") * transform_slope(z_label, transform)", ")", "heads"),
     Mutant("U truncated to half precision", PORTABLE,
            "gradient.masked_fill_((labels[where] == ignore_index)[:, None], 0)",
            "(gradient.view(torch.int32) & -8192).view(torch.float32)"
@@ -84,7 +82,7 @@ MUTANTS = [
     Mutant("entropy without its log-sum-exp", PORTABLE,
            '(("entropy", 1), ("log_sum_sq", -2))', '(("log_sum_sq", -2),)', "statistics"),
     Mutant("rounded label kept in the sum", PORTABLE,
-           "lse = torch.logaddexp(lse + torch.log1p(-(rounded - lse).exp()), exact)",
+           "log_sum = torch.logaddexp(log_sum + torch.log1p(-(rounded - log_sum).exp()), shifted)",
            "pass", "half_precision_head"),
     Mutant("sft's coefficient on both responses", PORTABLE, "torch.cat([d_nll, torch.zeros_like(d_nll)])",
            "torch.cat([d_nll, d_nll])", "objectives"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from support import IGNORE
+from torch.utils.flop_counter import FlopCounterMode
 
+from fastpref import DPOLoss
 from fastpref.ops.paired import encode
 from fastpref.reference import PairedObjective
 
@@ -148,3 +150,12 @@ def test_linear_paired_loss(backend, make, objective, packed, with_bias, head):
 @pytest.mark.parametrize("coefs", [(), (N,)])
 def test_scale_gradient(make, coefs):
     check("scale_gradient", make(N, D), make(*coefs), make(N, D))
+
+
+def test_a_dispatch_mode_around_a_loss_changes_nothing(backend, make):
+    """FlopCounterMode, selective checkpointing: PyTorch hides functorch from what runs inside an operator there."""
+    logits, labels, refs = make(2 * B, T, V, grad=True), make.labels().view(2 * B, T), make(2 * B)
+    plain = DPOLoss().from_logits(logits, labels, refs).loss
+    with FlopCounterMode(display=False):
+        counted = DPOLoss().from_logits(logits, labels, refs).loss
+    assert torch.equal(counted, plain)

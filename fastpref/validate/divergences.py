@@ -131,16 +131,16 @@ def _linear_token_kl(direction: str, plan: str, wrt: tuple[str, ...]) -> Operato
         pieces = Partition(plan == "frozen", (), slice_width(x) if plan == "recompute" else None)
         kl = spec.linear_token_kl(own, ref, x.labels != IGNORE, direction, pieces, **x.transform)
         found = {"kl": kl}
-        for name, head in (("logps", own), ("ref_logps", ref)):  # constants, which no loss is made of
-            aside = copy.copy(spec)
-            aside.logps = []
-            hidden, weight, bias = (None if t is None else t.detach() for t in head)
-            found[name] = aside.linear_token_logprobs(hidden, weight, x.labels, bias, Partition(), **x.transform)
+        aside = copy.copy(spec)  # its log-probs are results, and no loss is made of them
+        aside.logps = []
+        for name, head in (("logps", own), ("ref_logps", ref)):
+            given = (head.hidden, head.weight, x.labels, head.bias, Partition())
+            found[name] = aside.linear_token_logprobs(*given, **x.transform).detach()
         return found
 
     # reverse: K is as large as the log-ratio, thousands here, and d_weight beyond fp16
     families = tuple(f for f in FAMILIES if f != "extreme" or direction == "forward")
     return Operator(
         f"linear_token_kl {direction} {plan}", _kl_head, fused, formula, wrt, families,
-        group=f"linear_token_kl {plan}", composed=plan != "store",
+        group=f"linear_token_kl {plan}", composed=(plan, direction) != ("store", "reverse"),
     )  # fmt: skip

@@ -376,8 +376,9 @@ class _TokenKL(torch.autograd.Function):
         return rounded(grad, ctx.wide)[:, None] * ctx.saved_tensors[0], None, None, None, None, None
 
 
-class _LinearKL(_LinearLogprobs):
-    """The backward is that of the log-probs, with K = d KL / d head output in the place of U."""
+class _LinearKL(torch.autograd.Function):
+    # with K = d KL / d head output in the place of U
+    backward = staticmethod(_LinearLogprobs.backward)
 
     @staticmethod
     def forward(

@@ -11,7 +11,6 @@ import fastpref
 from fastpref import plans, reference
 from fastpref.policy import REDUCTIONS
 from fastpref.reference import LogitTransform
-from fastpref.unpaired import UnpairedLoss
 from fastpref.validate import divergences, inputs, rewards
 from fastpref.validate.ideal import Exact, Partition
 from fastpref.validate.inputs import IGNORE, Draw, Inputs
@@ -38,7 +37,7 @@ def _bco() -> fastpref.BCOLoss:
     return loss
 
 
-UNPAIRED: dict[str, UnpairedLoss] = {
+UNPAIRED: dict[str, fastpref.KTOLoss | fastpref.BCOLoss] = {
     "KTO": fastpref.KTOLoss(BETA, 1.0, 1.5),
     "KTO apo_zero_unpaired": fastpref.KTOLoss(BETA, loss_type="apo_zero_unpaired"),
     "KTO class means": fastpref.KTOLoss(BETA, mean="class"),
@@ -65,7 +64,7 @@ def _unpaired_hidden(draw: Draw) -> Inputs:
     return _with_classes(draw, x, x.ref_logps.numel())
 
 
-def _unpaired(name: str, loss: UnpairedLoss) -> tuple[Operator, ...]:
+def _unpaired(name: str, loss: fastpref.KTOLoss | fastpref.BCOLoss) -> tuple[Operator, ...]:
     def point(x: Inputs) -> dict[str, Any]:
         return {"update": False} if isinstance(loss, fastpref.BCOLoss) else {"kl": x.z0}
 
@@ -105,8 +104,9 @@ def _unpaired(name: str, loss: UnpairedLoss) -> tuple[Operator, ...]:
     return (
         Operator(
             f"{name} from log-probs", _unpaired_sums, from_sums,
-            lambda spec, x: specified(spec, x, spec.keep(x.logps)), ("logps",), ("random", "tie", "extreme", "empty", "integers"),
-            exact=exact, half=False, group="unpaired losses from log-probs",
+            lambda spec, x: specified(spec, x, spec.keep(x.logps)), ("logps",),
+            ("random", "tie", "extreme", "empty", "integers"), exact=exact, half=False,
+            group="unpaired losses from log-probs",
         ),
         Operator(
             f"{name} from hidden", _unpaired_hidden, from_hidden, hidden_formula, HEAD, ("random", "empty", "integers"),

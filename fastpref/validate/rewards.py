@@ -59,7 +59,8 @@ def _bradley_terry() -> tuple[Operator, ...]:
 
     def hidden_formula(spec: Exact, x: Inputs) -> Results:
         scores = reference.row_scores(x.hidden, x.head_weight[0], x.head_bias, x.last_index, "positions")
-        return specified(*spec.keep(spec.stored(scores)).chunk(2), x.margin)
+        chosen, rejected = spec.keep(spec.stored(scores)).chunk(2)
+        return specified(chosen, rejected, x.margin)
 
     always, exact = frozenset(("accuracies",)), frozenset(("chosen_rewards", "rejected_rewards", "margins"))
     return (
