@@ -85,7 +85,7 @@ def validate() -> bool:
 
 def keep_freed_memory() -> None:
     """PyTorch has no caching allocator on a CPU. Large tensors would be fresh pages from the system every time, and
-    a training step spend more time on page faults than on arithmetic; so tell glibc to keep what is freed."""
+    a training step can spend more time on page faults than on arithmetic; so tell glibc to keep what is freed."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         trim_threshold, mmap_max = -1, -4  # names of parameters in malloc.h
@@ -231,7 +231,7 @@ def score(logps: list[Tensor], references: list[Tensor], batches: list[PairBatch
 
 @torch.no_grad()
 def compare(job: Job, beta: float) -> bool:
-    """Whether the gradients are right; prints the table of time and memory if they do."""
+    """Whether the fused gradients are right; prints the table of time and memory if they do."""
     batch = max(job.train, key=lambda b: b.labels.numel())
     with job.precision():
         hidden = hidden_states(job.model, batch.input_ids, batch.attention_mask)
