@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import torch
@@ -28,3 +30,19 @@ def test_every_objective_has_its_paper():
     assert len(objectives) >= 10
     for name in objectives + [f'"{loss}"' for loss in DPO_LOSS_TYPES]:
         assert name in papers, name
+
+
+def test_measured_table_is_the_record():
+    """Each row's four figures are the medians (s) and peaks (MiB) of the record that the section names."""
+    section = README.split("## Measured")[1].split("\n## ")[0]
+    name = re.search(r"`(benchmarks/results/[^`]+\.json)`", section)[1]
+    record = json.loads((Path(__file__).parent.parent / name).read_text())
+    found = {}
+    for row in record["rows"]:
+        head = "frozen" if "frozen" in row["case"] else "trainable"
+        figures = f"{statistics.median(row['seconds']):.2f} s", f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+        found.setdefault(row["provider"], {})[head] = figures
+    rows = re.findall(r"^\| .*\| `(\w+)` \| (.+) \|$", section, re.MULTILINE)
+    assert len(rows) >= 5
+    for provider, cells in rows:
+        assert tuple(cells.split(" | ")) == found[provider]["trainable"] + found[provider]["frozen"], provider
