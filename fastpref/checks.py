@@ -73,21 +73,33 @@ def transform(temperature: object, logit_scale: object, softcap: object) -> None
         positive("softcap", softcap)
 
 
-def num_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Pairs in a `[B chosen; B rejected]` batch, padded `[2B, T]` or packed `[N]` with `cu_seqlens [2B + 1]`."""
+def _count_sequences(labels: Tensor, cu_seqlens: Tensor | None, padded: str) -> tuple[int, str]:
+    """(how many, the argument that says so), of labels `padded`, or packed `[N]` with `cu_seqlens`."""
     if cu_seqlens is None:
         if labels.ndim != 2:
             raise ValueError(
-                f"labels: got shape {tuple(labels.shape)} without cu_seqlens, want [2B, T] "
-                "(padded, chosen rows first), or pass cu_seqlens for packed rows [N]"
+                f"labels: got shape {tuple(labels.shape)} without cu_seqlens, want {padded}, "
+                "or pass cu_seqlens for packed rows [N]"
             )
-        sequences, name = labels.shape[0], "labels"
-    else:
-        tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=(1,))
-        same_device("cu_seqlens", cu_seqlens, "labels", labels)
-        if labels.ndim != 1:
-            raise ValueError(f"labels: got shape {tuple(labels.shape)} with cu_seqlens, want packed rows [N]")
-        sequences, name = cu_seqlens.shape[0] - 1, "cu_seqlens"
+        return labels.shape[0], "labels"
+    tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=(1,))
+    same_device("cu_seqlens", cu_seqlens, "labels", labels)
+    if labels.ndim != 1:
+        raise ValueError(f"labels: got shape {tuple(labels.shape)} with cu_seqlens, want packed rows [N]")
+    return cu_seqlens.shape[0] - 1, "cu_seqlens"
+
+
+def num_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Sequences in a batch, padded `[S, T]` or packed `[N]` with `cu_seqlens [S + 1]`."""
+    sequences, name = _count_sequences(labels, cu_seqlens, "[S, T] (padded)")
+    if sequences < 1:
+        raise ValueError(f"{name}: got no sequences, want at least 1")
+    return sequences
+
+
+def num_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Pairs in a `[B chosen; B rejected]` batch, padded `[2B, T]` or packed `[N]` with `cu_seqlens [2B + 1]`."""
+    sequences, name = _count_sequences(labels, cu_seqlens, "[2B, T] (padded, chosen rows first)")
     if sequences < 2 or sequences % 2:
         raise ValueError(f"{name}: got {sequences} sequences, want an even number, at least 2 ([B chosen; B rejected])")
     return sequences // 2

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastpref import memory, plans
 from fastpref.backends import backend_for
+from fastpref.precision import wide
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -59,7 +60,7 @@ def forward(
         labels = plans.gather(labels, rows)
     n = rows.numel()
     names = ("kl", "lse", "ref_lse") + (() if labels is None else ("logps", "ref_logps"))
-    dtype = plans._wide(torch.promote_types(hidden.dtype, ref_hidden.dtype))
+    dtype = wide(torch.promote_types(hidden.dtype, ref_hidden.dtype))
     results = {name: hidden.new_empty(n, dtype=dtype) for name in names}
     unit_hidden = torch.zeros_like(hidden) if plan == "frozen" else None
     k = plans.logits_buffer(head, n) if plan == "store" else None
@@ -103,7 +104,7 @@ def backward_recompute(
     n = hidden.shape[0]
     width = _tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
     width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries
-    d_hidden = torch.zeros_like(hidden, dtype=plans._wide(hidden.dtype)) if needs.hidden else None
+    d_hidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
     backend = backend_for(hidden)
     with (
         memory.borrowed(n, width, like=head.weight) as tile,

@@ -27,6 +27,7 @@ from torch import Tensor
 from fastpref import memory
 from fastpref.backends import backend_for
 from fastpref.memory import MIB
+from fastpref.precision import wide
 from fastpref.reference import LogitTransform
 
 PLANS = ("no_grad", "frozen", "store", "pair", "recompute")
@@ -135,10 +136,6 @@ def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         out.add_(product) if add else out.copy_(product)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class ParameterGradients:
     """dW and db of the head, added up over groups of rows in `dtype`; None where not needed."""
 
@@ -189,7 +186,7 @@ def forward(
     rows = compact(labels, head.ignore_index)
     labels = gather(labels, rows)
     n = rows.numel()
-    results = hidden.new_empty(2 + len(statistics), n, dtype=_wide(hidden.dtype))
+    results = hidden.new_empty(2 + len(statistics), n, dtype=wide(hidden.dtype))
     step = tile_rows(head, n, workspace_bytes)
     unit_hidden = torch.zeros_like(hidden) if plan == "frozen" else None
     u = logits_buffer(head, n) if plan == "store" else None
@@ -216,7 +213,7 @@ def backward_store(
     """The two gradient products from a stored U, everything on scored rows; returns dH `[n, d]`, not yet rounded."""
     d_hidden = None
     if needs.hidden:
-        product = torch.empty_like(hidden, dtype=_wide(u.dtype))
+        product = torch.empty_like(hidden, dtype=wide(u.dtype))
         _matmul_into(product, u, head.weight, add=False)
         d_hidden = product.mul_(coefs[:, None])
     parameters.add(u, hidden, coefs)
@@ -232,7 +229,7 @@ def backward_recompute(
     n = hidden.shape[0]
     width = tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
     width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries
-    d_hidden = torch.zeros_like(hidden, dtype=_wide(hidden.dtype)) if needs.hidden else None
+    d_hidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
     backend = backend_for(hidden)
     with memory.borrowed(n, width, like=hidden) as tile:
         for part in _chunks(head.vocab, width):
@@ -315,8 +312,8 @@ def forward_units(
     rows_wanted, max_rows = (size // (head.vocab * hidden.element_size()) for size in limits)
     groups = list(units.groups(rows_wanted)) if separable else [(0, units.number)]
     kept_rows = max((size for g in groups if (size := units.size(*g)) <= max_rows), default=0)
-    d_hidden = torch.zeros_like(hidden, dtype=_wide(hidden.dtype)) if needs.hidden else None
-    parameters = ParameterGradients(head, needs, _wide(hidden.dtype))
+    d_hidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
+    parameters = ParameterGradients(head, needs, wide(hidden.dtype))
     losses, metrics = [], []
     with memory.borrowed(kept_rows, padded_vocab(head), like=head.weight) as scratch:
         for first, last in groups:
@@ -355,11 +352,11 @@ def forward_tokens(
     rows = compact(labels, head.ignore_index)
     labels = gather(labels, rows)
     n, backend = rows.numel(), backend_for(hidden)
-    wide = _wide(hidden.dtype)
-    metrics = hidden.new_zeros(num_metrics, hidden.shape[0], dtype=wide)
-    d_hidden = torch.zeros_like(hidden, dtype=_wide(hidden.dtype)) if needs.hidden else None
-    parameters = ParameterGradients(head, needs, wide)
-    losses = [hidden.new_zeros((), dtype=wide)]
+    dtype = wide(hidden.dtype)
+    metrics = hidden.new_zeros(num_metrics, hidden.shape[0], dtype=dtype)
+    d_hidden = torch.zeros_like(hidden, dtype=dtype) if needs.hidden else None
+    parameters = ParameterGradients(head, needs, dtype)
+    losses = [hidden.new_zeros((), dtype=dtype)]
     step = tile_rows(head, n, workspace_bytes)
     with memory.borrowed(step, padded_vocab(head), like=head.weight) as scratch:
         for part in list(_chunks(n, step)) or [slice(0, 0)]:  # without rows, zero gradients all the same

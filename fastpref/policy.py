@@ -64,7 +64,7 @@ class PolicyGradientLoss(nn.Module):
 
     def _tokens(self, labels, advantages, old_logps, ref_logps, cu_seqlens, normalizer, ignore_index, dtype):
         """(old_logps, ref_logps, advantages, weights), each flat `[N]` in `dtype` or None."""
-        sequences = _num_sequences(labels, cu_seqlens)
+        sequences = checks.num_sequences(labels, cu_seqlens)
         checks.tensor("advantages", advantages, dtypes=checks.FLOATS)
         checks.same_device("advantages", advantages, "labels", labels)
         if advantages.shape == (sequences,) and advantages.shape != labels.shape:
@@ -200,17 +200,6 @@ class PolicyGradientLoss(nn.Module):
         return self._from_tokens(
             logps, entropy, labels, advantages, old_logps, ref_logps, cu_seqlens, normalizer, ignore_index
         )
-
-
-def _num_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    if cu_seqlens is None:
-        if labels.ndim != 2:
-            raise ValueError(f"labels: got shape {tuple(labels.shape)} without cu_seqlens, want [S, T]")
-        return labels.shape[0]
-    checks.tensor("cu_seqlens", cu_seqlens, dtypes=checks.INTEGERS, ndim=(1,))
-    if labels.ndim != 1:
-        raise ValueError(f"labels: got shape {tuple(labels.shape)} with cu_seqlens, want packed rows [N]")
-    return cu_seqlens.shape[0] - 1
 
 
 def _per_token(values: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

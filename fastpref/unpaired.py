@@ -88,25 +88,6 @@ def _world_size() -> int:
     return torch.distributed.get_world_size() if several else 1
 
 
-def _num_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    if cu_seqlens is None:
-        if labels.ndim != 2:
-            raise ValueError(
-                f"labels: got shape {tuple(labels.shape)} without cu_seqlens, want [S, T] "
-                "(padded), or pass cu_seqlens for packed rows [N]"
-            )
-        sequences, name = labels.shape[0], "labels"
-    else:
-        checks.tensor("cu_seqlens", cu_seqlens, dtypes=checks.INTEGERS, ndim=(1,))
-        checks.same_device("cu_seqlens", cu_seqlens, "labels", labels)
-        if labels.ndim != 1:
-            raise ValueError(f"labels: got shape {tuple(labels.shape)} with cu_seqlens, want packed rows [N]")
-        sequences, name = cu_seqlens.shape[0] - 1, "cu_seqlens"
-    if sequences < 1:
-        raise ValueError(f"{name}: got no sequences, want at least 1")
-    return sequences
-
-
 def _reference(ref_logps: Tensor | None, sequences: int, like: Tensor) -> Tensor:
     if ref_logps is None:
         raise ValueError(f"ref_logps: got None, want the reference model's log-probs {[sequences]}")
@@ -192,7 +173,7 @@ class UnpairedLoss(nn.Module):
         ignore_index: int, transform: LogitTransform, point,
     ) -> UnpairedOutput:  # fmt: skip
         logps = token_logprobs(logits, labels, ignore_index=ignore_index, **transform._asdict())
-        sequences = _num_sequences(labels, cu_seqlens)
+        sequences = checks.num_sequences(labels, cu_seqlens)
         batch = self._batch(labels.reshape(-1), cu_seqlens, ignore_index, desirable, ref_logps, sequences, logps)
         return self._from_tokens(logps, labels, batch, point)
 
@@ -202,7 +183,7 @@ class UnpairedLoss(nn.Module):
         workspace_bytes: int | None, point, *, separable: bool,
     ) -> UnpairedOutput:  # fmt: skip
         inputs = head_inputs(hidden, weight, labels, bias, transform)
-        sequences = _num_sequences(labels, cu_seqlens)
+        sequences = checks.num_sequences(labels, cu_seqlens)
         batch = self._batch(inputs.labels, cu_seqlens, ignore_index, desirable, ref_logps, sequences, inputs.hidden)
         chosen = choose_plan(inputs, plan, workspace_bytes, paired=separable, ignore_index=ignore_index).plan
         if chosen != "pair":
@@ -347,7 +328,7 @@ def mismatched_kl_from_hidden(
     One matrix product per scored row, no logits in memory, no gradient. `ref_logps` `[S]` are the reference
     model's summed log-probs of the same sequences.
     """
-    _num_sequences(labels, cu_seqlens)
+    checks.num_sequences(labels, cu_seqlens)
     logps = linear_token_logprobs(
         hidden, weight, labels, bias, ignore_index=ignore_index, temperature=temperature, logit_scale=logit_scale,
         softcap=softcap, workspace_bytes=workspace_bytes,

@@ -21,7 +21,8 @@ from fastpref.backends.portable_reward import bradley_terry as bradley_terry
 from fastpref.backends.portable_reward import row_scores as row_scores
 from fastpref.backends.portable_reward import row_scores_gradient as row_scores_gradient
 from fastpref.backends.portable_unpaired import unpaired_loss as unpaired_loss
-from fastpref.backends.rows import accumulator, blocks, transform_slope
+from fastpref.backends.rows import blocks, transform_slope
+from fastpref.precision import wide
 from fastpref.segments import segment_sums
 
 ROW_ALIGNMENT = 1
@@ -31,7 +32,7 @@ def row_logprob(
     logits: Tensor, labels: Tensor, *, transform: reference.LogitTransform, ignore_index: int, statistics=(),
     target_logits: Tensor | None = None, write_u: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
-    n, vocab, dtype = labels.numel(), logits.shape[-1], accumulator(logits.dtype)
+    n, vocab, dtype = labels.numel(), logits.shape[-1], wide(logits.dtype)
     in_range = (labels >= 0) & (labels < vocab)
     label = labels.where(in_range, 0).long()
     z_label = transform(logits.gather(-1, label.view(*logits.shape[:-1], 1)).view(n).to(dtype))
@@ -56,7 +57,7 @@ def _fold_block(
 ) -> None:  # fmt: skip
     """A block's log-probs, lse and statistics into `out`; with `write_u` its logits become U, but for the label's
     column. `z_label` are the labels' logits as rounded, `z_exact` those in fp32."""
-    dtype = accumulator(block.dtype)
+    dtype = wide(block.dtype)
     own = write_u and block.dtype == dtype  # the logits may be overwritten where they lie
     z = block if own else block.to(dtype, copy=True)
     if transform != reference.LogitTransform():
@@ -107,7 +108,7 @@ def row_gradient(
     ignore_index: int, first_column: int = 0, grad_logps: Tensor | None = None,
     entropy: Tensor | None = None, grad_entropy: Tensor | None = None,
 ) -> None:  # fmt: skip
-    dtype = accumulator(logits.dtype)
+    dtype = wide(logits.dtype)
     for where, block in blocks(logits):
         z = block.to(dtype, copy=block.dtype == dtype)
         if transform != reference.LogitTransform():
@@ -131,7 +132,7 @@ def row_gradient(
 
 
 def target_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    dtype = accumulator(hidden.dtype)
+    dtype = wide(hidden.dtype)
     in_range = (labels >= 0) & (labels < weight.shape[0])
     label = labels.where(in_range, 0)
     z = (hidden.to(dtype) * weight[label].to(dtype)).sum(1)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
-from fastpref.backends.rows import accumulator, blocks, transform_slope
+from fastpref.backends.rows import blocks, transform_slope
+from fastpref.precision import wide
 
 
 def _logits(block: Tensor, transform: reference.LogitTransform, dtype: torch.dtype) -> Tensor:
@@ -41,7 +42,7 @@ def token_kl(
     labels: Tensor | None = None, target_logits: Tensor | None = None, ref_target_logits: Tensor | None = None,
     write_k: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
-    n, dtype = policy.shape[:-1].numel(), accumulator(torch.promote_types(policy.dtype, ref.dtype))
+    n, dtype = policy.shape[:-1].numel(), wide(torch.promote_types(policy.dtype, ref.dtype))
     out = {name: policy.new_empty(n, dtype=dtype) for name in ("kl", "lse", "ref_lse")}
     if labels is not None:
         for name, logits in (("logps", policy), ("ref_logps", ref)):

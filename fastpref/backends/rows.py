@@ -15,10 +15,6 @@ from fastpref import reference
 BLOCK_ELEMENTS_PER_THREAD = 1 << 19
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Views of a few rows each, with their places in the flattened labels; copies nothing."""
     threads = torch.get_num_threads()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.precision import wide as wide
+
 
 def first_order_only(op: Any) -> None:
     def refuse(ctx, *grads):
@@ -20,10 +22,6 @@ def first_order_only(op: Any) -> None:
 def split_names(names: str) -> tuple[str, ...]:
     """Operators take strings: a comma-separated list."""
     return tuple(name for name in names.split(",") if name)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(f: Callable) -> Callable:
