@@ -156,11 +156,12 @@ class PairedLoss(nn.Module):
         temperature: float = 1.0,
         logit_scale: float = 1.0,
         softcap: float | None = None,
+        nll_tokens: Tensor | None = None,
     ) -> PreferenceOutput:
         """From logits `[2B, T, V]` (or `[N, V]` with `cu_seqlens`) and shifted labels; `ref_logps` `[2B]` summed."""
         pairs = checks.num_pairs(labels, cu_seqlens)
         tokens = self._token_statistics(logits, labels, ignore_index, LogitTransform(temperature, logit_scale, softcap))
-        return self._from_tokens(tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index)
+        return self._from_tokens(tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, nll_tokens=nll_tokens)
 
     @property
     def _statistics(self) -> tuple[str, ...]:
@@ -171,7 +172,7 @@ class PairedLoss(nn.Module):
 
     def _from_tokens(
         self, tokens: TokenStatistics, labels, ref_logps, cu_seqlens, pairs: int, ignore_index,
-        lengths: Tensor | None = None, weights: Tensor | None = None,
+        lengths: Tensor | None = None, weights: Tensor | None = None, nll_tokens: Tensor | None = None,
     ) -> PreferenceOutput:  # fmt: skip
         ref_logps = self._checked_reference("ref_logps", ref_logps, (2 * pairs,), labels)
         if weights is None:
@@ -184,15 +185,16 @@ class PairedLoss(nn.Module):
         dtype = tokens.logps.dtype
         return self._paired_op(
             tokens.logps.reshape(-1), labels.reshape(-1), cu_seqlens, _as(ref_logps, dtype), _as(lengths, dtype),
-            pair_weights, pairs, ignore_index, _as(weights, dtype),
+            pair_weights, pairs, ignore_index, _as(weights, dtype), _as(nll_tokens, dtype),
         )  # fmt: skip
 
     def _paired_op(
-        self, token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, pairs: int, ignore_index, weights=None
-    ) -> PreferenceOutput:
+        self, token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, pairs: int, ignore_index, weights=None,
+        nll_tokens: Tensor | None = None,
+    ) -> PreferenceOutput:  # fmt: skip
         loss, metrics, _ = torch.ops.fastpref.paired_loss(
             token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, self._encoded, pairs, ignore_index,
-            weights,
+            weights, nll_tokens,
         )  # fmt: skip
         return PreferenceOutput(loss, *metrics.unbind(0))
 
@@ -211,20 +213,23 @@ class PairedLoss(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         workspace_bytes: int | None = None,
+        nll_tokens: Tensor | None = None,
     ) -> PreferenceOutput:
         """From hidden states `[2B, T, d]` (or `[N, d]` with `cu_seqlens`) and the head's weight `[V, d]`.
 
         No logits in memory: 3 matrix products over the scored rows with a trainable head, 2 with a frozen one,
-        1 without gradients. `plan` and `workspace_bytes` as in `linear_token_logprobs`, and `"pair"`.
+        1 without gradients. `plan` and `workspace_bytes` as in `linear_token_logprobs`, and `"pair"`. `nll_tokens`
+        (0-d) is what an NLL term is divided by, in place of this batch's own chosen tokens: for a part of a batch.
         """
         return self._from_hidden(
             hidden, weight, labels, bias, ref_logps, cu_seqlens, plan, ignore_index,
-            LogitTransform(temperature, logit_scale, softcap), workspace_bytes,
+            LogitTransform(temperature, logit_scale, softcap), workspace_bytes, nll_tokens=nll_tokens,
         )  # fmt: skip
 
     def _from_hidden(
         self, hidden, weight, labels, bias, ref_logps, cu_seqlens, plan: str, ignore_index: int,
         transform: LogitTransform, workspace_bytes, lengths: Tensor | None = None, weights: Tensor | None = None,
+        nll_tokens: Tensor | None = None,
     ) -> PreferenceOutput:  # fmt: skip
         inputs = head_inputs(hidden, weight, labels, bias, transform)
         pairs = checks.num_pairs(labels, cu_seqlens)
@@ -235,13 +240,16 @@ class PairedLoss(nn.Module):
                 hidden, weight, labels, bias, self._statistics, ignore_index=ignore_index, plan=chosen,
                 workspace_bytes=workspace_bytes, **transform._asdict(),
             )  # fmt: skip
-            return self._from_tokens(tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, lengths, weights)
+            return self._from_tokens(
+                tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, lengths, weights, nll_tokens
+            )
         if weights is None:
             weights = self.token_weights(labels, cu_seqlens, ignore_index)
         dtype = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
         loss, metrics, *_ = torch.ops.fastpref.linear_paired_loss(
             *inputs, _as(ref_logps, dtype), cu_seqlens, ignore_index, *as_floats(transform), self._encoded, pairs,
             workspace_bytes, *inputs.needs(), _as(lengths, dtype), _as(weights, dtype), self.use_weighting,
+            _as(nll_tokens, dtype),
         )  # fmt: skip
         return PreferenceOutput(loss, *metrics.unbind(0))
 

@@ -108,13 +108,16 @@ class ORPOLoss(PairedLoss):
         temperature: float = 1.0,
         logit_scale: float = 1.0,
         softcap: float | None = None,
+        nll_tokens: Tensor | None = None,
         prompt_labels: Tensor | None = None,
     ) -> PreferenceOutput:
         """As `PairedLoss.from_logits`; `prompt_labels`, shaped like labels, adds the chosen prompts to the NLL."""
         pairs = checks.num_pairs(labels, cu_seqlens)
         labels, lengths, weights = _with_prompts(labels, prompt_labels, cu_seqlens, pairs, ignore_index)
         tokens = self._token_statistics(logits, labels, ignore_index, LogitTransform(temperature, logit_scale, softcap))
-        return self._from_tokens(tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, lengths, weights)
+        return self._from_tokens(
+            tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, lengths, weights, nll_tokens
+        )
 
     def from_hidden(
         self,
@@ -131,6 +134,7 @@ class ORPOLoss(PairedLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         workspace_bytes: int | None = None,
+        nll_tokens: Tensor | None = None,
         prompt_labels: Tensor | None = None,
     ) -> PreferenceOutput:
         """As `PairedLoss.from_hidden`; `prompt_labels`, shaped like labels, adds the chosen prompts to the NLL."""
@@ -138,7 +142,7 @@ class ORPOLoss(PairedLoss):
         labels, lengths, weights = _with_prompts(labels, prompt_labels, cu_seqlens, pairs, ignore_index)
         return self._from_hidden(
             hidden, weight, labels, bias, ref_logps, cu_seqlens, plan, ignore_index,
-            LogitTransform(temperature, logit_scale, softcap), workspace_bytes, lengths, weights,
+            LogitTransform(temperature, logit_scale, softcap), workspace_bytes, lengths, weights, nll_tokens,
         )  # fmt: skip
 
 

@@ -48,14 +48,15 @@ def _chosen_tokens(objective: PairedObjective, labels, cu_seqlens, lengths, pair
 def paired_loss(
     token_logps: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ref_logps: Tensor | None,
     lengths: Tensor | None, pair_weights: Tensor | None, objective: str, num_pairs: int, ignore_index: int,
-    token_weights: Tensor | None = None,
+    token_weights: Tensor | None = None, nll_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics `[6, B]`, d loss / d token_logps `[N]`)."""
     checks.packed_edges(cu_seqlens, token_logps.numel())
     o = decode(objective)
     return backend_for(token_logps).paired_loss(
         token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights,
-        _chosen_tokens(o, labels, cu_seqlens, lengths, num_pairs, ignore_index), o,
+        _chosen_tokens(o, labels, cu_seqlens, lengths, num_pairs, ignore_index) if nll_tokens is None else nll_tokens,
+        o,
         num_pairs=num_pairs, total_pairs=num_pairs, ignore_index=ignore_index, token_weights=token_weights,
     )  # fmt: skip
 
@@ -73,9 +74,9 @@ def _save_paired(ctx, inputs, output):
 
 def _backward_paired(ctx, grad, *unused):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     coefs, token_logps = ctx.saved_tensors
-    return torch.ops.fastpref.scale_gradient(coefs, grad, token_logps), *(None,) * 9
+    return torch.ops.fastpref.scale_gradient(coefs, grad, token_logps), *(None,) * 10
 
 
 paired_loss.register_autograd(_backward_paired, setup_context=_save_paired)
@@ -88,13 +89,15 @@ def linear_paired_loss(
     cu_seqlens: Tensor | None, ignore_index: int, temperature: float, logit_scale: float, softcap: float | None,
     objective: str, num_pairs: int, workspace_bytes: int | None,
     need_hidden: bool, need_weight: bool, need_bias: bool, lengths: Tensor | None = None,
-    token_weights: Tensor | None = None, confidence: bool = False,
+    token_weights: Tensor | None = None, confidence: bool = False, nll_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics `[6, B]`, dH, dW, db), the gradients in fp32, empty where not needed."""
     checks.label_range(labels, weight.shape[0], ignore_index)
     checks.packed_edges(cu_seqlens, labels.numel())
     o = decode(objective)
-    chosen_tokens = _chosen_tokens(o, labels, cu_seqlens, None, num_pairs, ignore_index)
+    chosen_tokens = nll_tokens
+    if chosen_tokens is None:
+        chosen_tokens = _chosen_tokens(o, labels, cu_seqlens, None, num_pairs, ignore_index)
 
     def of_group(values: Tensor | None, first: int, last: int) -> Tensor | None:
         return None if values is None else values.view(2, num_pairs)[:, first:last].reshape(-1)
@@ -131,4 +134,4 @@ def _(
     return loss, metrics, *fake_gradients(hidden, weight, bias, needs)
 
 
-register_ready_gradients(linear_paired_loss, num_inputs=19)
+register_ready_gradients(linear_paired_loss, num_inputs=20)

@@ -157,9 +157,12 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x < -math.log(2), torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
 
 
+def log_odds(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b) - (_log1mexp(a) - _log1mexp(b))  # eqs. 4 and 5 of ORPO, 2403.07691, of mean log-probs
+
+
 def odds_ratio(pairs: Pairs, o: PairedObjective) -> Tensor:
-    a, b = pairs.chosen, pairs.rejected
-    return -F.logsigmoid((a - b) - (_log1mexp(a) - _log1mexp(b)))  # eq. 7 of ORPO, 2403.07691, log-odds of eq. 4
+    return -F.logsigmoid(log_odds(pairs.chosen, pairs.rejected))  # eq. 7 of ORPO, 2403.07691
 
 
 PAIR_LOSSES: dict[str, Callable[[Pairs, PairedObjective], Tensor]] = {

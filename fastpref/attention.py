@@ -1,0 +1,238 @@
+"""Attention over packed rows whose sequences may share a prefix, registered with transformers.
+
+A pair is packed as `[prompt | chosen | rejected]`: the prompt runs once, the rejected tokens see the prompt and
+themselves, and their positions restart at the prompt's length. As variable-length attention that is two query
+blocks: `[prompt; chosen]` over the same keys, and `[rejected]` over the keys `[prompt; rejected]`, causal from the
+bottom right. Sequences that share nothing are the special case without prefixes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KWARG = "fastpref_segments"  # the argument of a model's forward that reaches its attention layers
+_PREFIX = "fastpref_"  # + the implementation that calls without segments go to
+_DELEGATES = ("sdpa", "eager")
+_packed: contextvars.ContextVar[bool] = contextvars.ContextVar("fastpref_packed", default=False)
+
+
+class Segment(NamedTuple):
+    """Consecutive query rows, and the rows before them that they all see."""
+
+    start: int
+    end: int
+    prefix_start: int = 0
+    prefix_end: int = 0
+
+
+@dataclass
+class Segments:
+    """The segments of one packed row, covering it without gaps; built on the CPU, moved with its batch."""
+
+    table: tuple[Segment, ...]
+    cu_queries: Tensor  # [G + 1] int32
+    cu_keys: Tensor  # [G + 1] int32, offsets into key_rows
+    key_rows: Tensor  # [M] the packed rows whose keys the segments see, one segment after the other
+    max_queries: int
+    max_keys: int
+    _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, table: Sequence[Segment]) -> Segments:
+        queries = [s.end - s.start for s in table]
+        keys = [s.prefix_end - s.prefix_start + n for s, n in zip(table, queries, strict=True)]
+        rows = [torch.arange(a, b) for s in table for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
+        offsets = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys)]
+        return cls(tuple(table), offsets[0], offsets[1], torch.cat(rows), max(queries), max(keys))
+
+    @property
+    def shared(self) -> bool:
+        return any(s.prefix_end > s.prefix_start for s in self.table)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> Segments:
+        tensors = (x.to(device, **kwargs) for x in (self.cu_queries, self.cu_keys, self.key_rows))
+        return Segments(self.table, *tensors, self.max_queries, self.max_keys)
+
+    def pin_memory(self) -> Segments:
+        tensors = (x.pin_memory() for x in (self.cu_queries, self.cu_keys, self.key_rows))
+        return Segments(self.table, *tensors, self.max_queries, self.max_keys)
+
+    def mask(self, segment: Segment, window: int | None, like: Tensor) -> Tensor | None:
+        """Additive `[queries, keys]` in the dtype of `like`, kept for the other layers; None where `is_causal` does."""
+        queries = segment.end - segment.start
+        keys = queries + segment.prefix_end - segment.prefix_start
+        if queries == keys and (window is None or window >= keys):
+            return None
+        key = (queries, keys, window, like.dtype)
+        if key not in self._masks:
+            at = torch.arange(keys - queries, keys, device=like.device)[:, None]
+            seen = torch.arange(keys, device=like.device)
+            hidden = (seen > at) if window is None else (seen > at) | (seen <= at - window)
+            self._masks[key] = torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill(
+                hidden, float("-inf")
+            )
+        return self._masks[key]
+
+
+def by_segment(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None = None,
+    softcap: float | None = None, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """`[1, H, N, D]` attention, one scaled_dot_product_attention a segment: any device, any dtype."""
+    sizes = [s.end - s.start for s in segments.table]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))  # one gradient buffer, not G
+    starts = {s.start: i for i, s in enumerate(segments.table)}
+    outputs = []
+    for i, segment in enumerate(segments.table):
+        k, v = keys[i], values[i]
+        length = segment.prefix_end - segment.prefix_start
+        if length:
+            owner = starts[segment.prefix_start]
+            k = torch.cat([keys[owner][:, :, :length], k], dim=2)
+            v = torch.cat([values[owner][:, :, :length], v], dim=2)
+        mask = segments.mask(segment, window, query)
+        if softcap is None:
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    queries[i], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
+                    enable_gqa=k.shape[1] != query.shape[1],
+                )
+            )  # fmt: skip
+        else:
+            outputs.append(_softcapped(queries[i], k, v, mask, scale, softcap, dropout))
+    return torch.cat(outputs, dim=2)
+
+
+def _softcapped(query, key, value, mask: Tensor | None, scale: float | None, softcap: float, dropout: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        n = query.shape[2]
+        mask = torch.full((n, n), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+@functools.cache
+def _varlen() -> tuple[Callable, frozenset[str]] | None:
+    """torch's variable-length attention and the names of its parameters, which differ from version to version."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def by_varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None = None
+) -> Tensor:
+    """The same in one launch, for half precision on a GPU. The keys of a shared prefix are read through a gather,
+    whose backward adds two numbers a row for two responses: deterministic."""
+    found = _varlen()
+    assert found is not None
+    varlen_attn, names = found
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
+    if segments.shared:
+        k, v = k.index_select(0, segments.key_rows), v.index_select(0, segments.key_rows)
+    options: dict[str, Any] = {"scale": scale} if scale is not None else {}
+    if "enable_gqa" in names:
+        options["enable_gqa"] = k.shape[1] != q.shape[1]
+    elif k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if "is_causal" in names:
+        options["is_causal"] = True
+    else:  # (left, right): keys up to the query's own, aligned at the bottom right
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(), segments.cu_queries, segments.cu_keys,
+        segments.max_queries, segments.max_keys, **options,
+    )  # fmt: skip
+    return out.transpose(0, 1)[None]
+
+
+def _can_varlen(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> bool:
+    found = _varlen() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
+    if found is None or softcap is not None or dropout or query.shape[-1] > 256:
+        return False
+    return window is None or "window_size" in found[1]
+
+
+def attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, fastpref_segments: Segments | None = None, *, delegate: str = "sdpa", **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface: `[1, H, N, D]` to `[1, N, H, D]`."""
+    if fastpref_segments is None:
+        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
+        options = {name: value for name, value in (options | kwargs).items() if value is not None}
+        return _delegate(delegate, module)(module, query, key, value, attention_mask, **options)
+    unknown = [name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
+    if unknown or attention_mask is not None:
+        raise ValueError(f"{', '.join(unknown) or 'attention_mask'}: got one in packed attention, want none")
+    if _can_varlen(query, sliding_window, softcap, dropout):
+        out = by_varlen(query, key, value, fastpref_segments, scaling, sliding_window)
+    else:
+        out = by_segment(query, key, value, fastpref_segments, scaling, sliding_window, softcap, dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _delegate(name: str, module: torch.nn.Module) -> Callable:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if name == "eager":  # each model has its own, under this name
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _mask(*args: Any, delegate: str, **kwargs: Any) -> Tensor | None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return None if _packed.get() else ALL_MASK_ATTENTION_FUNCTIONS[delegate](*args, **kwargs)
+
+
+@functools.cache
+def register() -> None:
+    """Make the implementations `fastpref_sdpa` and `fastpref_eager` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for delegate in _DELEGATES:
+        AttentionInterface.register(_PREFIX + delegate, functools.partial(attention, delegate=delegate))
+        AttentionMaskInterface.register(_PREFIX + delegate, functools.partial(_mask, delegate=delegate))
+
+
+def enable(model: Any) -> None:
+    """Let `model` take packed rows too; without segments it computes what it did before."""
+    register()
+    current = model.config._attn_implementation
+    if not current.startswith(_PREFIX):
+        model.set_attn_implementation(_PREFIX + (current if current in _DELEGATES else "sdpa"))
+
+
+def disable(model: Any) -> None:
+    current = model.config._attn_implementation
+    if current.startswith(_PREFIX):
+        model.set_attn_implementation(current.removeprefix(_PREFIX))
+
+
+@contextlib.contextmanager
+def packed_rows() -> Iterator[None]:
+    """Around the forward of a model that is given segments: no mask is built."""
+    token = _packed.set(True)
+    try:
+        yield
+    finally:
+        _packed.reset(token)

@@ -1,0 +1,155 @@
+"""Collators of the trainers: examples of token ids to packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastpref import attention
+from fastpref.data.packing import Scored, pack, scored_tokens, split_by_tokens
+
+Example = dict[str, Any]
+
+
+@dataclass
+class PackedCollator:
+    """Batches as `{"index": [B], "parts": [...]}`: each part a packed batch of consecutive examples within
+    `token_budget` tokens, with `columns` of numbers beside it. `ours`: fastpref's attention runs packed rows."""
+
+    pad_token_id: int = 0
+    layout: str = "padded"
+    ours: bool = False
+    token_budget: int | None = None
+
+    def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
+        """The sequences of each example."""
+        raise NotImplementedError
+
+    def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """What else a part holds."""
+        return {}
+
+    def pack(self, groups: Sequence[Sequence[Scored]]) -> dict[str, Any]:
+        batch = pack(groups, self.layout, self.pad_token_id)
+        if not self.ours:
+            batch.pop(attention.KWARG, None)
+        return batch
+
+    def part(self, examples: Sequence[Example]) -> dict[str, Any]:
+        groups = self.groups(examples)
+        tokens = sum(len(s.ids) for group in groups for s in group)
+        return self.pack(groups) | self.extras(examples) | {"examples": len(examples), "tokens": tokens}
+
+    def split(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        ranges = split_by_tokens(self.groups(examples), self.layout, self.token_budget)
+        return [examples[r.start : r.stop] for r in ranges]
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        parts = [self.part(some) for some in self.split(examples)]
+        return {"index": torch.arange(len(examples)), "parts": parts}
+
+
+@dataclass
+class PairCollator(PackedCollator):
+    """`prompt_ids, chosen_ids, rejected_ids` (and the reference's log-probs) to `[B chosen; B rejected]`.
+
+    `score_prompts`: the chosen prompts get rows too, labelled by `prompt_labels` only (ORPO's NLL).
+    """
+
+    score_prompts: bool = False
+
+    def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
+        return [
+            [
+                Scored(e["prompt_ids"] + e[f"{side}_ids"], len(e["prompt_ids"]) + e.get(f"{side}_skip", 0), kept)
+                for side, kept in (("chosen", 1 if self.score_prompts else None), ("rejected", None))
+            ]
+            for e in examples
+        ]
+
+    def part(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch = super().part(examples)
+        return batch | {"chosen_rows": int(batch["cu_seqlens"][len(examples)])}
+
+    def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if "ref_chosen_logps" in examples[0]:
+            sides = [[e[f"ref_{side}_logps"] for e in examples] for side in ("chosen", "rejected")]
+            found["ref_logps"] = torch.tensor(sides[0] + sides[1], dtype=torch.float32)
+        if self.score_prompts:
+            found["prompt_labels"] = scored_tokens(
+                [s for branch in zip(*self.groups(examples), strict=True) for s in branch]
+            )
+        return found
+
+
+@dataclass
+class RewardCollator(PackedCollator):
+    """`chosen_ids, rejected_ids` (and `margin`): whole sequences, scored by their last row."""
+
+    def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
+        return [[Scored(ids, len(ids)) for ids in (e["chosen_ids"], e["rejected_ids"])] for e in examples]
+
+    def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
+        if examples[0].get("margin") is None:
+            return {}
+        return {"margin": torch.tensor([e["margin"] for e in examples], dtype=torch.float32)}
+
+
+@dataclass
+class StepCollator(PackedCollator):
+    """`input_ids, labels`: step labels at the rows where steps end."""
+
+    def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
+        return [[Scored(e["input_ids"], len(e["input_ids"]))] for e in examples]
+
+    def part(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch = super().part(examples)
+        labels = [torch.tensor(e["labels"]) for e in examples]
+        starts = batch["last_rows"] - torch.tensor([len(x) - 1 for x in labels])  # rows of a sequence are consecutive
+        rows = [start + (x != -100).nonzero()[:, 0] for start, x in zip(starts, labels, strict=True)]
+        batch["step_rows"] = torch.cat(rows)
+        batch["step_labels"] = torch.cat([x[x != -100] for x in labels])
+        return batch
+
+
+@dataclass
+class UnpairedCollator(PackedCollator):
+    """`prompt_ids, completion_ids, label`, and KTO's mismatched `kl_completion_ids`, which are parts of their own."""
+
+    def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
+        return [[_completion(e["prompt_ids"], e["completion_ids"])] for e in examples]
+
+    def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
+        found: dict[str, Any] = {"desirable": torch.tensor([bool(e["label"]) for e in examples])}
+        if "ref_logps" in examples[0]:
+            found["ref_logps"] = torch.tensor([e["ref_logps"] for e in examples], dtype=torch.float32)
+        return found
+
+    def kl_part(self, examples: Sequence[Example]) -> dict[str, Any]:
+        part = self.pack([[_mismatched(e)] for e in examples]) | {"examples": len(examples)}
+        if "ref_KL_logps" in examples[0]:
+            part["ref_logps"] = torch.tensor([e["ref_KL_logps"] for e in examples], dtype=torch.float32)
+        return part
+
+    def reference_part(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Both completions of each prompt, for a pass that needs no gradient: [B; B mismatched]."""
+        groups = [[*group, _mismatched(e)] for group, e in zip(self.groups(examples), examples, strict=True)]
+        return self.pack(groups) | {"examples": len(examples)}
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        if "kl_completion_ids" in examples[0]:
+            batch["kl_parts"] = [self.kl_part(some) for some in self.split(examples)]
+        return batch
+
+
+def _completion(prompt: list[int], completion: list[int]) -> Scored:
+    return Scored(prompt + completion, len(prompt))
+
+
+def _mismatched(example: Example) -> Scored:
+    return _completion(example.get("kl_prompt_ids") or example["prompt_ids"], example["kl_completion_ids"])

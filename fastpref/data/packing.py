@@ -1,0 +1,158 @@
+"""From token ids to what a backbone reads: several sequences in one packed row, their common beginnings once.
+
+Three layouts of the same sequences, with the same meaning:
+
+    shared   one row [1, N]; the sequences of a group begin with the same tokens, which are there once
+    packed   one row [1, N], the sequences one after the other
+    padded   [S, T], padded on the right
+
+`rows` picks, from the flattened hidden states, those that score a token, in the order of the sequences: nothing else
+reaches the head. The last row of a shared beginning scores the first token of every sequence that follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fastpref.attention import Segment, Segments
+from fastpref.data.collate import IGNORE_INDEX, common_prefix_length
+
+LAYOUTS = ("shared", "packed", "padded")
+
+
+class Scored(NamedTuple):
+    """A sequence of token ids, whose tokens from `first` on are scored.
+
+    Rows exist from the one that scores token `kept` on (`kept <= first`): those before `first` have no label.
+    """
+
+    ids: Sequence[int]
+    first: int
+    kept: int | None = None
+
+    def start(self) -> int:
+        """The first token that has a row: nothing scores the first of a sequence."""
+        return max(1, self.first if self.kept is None else self.kept)
+
+
+class _Place(NamedTuple):
+    """Where a sequence's tokens lie in the flattened input: `shared` of them from `prefix` on, the rest from `own`."""
+
+    prefix: int
+    shared: int
+    own: int
+
+    def positions(self, start: int, end: int) -> np.ndarray:
+        at = np.arange(start, end)
+        return np.where(at < self.shared, self.prefix + at, self.own + at - self.shared)
+
+
+def pack(groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0) -> dict[str, Any]:
+    """A batch from groups of sequences, all groups of one size k.
+
+    `input_ids` and what the layout needs beside it (`position_ids` and `fastpref_segments`, or `attention_mask`);
+    `rows` and `labels` `[M]`; `cu_seqlens` `[S + 1]` of these; `last_rows` `[S]`, of each sequence's last token. The
+    sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs.
+    """
+    sequences = [group[branch] for branch in range(len(groups[0])) for group in groups]
+    if layout == "padded":
+        inputs, places = _padded(sequences, pad_token_id)
+    else:
+        inputs, by_group = _packed(groups if layout == "shared" else [[s] for s in sequences])
+        if layout == "shared":
+            places = [group[branch] for branch in range(len(groups[0])) for group in by_group]
+        else:
+            places = [place for (place,) in by_group]
+    return inputs | scored_rows(sequences, places)
+
+
+def scored_rows(sequences: Sequence[Scored], places: Sequence[_Place]) -> dict[str, torch.Tensor]:
+    rows, labels, sizes, last = [], [], [0], []
+    for sequence, place in zip(sequences, places, strict=True):
+        start, end = sequence.start(), len(sequence.ids)
+        rows.append(place.positions(start - 1, end - 1) if end > start else np.empty(0, dtype=np.int64))
+        target = np.asarray(sequence.ids[start:], dtype=np.int64)
+        labels.append(np.where(np.arange(start, end) < sequence.first, IGNORE_INDEX, target))
+        sizes.append(max(0, end - start))
+        last.append(place.positions(end - 1, end))
+    return {
+        "rows": torch.from_numpy(np.concatenate(rows)),
+        "labels": torch.from_numpy(np.concatenate(labels)),
+        "cu_seqlens": torch.tensor(sizes).cumsum(0),
+        "last_rows": torch.from_numpy(np.concatenate(last)),
+    }
+
+
+def scored_tokens(sequences: Sequence[Scored]) -> torch.Tensor:
+    """The token of every row that `scored_rows` gives, labelled or not."""
+    return torch.tensor([token for s in sequences for token in s.ids[s.start() :]])
+
+
+def _padded(sequences: Sequence[Scored], pad_token_id: int) -> tuple[dict[str, Any], list[_Place]]:
+    length = max(len(s.ids) for s in sequences)
+    input_ids = torch.full((len(sequences), length), pad_token_id)
+    attention_mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        attention_mask[row, : len(sequence.ids)] = 1
+    places = [_Place(row * length, length, 0) for row in range(len(sequences))]
+    return {"input_ids": input_ids, "attention_mask": attention_mask}, places
+
+
+def _packed(groups: Sequence[Sequence[Scored]]) -> tuple[dict[str, Any], list[list[_Place]]]:
+    ids: list[int] = []
+    positions: list[np.ndarray] = []
+    segments: list[Segment] = []
+    places: list[list[_Place]] = []
+    for group in groups:
+        shared = _shared_length(group)
+        begin = len(ids)
+        placed = []
+        for branch, sequence in enumerate(group):
+            start = len(ids)
+            own = list(sequence.ids[shared if branch else 0 :])
+            ids += own
+            positions.append(np.arange(len(sequence.ids) - len(own), len(sequence.ids)))
+            placed.append(_Place(begin, shared, start if branch else begin + shared))
+            if own:
+                segments.append(Segment(start, len(ids), begin, begin + shared) if branch else Segment(start, len(ids)))
+        places.append(placed)
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+        "fastpref_segments": Segments.of(segments),
+    }
+    return inputs, places
+
+
+def _shared_length(group: Sequence[Scored]) -> int:
+    """How many tokens all sequences of a group begin with: the prompt, and what the responses have in common."""
+    first = group[0].ids
+    return min((common_prefix_length(first, other.ids) for other in group[1:]), default=0)
+
+
+def packed_tokens(groups: Sequence[Sequence[Scored]], layout: str) -> int:
+    """Tokens that the backbone will run over."""
+    sequences = [s for group in groups for s in group]
+    if layout == "padded":
+        return len(sequences) * max(len(s.ids) for s in sequences)
+    total = sum(len(s.ids) for s in sequences)
+    if layout == "packed":
+        return total
+    return total - sum((len(group) - 1) * _shared_length(group) for group in groups)
+
+
+def split_by_tokens(groups: Sequence[Sequence[Scored]], layout: str, budget: int | None) -> list[range]:
+    """Consecutive groups, as many in each part as keep it within `budget` tokens; one that exceeds it is alone."""
+    if budget is None:
+        return [range(len(groups))]
+    parts, start = [], 0
+    for end in range(1, len(groups) + 1):
+        if end == len(groups) or packed_tokens(groups[start : end + 1], layout) > budget:
+            parts.append(range(start, end))
+            start = end
+    return parts

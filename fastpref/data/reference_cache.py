@@ -1,0 +1,117 @@
+"""Numbers about each example of a data set, kept on disk under a fingerprint: whole, or known not to be.
+
+A folder named by the fingerprint holds shards of consecutive examples, each a safetensors file written under another
+name and renamed when complete, with a checksum of its own. What is missing or damaged is computed again; nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SHARD = 512  # examples
+VERSION = "1"  # of what is computed: raise it when the same fingerprint would mean other numbers
+
+
+class Fingerprint:
+    """A running 128-bit hash."""
+
+    def __init__(self) -> None:
+        import xxhash
+
+        self._hash = xxhash.xxh3_128(VERSION.encode())
+
+    def text(self, *values: Any) -> Fingerprint:
+        self._hash.update(("\0".join(str(v) for v in values) + "\1").encode())
+        return self
+
+    def weights(self, named: Iterable[tuple[str, Tensor]]) -> Fingerprint:
+        for name, value in named:
+            self.text(name, tuple(value.shape), value.dtype)
+            self._hash.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return self
+
+    def rows(self, examples: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> Fingerprint:
+        """Lists of token ids, with their lengths: `[1], [2]` is not `[1, 2], []`."""
+        columns = list(columns)
+        for example in examples:
+            for name in columns:
+                ids = np.asarray(example[name], dtype=np.int64)
+                self._hash.update(len(ids).to_bytes(8, "little"))
+                self._hash.update(ids.tobytes())
+        return self
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class ReferenceCache:
+    """Values `[examples, columns]` in shards under `folder/fingerprint`."""
+
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: str, examples: int, columns: int) -> None:
+        self.folder = Path(folder) / fingerprint
+        self._fingerprint, self._columns = fingerprint, columns
+        self._shards = [range(i, min(i + SHARD, examples)) for i in range(0, examples, SHARD)]
+
+    def missing(self) -> Iterator[tuple[int, range]]:
+        """(shard, its examples) that are not there, or not whole: those are removed and said so."""
+        for shard, examples in enumerate(self._shards):
+            if self._read(shard) is None:
+                yield shard, examples
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:06d}.safetensors"
+
+    def _read(self, shard: int) -> Tensor | None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(shard)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                values, metadata = file.get_tensor("values"), file.metadata() or {}
+            wanted = (len(self._shards[shard]), self._columns)
+            if metadata == self._metadata(values) and tuple(values.shape) == wanted:
+                return values
+            reason = "its checksum, fingerprint or shape is another"
+        except (SafetensorError, OSError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+        warnings.warn(f"{path}: damaged ({reason}); it will be computed again", stacklevel=4)
+        path.unlink(missing_ok=True)
+        return None
+
+    def _metadata(self, values: Tensor) -> dict[str, str]:
+        checksum = Fingerprint().weights([("values", values)]).hexdigest()
+        return {"fingerprint": self._fingerprint, "checksum": checksum}
+
+    def write(self, shard: int, values: Tensor) -> None:
+        from safetensors.torch import save_file
+
+        values = values.detach().cpu().contiguous()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        os.close(handle)
+        try:
+            save_file({"values": values}, temporary, metadata=self._metadata(values))
+            os.replace(temporary, self._path(shard))
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def load(self) -> Tensor:
+        """All values `[examples, columns]`."""
+        found = [self._read(shard) for shard in range(len(self._shards))]
+        if any(values is None for values in found):
+            raise FileNotFoundError(
+                f"{self.folder}: {sum(v is None for v in found)} of {len(found)} shards are missing; if ranks run on "
+                "several machines, reference_cache must be a folder that all of them see"
+            )
+        return torch.cat([v for v in found if v is not None]) if found else torch.empty(0, self._columns)

@@ -1,0 +1,208 @@
+"""What all trainers share, on `transformers.Trainer`: packed batches, parts of a batch, metrics without host syncs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from fastpref.data.collators import PackedCollator
+from fastpref.trainers.config import PreferenceConfig, unsupported
+from fastpref.trainers.forward import choose_layout, run_inside
+from fastpref.trainers.loading import disable_dropout, inner_model, refuse_router_loss
+from fastpref.trainers.metrics import MetricSums
+
+
+class Items(NamedTuple):
+    """What the batches of one update hold, on this rank: by these a part's loss is weighted."""
+
+    examples: int
+    tokens: int  # scored in chosen responses: the denominator of an NLL term
+
+
+class PreferenceTrainer(Trainer):
+    """A trainer whose batches are `{"index": [B], "parts": [packed batch, ...]}`.
+
+    Subclasses say how data is tokenised (`prepare_dataset`), which collator packs it, and what a part's loss is
+    (`part_loss`). An update's loss is the mean over its examples, however they are split into batches and parts.
+    """
+
+    config_class: type[PreferenceConfig] = PreferenceConfig
+    loss_is_scaled_for_ga = True  # by the number of examples in an update
+    signature_columns: tuple[str, ...] = ()
+
+    def __init__(
+        self, model: Any, args: PreferenceConfig, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
+        processing_class: Any, **options: Any,
+    ) -> None:  # fmt: skip
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "data_collator"):
+            if options.pop(name, None) is not None:
+                raise unsupported(name, "one", "there are no logits, and batches are packed; want None")
+        refuse_router_loss(model, args)
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.tokenizer_in_use = processing_class
+        options = {name: value for name, value in options.items() if value is not None}
+        super().__init__(
+            model=model, args=args, data_collator=collator,
+            train_dataset=self._prepared(train_dataset, args, "train"),
+            eval_dataset=self._prepared(eval_dataset, args, "eval"), processing_class=processing_class, **options,
+        )  # fmt: skip
+        self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this in place of loss_is_scaled_for_ga
+        if args.n_gpu > 1:
+            raise unsupported("nn.DataParallel", f"{args.n_gpu} GPUs in one process", "launch with torchrun")
+        collator.pad_token_id = processing_class.pad_token_id
+        collator.token_budget = args.token_budget
+        collator.layout, collator.ours = choose_layout(self.model, args.layout)
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._tokens_seen = 0.0
+
+    # data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["length", *self.signature_columns]
+
+    def prepare_dataset(self, dataset: Any, name: str, args: PreferenceConfig) -> Any:
+        """Tokenised, with `signature_columns`."""
+        raise NotImplementedError
+
+    def _prepared(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        if isinstance(dataset, Mapping):
+            return {key: self._prepared(value, args, key) for key, value in dataset.items()}
+        with args.main_process_first(desc=f"preparing the {name} data"):
+            return self.prepare_dataset(dataset, name, args)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):
+        """As `Trainer.evaluate`; a dataset given here is prepared as those given to the constructor."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and not self._is_prepared(eval_dataset):
+            eval_dataset = self.ready_for_evaluation(self._prepared(eval_dataset, self.args, metric_key_prefix))
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _is_prepared(self, dataset: Any) -> bool:
+        own = [self.eval_dataset, self.train_dataset]
+        own += list(self.eval_dataset.values()) if isinstance(self.eval_dataset, Mapping) else []
+        return any(dataset is known for known in own)
+
+    def ready_for_evaluation(self, dataset: Any) -> Any:
+        return dataset
+
+    # one update: batches, and parts of them
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any):
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        return samples, self._items(samples)
+
+    def _items(self, batches: Sequence[Mapping[str, Any]]) -> Items:
+        parts = [part for batch in batches for part in batch["parts"]]
+        return Items(sum(p["examples"] for p in parts), sum(self.nll_tokens(p) for p in parts))
+
+    def nll_tokens(self, part: Mapping[str, Any]) -> int:
+        return 0
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of every part, one after the other; gradients are reduced with the last."""
+        inputs = self._prepare_inputs(inputs)
+        items = num_items_in_batch or self._items([inputs])
+        self.before_parts(model, inputs)
+        total, parts = torch.zeros((), device=self.args.device), inputs["parts"]
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self._offloading():
+                total = total + super().training_step(model, part, items)
+        return total
+
+    def _offloading(self) -> contextlib.AbstractContextManager:
+        if not self.args.activation_offloading:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type != "cpu")
+
+    def before_parts(self, model: Any, inputs: dict[str, Any]) -> None:
+        """For what the parts of a batch have to know of it all."""
+
+    def before_part(self, model: Any, part: dict[str, Any]) -> None:
+        """For what a part's loss needs from outside of the model's forward."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of a part, or of a whole batch: its share in the mean over the update's examples."""
+        if return_outputs:
+            raise unsupported("return_outputs", True, "there are no logits")
+        if "parts" not in inputs:
+            items = num_items_in_batch or self._items([{"parts": [inputs]}])
+            self.before_part(model, inputs)
+            return self.inside(model, lambda: self.part_loss(inputs, items)) * (inputs["examples"] / items.examples)
+        self.before_parts(model, inputs)
+        items = num_items_in_batch or self._items([inputs])
+        losses = [self.compute_loss(model, part, num_items_in_batch=items) for part in inputs["parts"]]
+        return torch.stack(losses).sum()
+
+    def inside(self, model: Any, function: Callable[[], Any]) -> Any:
+        return run_inside(model, self.accelerator.unwrap_model(model), function)
+
+    def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
+        """The mean loss of a part's examples; adds to `self.metrics`. Runs inside the model's forward."""
+        raise NotImplementedError
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # metrics
+
+    @property
+    def metrics(self) -> MetricSums:
+        return self._sums["train" if self.model.training else "eval"]
+
+    def measuring(self) -> bool:
+        """Whether this step measures entropies and the like."""
+        when = self.args.statistics
+        if when == "never" or when == "every" or not self.model.training:
+            return when != "never"
+        step = self.state.global_step + 1
+        every = max(1, int(self.state.logging_steps or self.args.logging_steps or 1))
+        return step % every == 0 or step == self.state.max_steps or (self.args.logging_first_step and step == 1)
+
+    def count_tokens(self, part: Mapping[str, Any]) -> None:
+        if self.model.training:
+            self.metrics.add_total("num_tokens", torch.full((), float(part["tokens"]), device=self.args.device))
+
+    def derived_metrics(self, found: dict[str, float]) -> dict[str, float]:
+        """With those that follow from the others."""
+        return found
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            found = self.derived_metrics(self._sums["train"].flush(self.accelerator))
+            self._tokens_seen += found.pop("num_tokens", 0.0)
+            logs |= found | {"num_tokens": self._tokens_seen}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = self.derived_metrics(self._sums["eval"].flush(self.accelerator))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    @property
+    def inner(self) -> Any:
+        """The transformers model, without wrappers and adapters around it."""
+        return inner_model(self.accelerator.unwrap_model(self.model))
+
+
+def given_args(args: Any, config_class: type[PreferenceConfig], model: Any, method: str) -> Any:
+    """The configuration, by default one in a folder named after model and method."""
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return config_class(output_dir=f"{str(name).rstrip('/').split('/')[-1] or 'model'}-{method}")
+    if not isinstance(args, config_class):
+        raise TypeError(f"args: got {type(args).__name__}, want {config_class.__module__}.{config_class.__name__}")
+    return args

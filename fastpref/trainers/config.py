@@ -1,0 +1,218 @@
+"""Training arguments: TRL 1.16's fields and defaults, and what fastpref adds to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from fastpref import checks
+from fastpref.data.packing import LAYOUTS
+
+STATISTICS_WHEN = ("logging", "every", "never")
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def list_option(default: Callable[[], list], help: str) -> Any:
+    return field(default_factory=default, metadata={"help": help})
+
+
+def unsupported(name: str, got: Any, reason: str) -> ValueError:
+    return ValueError(f"{name}: got {got!r}, which fastpref does not support: {reason}")
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """What all methods share. Fields that are not listed here are those of `transformers.TrainingArguments`."""
+
+    logging_steps: float = option(10, "Log every so many update steps, or share of them.")
+    gradient_checkpointing: bool = option(True, "Recompute activations in the backward: less memory, more time.")
+    bf16: bool | None = option(None, "bf16 autocast. By default on, unless fp16 is.")
+    report_to: str | list[str] | None = option("none", "Where to report logs to, besides the console and files.")
+    model_init_kwargs: dict[str, Any] | str | None = option(None, "For from_pretrained, when the model is a path.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with a model or tokenizer.")
+    router_aux_loss_coef: float | None = option(None, "Mixture-of-experts models: only 0.0 is supported.")
+    disable_dropout: bool = option(True, "Switch dropout off, in the policy and its reference.")
+    dataset_num_proc: int | None = option(None, "Processes that prepare the data.")
+    max_length: int | None = option(1024, "Tokens in a sequence; longer ones are cut at the end (None: never).")
+    truncation_mode: str = option("keep_start", "Only 'keep_start'.")
+    padding_free: bool = option(True, "Kept for TRL's scripts: batches have no padding (see layout).")
+    pad_to_multiple_of: int | str | None = option("auto", "Kept for TRL's scripts; used by the padded layout only.")
+    pad_token: str | None = option(None, "Used for padding, instead of the tokenizer's.")
+    activation_offloading: bool = option(False, "Keep activations in CPU memory between forward and backward.")
+    layout: str = option(
+        "auto",
+        "How sequences are packed: 'shared' runs a common prompt once, 'packed' has no padding, 'padded' is as in TRL. "
+        "'auto' is the first of them that gives this model's own hidden states.",
+        choices=["auto", *LAYOUTS],
+    )
+    token_budget: int | None = option(
+        None, "Most tokens of one forward and backward. A batch that has more is run in parts, with the same result."
+    )
+    statistics: str = option(
+        "logging",
+        "When the entropy, mean logits and token accuracy are measured: 'logging' (the steps that log, and all of an "
+        "evaluation), 'every' step, or 'never'.",
+        choices=list(STATISTICS_WHEN),
+    )
+
+    def __post_init__(self) -> None:
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        if isinstance(self.model_init_kwargs, str):
+            self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        super().__post_init__()
+        checks.choice("layout", self.layout, ("auto", *LAYOUTS))
+        checks.choice("statistics", self.statistics, STATISTICS_WHEN)
+        checks.choice("truncation_mode", self.truncation_mode, ("keep_start",))
+        for name in ("max_length", "token_budget"):
+            if getattr(self, name) is not None:
+                checks.positive(name, getattr(self, name))
+        if getattr(self, "use_liger_kernel", False) and (self.liger_kernel_config or {}).get(
+            "fused_linear_cross_entropy", True
+        ):
+            raise unsupported(
+                "use_liger_kernel", True, 'want liger_kernel_config={"fused_linear_cross_entropy": False} beside it'
+            )
+        if isinstance(self.pad_to_multiple_of, str):
+            text = self.pad_to_multiple_of.lower()
+            self.pad_to_multiple_of = None if text in ("auto", "none", "null") else int(text)
+
+
+@dataclass
+class ReferenceConfig(PreferenceConfig):
+    """Methods with a reference model."""
+
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    beta: float = option(0.1, "Strength of the KL constraint: rewards are beta * (logp - ref_logp).")
+    precompute_ref_log_probs: bool | None = option(
+        None,
+        "Compute the reference's log-probs before training and keep them on disk. By default wherever it can be done "
+        "and training passes over the data at least once.",
+    )
+    precompute_ref_batch_size: int | None = option(None, "Kept for TRL's scripts; see reference_tokens.")
+    reference_tokens: int = option(8192, "Tokens of one forward of the reference when its log-probs are precomputed.")
+    reference_cache: str | None = option(
+        None, "Folder of the reference log-probs (default: fastpref/reference in the user's cache folder)."
+    )
+    sync_ref_model: bool = option(False, "TR-DPO: move the reference towards the policy every ref_model_sync_steps.")
+    ref_model_mixup_alpha: float = option(0.6, "TR-DPO: reference = alpha * policy + (1 - alpha) * reference.")
+    ref_model_sync_steps: int = option(512, "TR-DPO: steps between two updates of the reference.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs: got True with sync_ref_model, want False: the reference changes in training"
+            )
+
+
+@dataclass
+class DPOConfig(ReferenceConfig):
+    """TRL 1.16's `DPOConfig`. `label_smoothing` acts on `sigmoid` too (cDPO), see `fastpref.DPOLoss`."""
+
+    loss_type: list[str] = list_option(lambda: ["sigmoid"], "One of the 15 loss types, or several for a mixture.")
+    loss_weights: list[float] | None = option(None, "One for each loss type (default: 1.0).")
+    label_smoothing: float = option(0.0, "Probability that a pair's labels are flipped.")
+    f_divergence_type: str = option("reverse_kl", "reverse_kl, forward_kl, js_divergence or alpha_divergence.")
+    f_alpha_divergence_coef: float = option(0.5, "Alpha of alpha_divergence.")
+    discopop_tau: float = option(0.05, "Temperature of discopop.")
+    ld_alpha: float | None = option(None, "LD-DPO's weight of the tokens beyond the shorter response's length.")
+    use_weighting: bool = option(False, "WPO: weigh each pair by the policy's confidence in it.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        super().__post_init__()
+
+
+@dataclass
+class IPOConfig(ReferenceConfig):
+    """Identity preference optimisation; `length_normalize` is TRL's form, and the authors' code."""
+
+    length_normalize: bool = option(True, "Divide each log-ratio by its number of tokens.")
+
+
+@dataclass
+class KTOConfig(ReferenceConfig):
+    """TRL 1.16's `KTOConfig`."""
+
+    train_sampling_strategy: str = option("sequential", "KTO's mismatched pairs are made within batches of the data.")
+    loss_type: str = option("kto", "kto or apo_zero_unpaired.", choices=["kto", "apo_zero_unpaired"])
+    desirable_weight: float = option(1.0, "Weight of desirable responses.")
+    undesirable_weight: float = option(1.0, "Weight of undesirable responses.")
+
+
+@dataclass
+class ReferenceFreeConfig(PreferenceConfig):
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    max_completion_length: int | None = option(None, "Kept for TRL's scripts: encoder-decoder models only.")
+    generate_during_eval: bool = option(False, "Not supported.")
+    is_encoder_decoder: bool | None = option(None, "Not supported.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generate_during_eval:
+            raise unsupported("generate_during_eval", True, "use `fastpref generate`")
+        if self.is_encoder_decoder:
+            raise unsupported("is_encoder_decoder", True, "want a causal language model")
+
+
+@dataclass
+class CPOConfig(ReferenceFreeConfig):
+    """TRL 1.16's `CPOConfig`: CPO, and SimPO as `loss_type="simpo", cpo_alpha=0.0`."""
+
+    beta: float = option(0.1, "Scale of the log-probs.")
+    label_smoothing: float = option(0.0, "Probability that a pair's labels are flipped.")
+    loss_type: str = option("sigmoid", "sigmoid, hinge, ipo, simpo or alphapo.")
+    cpo_alpha: float = option(1.0, "Weight of the chosen responses' NLL.")
+    simpo_gamma: float = option(0.5, "Target margin of simpo.")
+    alpha: float = option(0.0, "AlphaPO's reward shape; 0 is log p.")
+
+    def __post_init__(self) -> None:
+        if self.loss_type == "alphapo":
+            self.loss_type, self.cpo_alpha = "simpo", 0.0
+        super().__post_init__()
+
+
+@dataclass
+class SimPOConfig(ReferenceFreeConfig):
+    """SimPO by its own name, with the paper's defaults (arXiv 2405.14734)."""
+
+    beta: float = option(2.0, "Scale of the mean log-probs.")
+    simpo_gamma: float = option(0.5, "Target reward margin.")
+    label_smoothing: float = option(0.0, "Probability that a pair's labels are flipped.")
+
+
+@dataclass
+class ORPOConfig(ReferenceFreeConfig):
+    """TRL 1.16's `ORPOConfig`."""
+
+    beta: float = option(0.1, "Weight of the odds-ratio term.")
+    padding_value: int | None = option(None, "Kept for TRL's scripts; used by the padded layout only.")
+
+
+@dataclass
+class RewardConfig(PreferenceConfig):
+    """TRL 1.16's `RewardConfig`."""
+
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    chat_template_path: str | None = option(None, "A Jinja file, or a tokenizer's folder, with the chat template.")
+    eos_token: str | None = option(None, "Used in place of the tokenizer's.")
+    center_rewards_coefficient: float | None = option(None, "Weight of the squared sum of a pair's rewards.")
+
+
+@dataclass
+class PRMConfig(PreferenceConfig):
+    """The `PRMConfig` of TRL 1.13, the last that had one."""
+
+    learning_rate: float = option(1e-5, "Peak learning rate.")
+    max_completion_length: int | None = option(None, "Tokens of the completion, all steps together.")
+    max_prompt_length: int | None = option(None, "Tokens of the prompt; the last ones are kept.")
+    step_separator: str = option("\n", "What ends a step: its last token is the one that is labelled.")
+    train_on_last_step_only: bool = option(False, "Only the last step has a label.")

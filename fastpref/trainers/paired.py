@@ -1,0 +1,216 @@
+"""Trainers on pairs: DPO and its family, IPO, and the methods without a reference (ORPO, CPO, SimPO)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastpref.data import formats, tokenize
+from fastpref.data.collators import PairCollator
+from fastpref.losses import DPOLoss, IPOLoss, PairedLoss, PreferenceOutput
+from fastpref.ops.paired import SEPARABLE_EXCEPT
+from fastpref.reference.paired import log_odds
+from fastpref.reference_free import CPOLoss, ORPOLoss, SimPOLoss
+from fastpref.trainers.base import Items, given_args
+from fastpref.trainers.config import CPOConfig, DPOConfig, IPOConfig, ORPOConfig, PreferenceConfig, SimPOConfig
+from fastpref.trainers.forward import scored_hidden
+from fastpref.trainers.policy import PolicyTrainer, ReferencedTrainer
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+SKIPS = ("chosen_skip", "rejected_skip")
+
+
+class PairTraining(PolicyTrainer):
+    """How pairs are scored; `loss_fn` is one of fastpref's paired losses."""
+
+    loss_fn: PairedLoss
+
+    def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
+        hidden, head = scored_hidden(self.inner, part), self.head()
+        denominator = self._denominator(part, items)
+        out = self.loss_fn.from_hidden(
+            hidden, head.weight, part["labels"], head.bias, part.get("ref_logps"), part["cu_seqlens"],
+            nll_tokens=denominator, **head.options(), **self.loss_options(part),
+        )  # fmt: skip
+        chosen = torch.arange(len(part["rows"]), device=hidden.device) < part["cu_seqlens"][part["examples"]]
+        self.add_token_metrics(hidden, part, chosen)
+        self.add_pair_metrics(out)
+        self.add_method_metrics(out, part, part["chosen_rows"] if denominator is None else denominator)
+        self.count_tokens(part)
+        return out.loss
+
+    def loss_options(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def add_method_metrics(self, out: PreferenceOutput, part: Mapping[str, Any], nll_tokens: Tensor | int) -> None:
+        """What only this method logs."""
+
+    def nll_tokens(self, part: Mapping[str, Any]) -> int:
+        return part["chosen_rows"]
+
+    def _denominator(self, part: Mapping[str, Any], items: Items) -> Tensor | None:
+        """A part's loss is weighted by its share of the update's examples; its NLL must be by its share of tokens."""
+        if part["examples"] == items.examples:
+            return None
+        return torch.full((), items.tokens * part["examples"] / items.examples, device=self.args.device)
+
+    def add_pair_metrics(self, out: PreferenceOutput) -> None:
+        for name in ("chosen", "rejected"):
+            self.metrics.add_mean(f"rewards/{name}", getattr(out, f"{name}_rewards"))
+            self.metrics.add_mean(f"logps/{name}", getattr(out, f"{name}_logps"))
+        self.metrics.add_mean("rewards/accuracies", out.accuracies)
+        self.metrics.add_mean("rewards/margins", out.margins)
+
+    def refuse_budget(self, losses: tuple[str, ...]) -> None:
+        sorting = sorted(set(losses) & set(SEPARABLE_EXCEPT))
+        if self.args.token_budget is not None and sorting:
+            raise ValueError(
+                f"token_budget: got {self.args.token_budget} with loss_type {sorting[0]!r}, want None: it sorts a batch"
+            )
+
+
+class _ReferencedPairs(PairTraining, ReferencedTrainer):
+    signature_columns = (*IDS, "ref_chosen_logps", "ref_rejected_logps")
+    reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
+    hashed_columns = IDS
+
+    def prepare_dataset(self, dataset: Any, name: str, args: PreferenceConfig) -> Any:
+        return tokenize.tokenize_paired(
+            formats.paired(dataset), self.tokenizer_in_use, max_length=args.max_length, num_proc=args.dataset_num_proc,
+            name=name,
+        )  # fmt: skip
+
+    def reference_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
+        return self.loss_fn.sequence_logps(self.token_logps(model, part), part["labels"], part["cu_seqlens"])
+
+
+class DPOTrainer(_ReferencedPairs):
+    """TRL 1.16's `DPOTrainer`: direct preference optimisation with any of its 15 loss types.
+
+    Args:
+        model: a name, a folder, a causal language model, or a PeftModel.
+        ref_model: the reference; by default the model as it is now (with adapters: without them).
+        args: `DPOConfig`.
+        train_dataset, eval_dataset: pairs in any format of `fastpref.data.formats`.
+        processing_class: the tokenizer, by default the model's.
+    """
+
+    config_class = DPOConfig
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, data_collator: Any = None,
+        train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None, compute_metrics: Any = None,
+        callbacks: Any = None, optimizers: Any = (None, None), quantization_config: Any = None, peft_config: Any = None,
+    ) -> None:  # fmt: skip
+        args = given_args(args, DPOConfig, model, "DPO")
+        self.loss_fn = DPOLoss(
+            args.beta, args.loss_type, args.label_smoothing, args.f_divergence_type,
+            f_alpha_divergence_coef=args.f_alpha_divergence_coef, loss_weights=args.loss_weights,
+            discopop_tau=args.discopop_tau, ld_alpha=args.ld_alpha, use_weighting=args.use_weighting,
+        )  # fmt: skip
+        super().__init__(
+            model, ref_model, args, PairCollator(), train_dataset, eval_dataset, processing_class,
+            peft_config=peft_config, data_collator=data_collator, compute_metrics=compute_metrics, callbacks=callbacks,
+            optimizers=optimizers, quantization_config=quantization_config,
+        )  # fmt: skip
+        self.refuse_budget(self.loss_fn.objective.losses)
+
+    def reference_settings(self) -> list[Any]:
+        return ["ld_alpha", self.loss_fn.ld_alpha]
+
+
+class IPOTrainer(_ReferencedPairs):
+    """Identity preference optimisation (Azar et al. 2023); arguments as in `DPOTrainer`."""
+
+    config_class = IPOConfig
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: IPOConfig | None = None, data_collator: Any = None,
+        train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        args = given_args(args, IPOConfig, model, "IPO")
+        self.loss_fn = IPOLoss(args.beta, args.length_normalize)
+        super().__init__(
+            model, ref_model, args, PairCollator(), train_dataset, eval_dataset, processing_class,
+            data_collator=data_collator, **options,
+        )  # fmt: skip
+
+
+class _ReferenceFree(PairTraining):
+    signature_columns = (*IDS, *SKIPS)
+    score_prompts = False
+
+    def __init__(
+        self, model: Any = None, args: Any = None, data_collator: Any = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: Any = None, model_init: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        if model_init is not None:
+            if model is not None:
+                raise ValueError("model_init: got one beside a model, want one of them")
+            model = model_init()
+        args = given_args(args, self.config_class, model, type(self).__name__.removesuffix("Trainer"))
+        self.loss_fn = self.loss_of(args)
+        super().__init__(
+            model, args, PairCollator(score_prompts=self.score_prompts), train_dataset, eval_dataset, processing_class,
+            data_collator=data_collator, **options,
+        )  # fmt: skip
+
+    def loss_of(self, args: Any) -> PairedLoss:
+        raise NotImplementedError
+
+    def prepare_dataset(self, dataset: Any, name: str, args: PreferenceConfig) -> Any:
+        return tokenize.tokenize_reference_free(
+            formats.paired(dataset), self.tokenizer_in_use, max_length=args.max_length, num_proc=args.dataset_num_proc,
+            name=name,
+        )  # fmt: skip
+
+
+class CPOTrainer(_ReferenceFree):
+    """TRL 1.16's experimental `CPOTrainer`: CPO, SimPO and AlphaPO."""
+
+    config_class = CPOConfig
+
+    def loss_of(self, args: CPOConfig) -> CPOLoss:
+        return CPOLoss(
+            args.beta, args.cpo_alpha, args.loss_type, label_smoothing=args.label_smoothing, gamma=args.simpo_gamma,
+            alphapo_alpha=args.alpha,
+        )  # fmt: skip
+
+    def add_method_metrics(self, out: PreferenceOutput, part: Mapping[str, Any], nll_tokens: Tensor | int) -> None:
+        lengths = part["cu_seqlens"].diff()[: part["examples"]]
+        sums = out.chosen_logps * lengths if self.loss_fn.objective.average else out.chosen_logps
+        self.metrics.add("nll_loss", -sums.sum(), lengths.sum())
+
+
+class SimPOTrainer(_ReferenceFree):
+    """SimPO (Meng et al. 2024) by its own name."""
+
+    config_class = SimPOConfig
+
+    def loss_of(self, args: SimPOConfig) -> SimPOLoss:
+        return SimPOLoss(args.beta, args.simpo_gamma, args.label_smoothing)
+
+
+class ORPOTrainer(_ReferenceFree):
+    """TRL 1.16's experimental `ORPOTrainer`: the NLL is over the chosen prompts and responses."""
+
+    config_class = ORPOConfig
+    score_prompts = True
+
+    def loss_of(self, args: ORPOConfig) -> ORPOLoss:
+        return ORPOLoss(args.beta)
+
+    def loss_options(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        return {"prompt_labels": part["prompt_labels"]}
+
+    def add_method_metrics(self, out: PreferenceOutput, part: Mapping[str, Any], nll_tokens: Tensor | int) -> None:
+        odds = log_odds(out.chosen_logps, out.rejected_logps)
+        ratio = F.logsigmoid(odds)
+        self.metrics.add_mean("log_odds_chosen", odds)
+        self.metrics.add_mean("log_odds_ratio", ratio)
+        nll = out.loss.detach() + self.args.beta * ratio.mean()
+        self.metrics.add("nll_loss", nll * nll_tokens, float(part["chosen_rows"]))

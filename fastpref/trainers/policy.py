@@ -1,0 +1,205 @@
+"""Trainers of a language model: its head, and the reference model of the methods that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref import linear_token_logprobs, linear_token_statistics, models
+from fastpref.data.collate import IGNORE_INDEX
+from fastpref.data.collators import PackedCollator
+from fastpref.data.reference_cache import ReferenceCache
+from fastpref.trainers.base import PreferenceTrainer
+from fastpref.trainers.config import PreferenceConfig
+from fastpref.trainers.forward import run_inside, scored_hidden
+from fastpref.trainers.loading import (
+    inner_model,
+    is_peft,
+    load_model,
+    load_tokenizer,
+    refuse_adapted_head,
+    wrap_peft,
+)
+from fastpref.trainers.reference import Reference, SyncReference, fill_cache, fingerprint, ready_reference
+
+MEASURED = ("entropy", "mean_logit", "is_top1")
+
+
+class PolicyTrainer(PreferenceTrainer):
+    """Trains a causal language model; its logits are never built."""
+
+    def __init__(
+        self, model: Any, args: PreferenceConfig, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
+        processing_class: Any, peft_config: Any = None, quantization_config: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        from transformers import AutoModelForCausalLM
+
+        model = load_model(model, args, AutoModelForCausalLM, quantization_config)
+        processing_class = load_tokenizer(processing_class, model, args)
+        model = wrap_peft(model, peft_config, args)
+        refuse_adapted_head(model)
+        super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **options)
+        models.output_head(self.inner)  # gives the model's own logits, or says that it does not
+
+    def head(self) -> models.Head:
+        return models.read_head(self.inner)
+
+    def add_token_metrics(self, hidden: Tensor, part: Mapping[str, Any], chosen: Tensor) -> None:
+        """On the steps that measure, at the price of one more product: entropy over all scored tokens, mean logits of
+        chosen and rejected ones, accuracy on the chosen; `chosen` `[M]` marks the rows of desirable responses."""
+        if not self.measuring():
+            return
+        head, scored = self.head(), part["labels"] != IGNORE_INDEX
+        with torch.no_grad():
+            tokens = linear_token_statistics(hidden, head.weight, part["labels"], head.bias, MEASURED, **head.options())
+        assert tokens.entropy is not None and tokens.mean_logit is not None and tokens.is_top1 is not None
+        self.metrics.add("entropy", tokens.entropy.sum(), scored.sum())
+        for name, rows in (("chosen", scored & chosen), ("rejected", scored & ~chosen)):
+            self.metrics.add(f"logits/{name}", (tokens.mean_logit * rows).sum(), rows.sum())
+        rows = scored & chosen
+        self.metrics.add("mean_token_accuracy", (tokens.is_top1 & rows).sum(), rows.sum())
+
+    def token_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
+        """Of every scored row `[M]`, by any model, without gradients."""
+        inner = inner_model(model)
+        hidden, head = scored_hidden(model, part), models.read_head(inner)
+        return linear_token_logprobs(hidden, head.weight, part["labels"], head.bias, **head.options())
+
+
+class ReferencedTrainer(PolicyTrainer):
+    """With a reference model, whose log-probs come from a cache, or from a forward of it in every step."""
+
+    reference_columns: tuple[str, ...]  # what a cache holds of each example
+    hashed_columns: tuple[str, ...]  # the token ids that it depends on
+
+    def __init__(
+        self, model: Any, ref_model: Any, args: Any, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
+        processing_class: Any, peft_config: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            model, args, collator, train_dataset, eval_dataset, processing_class, peft_config=peft_config, **options
+        )
+        policy = self.accelerator.unwrap_model(self.model)
+        if args.sync_ref_model and is_peft(policy) and ref_model is None:
+            raise ValueError("sync_ref_model: got True with adapters and no ref_model, want a reference of its own")
+        self.precomputes = self._precomputes()
+        if ref_model is not None:
+            ready_reference(ref_model, collator.ours, args.disable_dropout)
+        self.reference = Reference.of(
+            policy, ref_model, fresh_adapters=peft_config is not None, keep_copy=not self.precomputes
+        )
+        if self.reference.own is not None:
+            self.reference.own = self.accelerator.prepare_model(self.reference.own, evaluation_mode=True)
+        if args.sync_ref_model:
+            self.add_callback(SyncReference(self.reference.own, self.accelerator.unwrap_model))
+        if self.precomputes:
+            self.train_dataset = self.with_reference(self.train_dataset, "train")
+            self.eval_dataset = self.with_reference(self.eval_dataset, "eval")
+
+    def _precomputes(self) -> bool:
+        wanted, args = self.args.precompute_ref_log_probs, self.args
+        datasets = [self.train_dataset, *_datasets(self.eval_dataset)]
+        possible = all(d is None or hasattr(d, "select") for d in datasets)
+        if wanted and not possible:
+            raise ValueError("precompute_ref_log_probs: got True with an IterableDataset, want False or a Dataset")
+        if wanted is not None:
+            return wanted
+        if not possible or args.sync_ref_model or self.is_deepspeed_enabled or self.train_dataset is None:
+            return False
+        per_epoch = len(self.train_dataset) / (args.train_batch_size * args.gradient_accumulation_steps)
+        return args.max_steps <= 0 or args.max_steps * args.world_size >= per_epoch
+
+    def with_reference(self, dataset: Any, name: str) -> Any:
+        """The data set with its reference log-probs as columns, from the cache or computed into it."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, Mapping):
+            return {key: self.with_reference(value, key) for key, value in dataset.items()}
+        if set(self.reference_columns) <= set(dataset.column_names):
+            return dataset
+        settings = [self.accelerator.mixed_precision, *self.reference_settings()]
+        key = fingerprint(self.reference, dataset, self.hashed_columns, settings)
+        folder = self.args.reference_cache or models.cache_folder() / "reference"
+        cache = ReferenceCache(folder, key, len(dataset), len(self.reference_columns))
+        with self._progress(name, len(dataset)) as advance, self.reference.model() as model:
+            fill_cache(
+                cache, dataset, lambda examples: self._reference_of(model, examples), tokens=self.args.reference_tokens,
+                rank=self.args.process_index, world=self.args.world_size, progress=advance,
+            )  # fmt: skip
+        self.accelerator.wait_for_everyone()
+        for column, values in zip(self.reference_columns, cache.load().unbind(1), strict=True):
+            dataset = dataset.add_column(column, values.numpy())
+        return dataset
+
+    def reference_settings(self) -> list[Any]:
+        """What else the log-probs depend on."""
+        return []
+
+    def reference_part(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of examples whose log-probs are `reference_columns`, column after column."""
+        return self.data_collator.part(examples)
+
+    def _reference_of(self, model: Any, examples: list[dict[str, Any]]) -> Tensor:
+        part = self._prepare_inputs(_on(self.reference_part(examples), self.args.device))
+        with self.compute_loss_context_manager():
+            return self.reference_logps(model, part).float().view(len(self.reference_columns), -1).t()
+
+    def _progress(self, name: str, total: int) -> Any:
+        return _Progress(f"reference log-probs of the {name} data", total, disable=self.args.disable_tqdm)
+
+    def sequence_logps(self, token_logps: Tensor, part: Mapping[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+    def reference_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
+        return self.sequence_logps(self.token_logps(model, part), part)
+
+    def before_part(self, model: Any, part: dict[str, Any]) -> None:
+        """The reference's log-probs of a part, where they are not in the cache: from a forward of it now."""
+        if "ref_logps" in part:
+            return
+        if self.precomputes and self.reference.own is None and not is_peft(self.reference.policy):
+            raise ValueError(
+                "eval_dataset: got one without reference log-probs after training began, want it given to the "
+                "constructor, or a ref_model, or precompute_ref_log_probs=False"
+            )
+        with self.reference.model() as reference:
+            wrapped = model if self.reference.own is None else reference
+            part["ref_logps"] = run_inside(
+                wrapped, self.accelerator.unwrap_model(wrapped), lambda: self.reference_logps(reference, part)
+            )
+
+    def ready_for_evaluation(self, dataset: Any) -> Any:
+        changed = self.state.global_step > 0 and self.reference.own is None and not is_peft(self.reference.policy)
+        return dataset if changed or not self.precomputes else self.with_reference(dataset, "evaluation")
+
+
+def _datasets(given: Any) -> list[Any]:
+    return list(given.values()) if isinstance(given, Mapping) else [given]
+
+
+def _on(part: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in part.items()}
+
+
+class _Progress:
+    """A tqdm bar that appears with the first thing done: a full cache shows none."""
+
+    def __init__(self, text: str, total: int, disable: bool) -> None:
+        self._options, self._bar = {"desc": text, "total": total, "disable": disable}, None
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._advance
+
+    def _advance(self, number: int) -> None:
+        from tqdm.auto import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(**self._options)
+        self._bar.update(number)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

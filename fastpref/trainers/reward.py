@@ -1,0 +1,162 @@
+"""Reward models: from preferences (Bradley-Terry), and of the steps of a solution (process rewards)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.data import formats, tokenize
+from fastpref.data.collators import PackedCollator, RewardCollator, StepCollator
+from fastpref.process_reward import ProcessRewardLoss
+from fastpref.reward import BradleyTerryLoss
+from fastpref.trainers.base import Items, PreferenceTrainer, given_args
+from fastpref.trainers.config import PreferenceConfig, PRMConfig, RewardConfig, unsupported
+from fastpref.trainers.forward import hidden_rows
+from fastpref.trainers.loading import load_model, load_tokenizer, wrap_peft
+
+
+class _HeadTrainer(PreferenceTrainer):
+    """A backbone with a small head named `score` on its last hidden states."""
+
+    def __init__(
+        self, model: Any, args: PreferenceConfig, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
+        processing_class: Any, auto_class: Any, labels: int, peft_config: Any = None, quantization_config: Any = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        from transformers import set_seed
+
+        if isinstance(model, str):
+            set_seed(args.seed)  # the head is made of random numbers
+        model = load_model(model, args, auto_class, quantization_config, **_labels(model, labels))
+        if getattr(model.config, "num_labels", None) != labels:
+            raise ValueError(f"model: got num_labels={model.config.num_labels}, want {labels}")
+        processing_class = load_tokenizer(processing_class, model, args)
+        model = wrap_peft(model, peft_config, args)
+        super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **options)
+        self.score_head()
+
+    def score_head(self) -> nn.Linear:
+        """The head in use: with adapters, the trained copy of it."""
+        head = getattr(self.inner, "score", None)
+        copies = getattr(head, "modules_to_save", None)
+        if copies is not None:
+            head = copies[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapter[0]]
+        if not isinstance(head, nn.Linear) or type(head) is not nn.Linear:
+            raise unsupported(
+                "model", type(self.inner).__name__, f"its head `score` is {type(head).__name__}, want a plain nn.Linear"
+            )
+        return head
+
+
+def _labels(model: Any, labels: int) -> dict[str, Any]:
+    return {"num_labels": labels} if isinstance(model, str) else {}
+
+
+class RewardTrainer(_HeadTrainer):
+    """TRL 1.16's `RewardTrainer`. Rewards are formed in fp32 from each sequence's last real token, whatever pads it.
+
+    Args:
+        model: a name, a folder, or a model for sequence classification with one label.
+        args: `RewardConfig`.
+        train_dataset, eval_dataset: pairs, with a `margin` or without.
+    """
+
+    config_class = RewardConfig
+    signature_columns = ("chosen_ids", "rejected_ids", "margin")
+
+    def __init__(
+        self, model: Any, args: RewardConfig | None = None, data_collator: Any = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        from transformers import AutoModelForSequenceClassification
+
+        args = given_args(args, RewardConfig, model, "Reward")
+        self.loss_fn = BradleyTerryLoss(args.center_rewards_coefficient or 0.0)
+        super().__init__(
+            model, args, RewardCollator(), train_dataset, eval_dataset, processing_class,
+            AutoModelForSequenceClassification, 1, data_collator=data_collator, **options,
+        )  # fmt: skip
+
+    def prepare_dataset(self, dataset: Any, name: str, args: RewardConfig) -> Any:
+        tokenizer = self.tokenizer_in_use
+        if args.eos_token is not None:
+            if args.eos_token not in tokenizer.get_vocab():
+                raise ValueError(f"eos_token: got {args.eos_token!r}, which is not in the tokenizer's vocabulary")
+            tokenizer.eos_token = args.eos_token
+        if args.chat_template_path is not None:
+            tokenizer.chat_template = _chat_template(args.chat_template_path)
+        return tokenize.tokenize_reward(
+            formats.paired(dataset), tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=name
+        )
+
+    def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
+        hidden, head = hidden_rows(self.inner, part), self.score_head()
+        out = self.loss_fn.from_hidden(hidden, head.weight, part["last_rows"], part.get("margin"), head.bias)
+        rewards = torch.cat([out.chosen_rewards, out.rejected_rewards])
+        self.metrics.add("min_reward", rewards.min())
+        self.metrics.add("max_reward", rewards.max())
+        self.metrics.add_mean("mean_reward", rewards)
+        self.metrics.add_mean("accuracy", out.accuracies)
+        self.metrics.add_mean("margin", out.chosen_rewards - out.rejected_rewards)
+        self.count_tokens(part)
+        return out.loss
+
+
+def _chat_template(path: str) -> str:
+    from pathlib import Path
+
+    if path.endswith((".j2", ".jinja")):
+        return Path(path).read_text(encoding="utf-8")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path).chat_template
+
+
+class PRMTrainer(_HeadTrainer):
+    """The `PRMTrainer` of TRL 1.13: classifies the last token of every step as right or wrong.
+
+    Args:
+        model: a name, a folder, or a model for token classification with two labels.
+        args: `PRMConfig`.
+        train_dataset, eval_dataset: `prompt`, `completions` (steps) and `labels`.
+    """
+
+    config_class = PRMConfig
+    signature_columns = ("input_ids", "labels")
+
+    def __init__(
+        self, model: Any = None, args: PRMConfig | None = None, data_collator: Any = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        from transformers import AutoModelForTokenClassification
+
+        args = given_args(args, PRMConfig, model, "PRM")
+        self.loss_fn = ProcessRewardLoss()
+        super().__init__(
+            model, args, StepCollator(), train_dataset, eval_dataset, processing_class,
+            AutoModelForTokenClassification, 2, data_collator=data_collator, **options,
+        )  # fmt: skip
+
+    def prepare_dataset(self, dataset: Any, name: str, args: PRMConfig) -> Any:
+        return tokenize.tokenize_stepwise(
+            formats.stepwise(dataset), self.tokenizer_in_use, max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length, max_completion_length=args.max_completion_length,
+            step_separator=args.step_separator,
+            train_on_last_step_only=args.train_on_last_step_only and name == "train",
+            num_proc=args.dataset_num_proc, name=name,
+        )  # fmt: skip
+
+    def nll_tokens(self, part: Mapping[str, Any]) -> int:
+        return len(part["step_rows"])
+
+    def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
+        hidden, head = hidden_rows(self.inner, part), self.score_head()
+        steps = len(part["step_rows"])
+        out = self.loss_fn.from_hidden(hidden, head.weight, part["step_labels"], part["step_rows"], head.bias)
+        self.metrics.add("accuracy", out.accuracies.sum(), float(steps))
+        self.count_tokens(part)
+        # the mean is over steps, and a part is weighted by its share of examples
+        return out.loss * (steps / max(1, items.tokens)) * (items.examples / part["examples"])

@@ -1,0 +1,107 @@
+"""KTO: single responses labelled desirable or undesirable, compared with a z0 from mismatched pairs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.data import formats, tokenize
+from fastpref.data.collators import UnpairedCollator
+from fastpref.linear import sequence_logprobs
+from fastpref.trainers.base import Items, given_args
+from fastpref.trainers.config import KTOConfig
+from fastpref.trainers.forward import scored_hidden
+from fastpref.trainers.policy import ReferencedTrainer
+from fastpref.unpaired import KTOLoss, UnpairedOutput, kto_kl
+
+
+class KTOTrainer(ReferencedTrainer):
+    """TRL 1.16's `KTOTrainer`; arguments as in `DPOTrainer`, data with a `label`.
+
+    z0 is estimated, as in TRL, from completions rotated by one within consecutive blocks of
+    `per_device_train_batch_size` examples of the data set, which is why sampling must be sequential.
+    """
+
+    config_class = KTOConfig
+    signature_columns = (
+        "prompt_ids", "completion_ids", "label", "kl_prompt_ids", "kl_completion_ids", "ref_logps", "ref_KL_logps",
+    )  # fmt: skip
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: KTOConfig | None = None, data_collator: Any = None,
+        train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        args = given_args(args, KTOConfig, model, "KTO")
+        self.loss_fn = KTOLoss(args.beta, args.desirable_weight, args.undesirable_weight, args.loss_type)
+        self.with_kl = args.loss_type == "kto"
+        if self.with_kl and args.train_sampling_strategy != "sequential":
+            raise ValueError(f"train_sampling_strategy: got {args.train_sampling_strategy!r}, want 'sequential'")
+        if self.with_kl and args.per_device_train_batch_size < 2:
+            raise ValueError("per_device_train_batch_size: got 1, want at least 2: KTO mismatches within a batch")
+        ids = ("prompt_ids", "completion_ids")
+        self.hashed_columns = (*ids, "kl_prompt_ids", "kl_completion_ids") if self.with_kl else ids
+        self.reference_columns = ("ref_logps", "ref_KL_logps") if self.with_kl else ("ref_logps",)
+        super().__init__(
+            model, ref_model, args, UnpairedCollator(), train_dataset, eval_dataset, processing_class,
+            data_collator=data_collator, **options,
+        )  # fmt: skip
+
+    def prepare_dataset(self, dataset: Any, name: str, args: KTOConfig) -> Any:
+        return tokenize.tokenize_unpaired(
+            formats.unpaired(dataset), self.tokenizer_in_use, max_length=args.max_length,
+            num_proc=args.dataset_num_proc, name=name,
+            block_size=args.per_device_train_batch_size if self.with_kl else None,
+        )  # fmt: skip
+
+    def reference_part(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.data_collator.reference_part(examples) if self.with_kl else super().reference_part(examples)
+
+    def reference_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
+        return sequence_logprobs(self.token_logps(model, part), part["labels"], cu_seqlens=part["cu_seqlens"])
+
+    @torch.no_grad()
+    def before_parts(self, model: Any, inputs: dict[str, Any]) -> None:
+        """z0 of the whole batch, for all of its parts."""
+        if not self.with_kl:
+            return
+        policy, reference = [], []
+        with self.compute_loss_context_manager():
+            for part in inputs["kl_parts"]:
+                self.before_part(model, part)
+                reference.append(part["ref_logps"])
+                policy.append(self.inside(model, functools.partial(self._logps, part)))
+        kl = kto_kl(torch.cat(policy), torch.cat(reference))
+        self.metrics.add("kl", kl)
+        for part in inputs["parts"]:
+            part["kl"] = kl
+
+    def _logps(self, part: Mapping[str, Any]) -> Tensor:
+        return self.reference_logps(self.inner, part)
+
+    def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
+        hidden, head = scored_hidden(self.inner, part), self.head()
+        out = self.loss_fn.from_hidden(
+            hidden, head.weight, part["labels"], part["desirable"], head.bias, part["ref_logps"], part.get("kl"),
+            part["cu_seqlens"], **head.options(),
+        )  # fmt: skip
+        sizes = part["cu_seqlens"].diff()
+        chosen = part["desirable"].repeat_interleave(sizes, output_size=hidden.shape[0])
+        self.add_token_metrics(hidden, part, chosen)
+        self._add_class_metrics(out)
+        self.count_tokens(part)
+        return out.loss
+
+    def _add_class_metrics(self, out: UnpairedOutput) -> None:
+        for name, members in (("chosen", out.desirable), ("rejected", ~out.desirable)):
+            self.metrics.add(f"rewards/{name}", (out.rewards * members).sum(), members.sum())
+            self.metrics.add(f"logps/{name}", (out.logps * members).sum(), members.sum())
+
+    def derived_metrics(self, found: dict[str, float]) -> dict[str, float]:
+        rewards = [found.get(f"rewards/{name}") for name in ("chosen", "rejected")]
+        if rewards[0] is None or rewards[1] is None:
+            return found
+        return found | {"rewards/margins": rewards[0] - rewards[1]}
