@@ -152,4 +152,4 @@ def _completion(prompt: list[int], completion: list[int]) -> Scored:
 
 
 def _mismatched(example: Example) -> Scored:
-    return _completion(example.get("kl_prompt_ids") or example["prompt_ids"], example["kl_completion_ids"])
+    return _completion(example["prompt_ids"], example["kl_completion_ids"])

@@ -46,6 +46,8 @@ class PreferenceTrainer(Trainer):
         refuse_router_loss(model, args)
         if args.disable_dropout:
             disable_dropout(model)
+        if args.accelerator_config.dispatch_batches is None:  # a packed batch cannot be cut into ranks' shares
+            args.accelerator_config.dispatch_batches = False
         self.tokenizer_in_use = processing_class
         options = {name: value for name, value in options.items() if value is not None}
         super().__init__(

@@ -28,7 +28,7 @@ class KTOTrainer(ReferencedTrainer):
 
     config_class = KTOConfig
     signature_columns = (
-        "prompt_ids", "completion_ids", "label", "kl_prompt_ids", "kl_completion_ids", "ref_logps", "ref_KL_logps",
+        "prompt_ids", "completion_ids", "label", "kl_completion_ids", "ref_logps", "ref_KL_logps",
     )  # fmt: skip
 
     def __init__(
@@ -43,7 +43,7 @@ class KTOTrainer(ReferencedTrainer):
         if self.with_kl and args.per_device_train_batch_size < 2:
             raise ValueError("per_device_train_batch_size: got 1, want at least 2: KTO mismatches within a batch")
         ids = ("prompt_ids", "completion_ids")
-        self.hashed_columns = (*ids, "kl_prompt_ids", "kl_completion_ids") if self.with_kl else ids
+        self.hashed_columns = (*ids, "kl_completion_ids") if self.with_kl else ids
         self.reference_columns = ("ref_logps", "ref_KL_logps") if self.with_kl else ("ref_logps",)
         super().__init__(
             model, ref_model, args, UnpairedCollator(), train_dataset, eval_dataset, processing_class,
