@@ -61,12 +61,14 @@ class Segments:
         return any(s.prefix_end > s.prefix_start for s in self.table)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Segments:
-        tensors = (x.to(device, **kwargs) for x in (self.cu_queries, self.cu_keys, self.key_rows))
-        return Segments(self.table, *tensors, self.max_queries, self.max_keys)
+        return self._with(lambda x: x.to(device, **kwargs))
 
     def pin_memory(self) -> Segments:
-        tensors = (x.pin_memory() for x in (self.cu_queries, self.cu_keys, self.key_rows))
-        return Segments(self.table, *tensors, self.max_queries, self.max_keys)
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Segments:
+        queries, keys, rows = (change(x) for x in (self.cu_queries, self.cu_keys, self.key_rows))
+        return Segments(self.table, queries, keys, rows, self.max_queries, self.max_keys)
 
     def mask(self, segment: Segment, window: int | None, like: Tensor) -> Tensor | None:
         """Additive `[queries, keys]` in the dtype of `like`, kept for the other layers; None where `is_causal` does."""

@@ -36,7 +36,7 @@ class Fingerprint:
     def weights(self, named: Iterable[tuple[str, Tensor]]) -> Fingerprint:
         for name, value in named:
             self.text(name, tuple(value.shape), value.dtype)
-            self._hash.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._hash.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return self
 
     def rows(self, examples: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> Fingerprint:

@@ -32,6 +32,12 @@ class PreferenceTrainer(Trainer):
     (`part_loss`). An update's loss is the mean over its examples, however they are split into batches and parts.
     """
 
+    args: Any  # an instance of config_class
+    model: Any
+    _signature_columns: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
     config_class: type[PreferenceConfig] = PreferenceConfig
     loss_is_scaled_for_ga = True  # by the number of examples in an update
     signature_columns: tuple[str, ...] = ()
@@ -46,8 +52,9 @@ class PreferenceTrainer(Trainer):
         refuse_router_loss(model, args)
         if args.disable_dropout:
             disable_dropout(model)
-        if args.accelerator_config.dispatch_batches is None:  # a packed batch cannot be cut into ranks' shares
-            args.accelerator_config.dispatch_batches = False
+        dispatch: Any = args.accelerator_config
+        if dispatch.dispatch_batches is None:  # a packed batch cannot be cut into ranks' shares
+            dispatch.dispatch_batches = False
         self.tokenizer_in_use = processing_class
         options = {name: value for name, value in options.items() if value is not None}
         super().__init__(
@@ -69,7 +76,7 @@ class PreferenceTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["length", *self.signature_columns]
 
-    def prepare_dataset(self, dataset: Any, name: str, args: PreferenceConfig) -> Any:
+    def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         """Tokenised, with `signature_columns`."""
         raise NotImplementedError
 
@@ -111,7 +118,7 @@ class PreferenceTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of every part, one after the other; gradients are reduced with the last."""
         inputs = self._prepare_inputs(inputs)
-        items = num_items_in_batch or self._items([inputs])
+        items: Any = num_items_in_batch or self._items([inputs])
         self.before_parts(model, inputs)
         total, parts = torch.zeros((), device=self.args.device), inputs["parts"]
         for i, part in enumerate(parts):
@@ -188,9 +195,13 @@ class PreferenceTrainer(Trainer):
             logs |= found | {"num_tokens": self._tokens_seen}
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: Any = None, ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = self.derived_metrics(self._sums["eval"].flush(self.accelerator))
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 

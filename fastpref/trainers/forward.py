@@ -60,7 +60,7 @@ def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:
     show (a recurrence, chunks) is read off the config.
     """
     tried = {"auto": LAYOUTS, "packed": ("packed", "padded"), "shared": LAYOUTS, "padded": ("padded",)}[wanted]
-    reasons = []
+    reasons: list[str] = []
     for layout in tried:
         for ours in (True, False) if layout == "packed" else (layout == "shared",):
             reason = _fault(model, layout, ours)

@@ -18,7 +18,7 @@ def load_model(model: Any, args: PreferenceConfig, auto_class: Any, quantization
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}, want a model's name or a transformers model")
         return model
-    kwargs = dict(args.model_init_kwargs or {}) | options
+    kwargs: dict[str, Any] = {**(args.model_init_kwargs or {}), **options}  # type: ignore[dict-item]
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     kwargs.setdefault("dtype", torch.float32)

@@ -16,7 +16,7 @@ from fastpref.ops.paired import SEPARABLE_EXCEPT
 from fastpref.reference.paired import log_odds
 from fastpref.reference_free import CPOLoss, ORPOLoss, SimPOLoss
 from fastpref.trainers.base import Items, given_args
-from fastpref.trainers.config import CPOConfig, DPOConfig, IPOConfig, ORPOConfig, PreferenceConfig, SimPOConfig
+from fastpref.trainers.config import CPOConfig, DPOConfig, IPOConfig, ORPOConfig, SimPOConfig
 from fastpref.trainers.forward import scored_hidden
 from fastpref.trainers.policy import PolicyTrainer, ReferencedTrainer
 
@@ -78,7 +78,7 @@ class _ReferencedPairs(PairTraining, ReferencedTrainer):
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
     hashed_columns = IDS
 
-    def prepare_dataset(self, dataset: Any, name: str, args: PreferenceConfig) -> Any:
+    def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_paired(
             formats.paired(dataset), self.tokenizer_in_use, max_length=args.max_length, num_proc=args.dataset_num_proc,
             name=name,
@@ -162,7 +162,7 @@ class _ReferenceFree(PairTraining):
     def loss_of(self, args: Any) -> PairedLoss:
         raise NotImplementedError
 
-    def prepare_dataset(self, dataset: Any, name: str, args: PreferenceConfig) -> Any:
+    def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_reference_free(
             formats.paired(dataset), self.tokenizer_in_use, max_length=args.max_length, num_proc=args.dataset_num_proc,
             name=name,
@@ -174,7 +174,7 @@ class CPOTrainer(_ReferenceFree):
 
     config_class = CPOConfig
 
-    def loss_of(self, args: CPOConfig) -> CPOLoss:
+    def loss_of(self, args: Any) -> CPOLoss:
         return CPOLoss(
             args.beta, args.cpo_alpha, args.loss_type, label_smoothing=args.label_smoothing, gamma=args.simpo_gamma,
             alphapo_alpha=args.alpha,
@@ -191,7 +191,7 @@ class SimPOTrainer(_ReferenceFree):
 
     config_class = SimPOConfig
 
-    def loss_of(self, args: SimPOConfig) -> SimPOLoss:
+    def loss_of(self, args: Any) -> SimPOLoss:
         return SimPOLoss(args.beta, args.simpo_gamma, args.label_smoothing)
 
 
@@ -201,7 +201,7 @@ class ORPOTrainer(_ReferenceFree):
     config_class = ORPOConfig
     score_prompts = True
 
-    def loss_of(self, args: ORPOConfig) -> ORPOLoss:
+    def loss_of(self, args: Any) -> ORPOLoss:
         return ORPOLoss(args.beta)
 
     def loss_options(self, part: Mapping[str, Any]) -> dict[str, Any]:

@@ -187,8 +187,9 @@ def _on(part: dict[str, Any], device: torch.device) -> dict[str, Any]:
 class _Progress:
     """A tqdm bar that appears with the first thing done: a full cache shows none."""
 
-    def __init__(self, text: str, total: int, disable: bool) -> None:
-        self._options, self._bar = {"desc": text, "total": total, "disable": disable}, None
+    def __init__(self, text: str, total: int, disable: bool | None) -> None:
+        self._options = {"desc": text, "total": total, "disable": disable}
+        self._bar: Any = None
 
     def __enter__(self) -> Callable[[int], None]:
         return self._advance

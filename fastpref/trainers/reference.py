@@ -135,7 +135,8 @@ def fill_cache(
 
 def _take(order: list[int], lengths: Sequence[int], tokens: int) -> list[int]:
     """The next examples within `tokens`, at least one; removed from `order`."""
-    taken, total = [], 0
+    taken: list[int] = []
+    total = 0
     while order and (not taken or total + lengths[order[0]] <= tokens):
         total += lengths[order[0]]
         taken.append(order.pop(0))

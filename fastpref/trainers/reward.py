@@ -40,7 +40,7 @@ class _HeadTrainer(PreferenceTrainer):
 
     def score_head(self) -> nn.Linear:
         """The head in use: with adapters, the trained copy of it."""
-        head = getattr(self.inner, "score", None)
+        head: Any = getattr(self.inner, "score", None)
         copies = getattr(head, "modules_to_save", None)
         if copies is not None:
             head = copies[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapter[0]]
@@ -80,7 +80,7 @@ class RewardTrainer(_HeadTrainer):
             AutoModelForSequenceClassification, 1, data_collator=data_collator, **options,
         )  # fmt: skip
 
-    def prepare_dataset(self, dataset: Any, name: str, args: RewardConfig) -> Any:
+    def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         tokenizer = self.tokenizer_in_use
         if args.eos_token is not None:
             if args.eos_token not in tokenizer.get_vocab():
@@ -140,7 +140,7 @@ class PRMTrainer(_HeadTrainer):
             AutoModelForTokenClassification, 2, data_collator=data_collator, **options,
         )  # fmt: skip
 
-    def prepare_dataset(self, dataset: Any, name: str, args: PRMConfig) -> Any:
+    def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_stepwise(
             formats.stepwise(dataset), self.tokenizer_in_use, max_length=args.max_length,
             max_prompt_length=args.max_prompt_length, max_completion_length=args.max_completion_length,

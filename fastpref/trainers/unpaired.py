@@ -50,7 +50,7 @@ class KTOTrainer(ReferencedTrainer):
             data_collator=data_collator, **options,
         )  # fmt: skip
 
-    def prepare_dataset(self, dataset: Any, name: str, args: KTOConfig) -> Any:
+    def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_unpaired(
             formats.unpaired(dataset), self.tokenizer_in_use, max_length=args.max_length,
             num_proc=args.dataset_num_proc, name=name,

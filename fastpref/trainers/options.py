@@ -1,0 +1,128 @@
+"""The options of `fastpref train`: a run's own and the fields of a method's configuration, from YAML and arguments."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from fastpref.trainers.config import PreferenceConfig, option
+
+LAST = "last"
+
+
+@dataclass
+class RunOptions:
+    """What to train on which data."""
+
+    _argument_group_name = "model and data"
+
+    config: str | None = option(None, "A YAML file with any of these options; those given here win.")
+    model: str = option("smollm2", "A folder, a hub id, smollm2, or tiny (random weights, to try things out).")
+    data: list[str] | None = option(None, "Files or folders: JSON lines, JSON, Parquet, CSV, datasets (else a sample).")
+    eval_data: list[str] | None = option(None, "The same for held-out data: evaluated before and after training.")
+    eval_split: float | None = option(None, "Hold out this share of --data instead.")
+    lora_r: int | None = option(None, "Train LoRA adapters of this rank, instead of all weights.")
+    lora_alpha: float | None = option(None, "LoRA's scale (default: twice the rank).")
+    lora_dropout: float = option(0.0, "LoRA's dropout.")
+    lora_target_modules: list[str] | None = option(None, "Layers with adapters (default: all linear ones but heads).")
+    resume: str | None = option(None, f"A checkpoint's folder, or {LAST}: of --output_dir.", nargs="?", const=LAST)
+
+
+def read_options(
+    method: str, config_class: type[PreferenceConfig], argv: Sequence[str]
+) -> tuple[RunOptions, dict[str, Any]]:
+    """(options of the run, fields of the configuration that were given).
+
+    Raises:
+        ValueError: names the option, or the file and its key.
+    """
+    parser = _Parser([RunOptions, config_class], prog=f"fastpref train {method}", allow_abbrev=False)
+    given = parser.given(argv)
+    if "config" in given:
+        given = _from_yaml(parser, Path(given["config"])) | given
+    own = {field.name for field in fields(RunOptions)}
+    options = RunOptions(**{name: value for name, value in given.items() if name in own})
+    return _checked(options), {name: value for name, value in given.items() if name not in own}
+
+
+class _Parser(HfArgumentParser):
+    """Raises errors, and knows which options were given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:  # `bool | None`: true without a value, as others
+                action.nargs, action.const = "?", True
+
+    @property
+    def names(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest != "help"]
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        unset = object()
+        found, rest = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(self.names, unset)))
+        if rest:
+            known = [text for action in self._actions for text in action.option_strings]
+            raise ValueError(f"{rest[0]}: no such option{near(rest[0].partition('=')[0], known)}")
+        return {name: value for name, value in vars(found).items() if value is not unset}
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=3)
+    return f", want {' or '.join(matches)}" if matches else ""
+
+
+def _from_yaml(parser: _Parser, path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"{error}; run `pip install pyyaml`") from error
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"--config: {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: got {type(found).__name__}, want options as `name: value`")
+    options = {str(name).replace("-", "_"): value for name, value in found.items()}
+    known = [name for name in parser.names if name != "config"]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{path}: {name}: no such option{near(name, known)}")
+    # what can be written as an argument is read like one: YAML takes 1e-6 for a text
+    written = [text for name, value in options.items() for text in _arguments(name, value)]
+    try:
+        return options | parser.given(written)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _arguments(name: str, value: Any) -> list[str]:
+    if isinstance(value, str | int | float):
+        return [f"--{name}={value}"]
+    if isinstance(value, list) and value and all(isinstance(item, str | int | float) for item in value):
+        return [f"--{name}", *map(str, value)]
+    return []
+
+
+def _checked(options: RunOptions) -> RunOptions:
+    if options.eval_split is not None and not 0 < options.eval_split < 1:
+        raise ValueError(f"eval_split: got {options.eval_split}, want a share between 0 and 1")
+    if options.eval_split is not None and options.eval_data is not None:
+        raise ValueError("eval_split: got one beside eval_data, want one of them")
+    if options.lora_r is None and (options.lora_alpha is not None or options.lora_target_modules is not None):
+        raise ValueError("lora_r: got none beside other LoRA options, want the adapters' rank")
+    if options.lora_r is not None and options.lora_r < 1:
+        raise ValueError(f"lora_r: got {options.lora_r}, want at least 1")
+    return options
