@@ -16,12 +16,7 @@ from typing import Any
 
 from fastpref import __version__
 from fastpref.data.collate import IGNORE_INDEX, common_prefix_length
-from fastpref.data.encode import (
-    in_context,
-    part,
-    solution,
-    wholes,
-)
+from fastpref.data.encode import in_context, part, solution, wholes
 from fastpref.data.formats import column_names
 from fastpref.unpaired import mismatched_indices
 

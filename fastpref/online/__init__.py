@@ -1,0 +1,58 @@
+"""Online preference learning: sample responses, score them, make pairs, and evaluate what was learnt.
+
+The same functions are the commands `fastpref generate`, `score`, `pairs` and `evaluate`; the names below are imported
+when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "PairRules": "fastpref.online.pairing",
+    "Response": "fastpref.online.sampling",
+    "Sampling": "fastpref.online.sampling",
+    "evaluate_policy": "fastpref.online.evaluation",
+    "evaluate_reward_model": "fastpref.online.evaluation",
+    "function_scorer": "fastpref.online.judges",
+    "generate_file": "fastpref.online.generate",
+    "implicit_reward_scorer": "fastpref.online.judges",
+    "load_policy": "fastpref.online.loading",
+    "load_reward_model": "fastpref.online.loading",
+    "make_pairs": "fastpref.online.pairing",
+    "pairs_file": "fastpref.online.pairs",
+    "read_records": "fastpref.online.records",
+    "reward_model_scorer": "fastpref.online.judges",
+    "sample_responses": "fastpref.online.sampling",
+    "score_file": "fastpref.online.score",
+    "score_records": "fastpref.online.score",
+}
+__all__ = list(_HOMES)
+
+if TYPE_CHECKING:
+    from fastpref.online.evaluation import evaluate_policy as evaluate_policy
+    from fastpref.online.evaluation import evaluate_reward_model as evaluate_reward_model
+    from fastpref.online.generate import generate_file as generate_file
+    from fastpref.online.judges import function_scorer as function_scorer
+    from fastpref.online.judges import implicit_reward_scorer as implicit_reward_scorer
+    from fastpref.online.judges import reward_model_scorer as reward_model_scorer
+    from fastpref.online.loading import load_policy as load_policy
+    from fastpref.online.loading import load_reward_model as load_reward_model
+    from fastpref.online.pairing import PairRules as PairRules
+    from fastpref.online.pairing import make_pairs as make_pairs
+    from fastpref.online.pairs import pairs_file as pairs_file
+    from fastpref.online.records import read_records as read_records
+    from fastpref.online.sampling import Response as Response
+    from fastpref.online.sampling import Sampling as Sampling
+    from fastpref.online.sampling import sample_responses as sample_responses
+    from fastpref.online.score import score_file as score_file
+    from fastpref.online.score import score_records as score_records
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastpref.online' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,99 @@
+"""`fastpref generate`: k responses per prompt into a file that can be stopped and continued."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fastpref.online import loading, sequences
+from fastpref.online.command import Progress, at_least, command
+from fastpref.online.prompts import read_prompts
+from fastpref.online.records import Journal, Record
+from fastpref.online.sampling import Sampling, sample_responses
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, Sampling()
+    add("--model", required=True, metavar="PATH", help="a transformers checkpoint or adapter, a hub id, or smollm2")
+    add("--prompts", required=True, metavar="FILE", help="prompts in any format that `fastpref train` reads")
+    add("--output", required=True, metavar="OUT.jsonl", help="prompts with their responses; continued if it exists")
+    add("-k", type=at_least(int, 1), default=default.k, help="responses per prompt (default: %(default)s)")
+    add("--max-new-tokens", type=at_least(int, 1), default=default.max_new_tokens, help="(default: %(default)s)")
+    add(
+        "--temperature", type=at_least(float, 0), default=default.temperature, help="0 is greedy (default: %(default)s)"
+    )
+    add("--top-p", type=float, default=default.top_p, help="nucleus (default: %(default)s, everything)")
+    add("--top-k", type=at_least(int, 0), default=default.top_k, help="(default: %(default)s, everything)")
+    add("--repetition-penalty", type=float, default=default.repetition_penalty, help="(default: %(default)s, none)")
+    add("--seed", type=at_least(int, 0), default=default.seed, help="(default: %(default)s)")
+    add("--batch-size", type=at_least(int, 1), default=16, help="responses at once (default: %(default)s)")
+    add("--limit", type=at_least(int, 1), metavar="N", help="the first N prompts only")
+    add("--chat", action="store_true", help="prompts of text are a user's message, not the beginning of a text")
+    add("--overwrite", action="store_true", help="begin anew where OUT.jsonl exists")
+    loading.add_machine_arguments(parser)
+
+
+@command("generate")
+def run(args: argparse.Namespace) -> int:
+    names = ("k", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    prompts = read_prompts(args.prompts, chat=args.chat)[: args.limit]
+    model, tokenizer = loading.load_policy(args.model, args.device, args.dtype)
+    done = generate_file(
+        model, tokenizer, prompts, args.output, sampling, batch_size=args.batch_size, overwrite=args.overwrite,
+        progress=True,
+    )  # fmt: skip
+    print(f"{args.output}: {done} prompts done now, {len(prompts)} in all, {sampling.k} responses each")
+    return 0
+
+
+def generate_file(
+    model: Any, tokenizer: Any, prompts: Sequence[Mapping[str, Any]], output: str | os.PathLike[str],
+    sampling: Sampling | None = None, *, batch_size: int = 16, overwrite: bool = False, progress: bool = False,
+) -> int:  # fmt: skip
+    """Sample responses to each record's `prompt` into JSON lines; returns how many prompts were done by this call.
+
+    A line is the record itself with `index`, `responses` and, for each response, `response_tokens` and `finished`
+    (false: cut at `max_new_tokens`). A file that a stopped run left is continued, with the very responses that the
+    run would have given (see `sample_responses`); one that is complete is left alone.
+
+    Raises:
+        ValueError: the file was begun with other prompts, another model or other sampling (see `Journal`).
+    """
+    how = sampling or Sampling()
+    ids = [sequences.prompt_ids(p, tokenizer) for p in prompts]
+    settings = asdict(how) | {
+        "model": loading.fingerprint(model),
+        "prompts": _fingerprint(ids, prompts),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    journal = Journal(output, len(prompts), settings, overwrite)
+    if journal.finished:
+        return 0
+    start = journal.done
+    with Progress(len(prompts) * how.k, "responses", start * how.k, shown=progress) as bar:
+        found = sample_responses(
+            model, tokenizer, prompts, how, batch_size=batch_size, start=start,
+            progress=bar.update,
+        )  # fmt: skip
+        for index, responses in enumerate(found, start):
+            record: Record = {
+                **prompts[index],
+                "index": index,
+                "responses": [r.text for r in responses],
+                "response_tokens": [r.tokens for r in responses],
+                "finished": [r.finished for r in responses],
+            }
+            journal.append([record])
+    return journal.done - start
+
+
+def _fingerprint(ids: Iterable[list[int]], prompts: Sequence[Mapping[str, Any]]) -> str:
+    """Of the records and of what tokenizer and template make of them."""
+    from fastpref.data.reference_cache import Fingerprint
+    from fastpref.online.records import to_line
+
+    return Fingerprint().rows(({"ids": row} for row in ids), ["ids"]).text(*map(to_line, prompts)).hexdigest()

@@ -1,0 +1,131 @@
+"""What gives responses their scores: reward models, DPO's implicit reward, any Python function.
+
+A scorer takes all records, each with `prompt` and `responses`, and an index: it yields the scores of every record from
+there on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from fastpref import checks
+from fastpref.online.sequences import (
+    WINDOW_BATCHES,
+    Prompt,
+    TokenSequence,
+    in_windows,
+    policy_scores,
+    rewards,
+    sequence_ids,
+)
+from fastpref.reward import RewardHead
+
+Records = Sequence[Mapping[str, Any]]
+Scores = Sequence[float | None]
+Judge = Callable[[Prompt, list[str]], Scores]
+AHEAD = 4  # calls of a judge that are under way for each worker: finished scores wait for slower ones before them
+
+
+class Scorer(Protocol):
+    def __call__(self, records: Records, start: int = 0) -> Iterator[Scores]: ...
+
+
+def load_function(spec: str) -> Judge:
+    """The function that `package.module:name` or `path/to/file.py:name` names.
+
+    Raises:
+        ValueError: there is no such module, file or function, or it imports what is not installed.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place:
+        raise ValueError(f"function: got {spec!r}, want module:name or file.py:name")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"function: got {spec!r}, and there is no file {place}")
+    try:
+        module = _module_of_file(place) if place.endswith(".py") else importlib.import_module(place)
+    except ImportError as error:
+        raise ValueError(f"function: got {spec!r}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"function: got {spec!r}, and {place} has no function {name!r}")
+    return function
+
+
+def _module_of_file(path: str) -> ModuleType:
+    found = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def function_scorer(function: Judge, workers: int = 1) -> Scorer:
+    """A judge `(prompt, responses) -> scores`, None where it has no opinion; `workers` threads call it at once,
+    which pays where it waits for a server."""
+    checks.positive("workers", workers)
+
+    def score(records: Records, start: int = 0) -> Iterator[Scores]:
+        if workers == 1:
+            yield from (function(r["prompt"], r["responses"]) for r in records[start:])
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            for begin in range(start, len(records), AHEAD * workers):
+                some = records[begin : begin + AHEAD * workers]
+                yield from pool.map(lambda r: function(r["prompt"], r["responses"]), some)
+
+    return score
+
+
+def _windowed(
+    tokenizer: Any, batch_size: int, max_length: int | None, run: Callable[[list[TokenSequence]], list[float]]
+) -> Scorer:
+    """A scorer of `run`, which scores sequences, on windows of records that do not depend on where it starts."""
+
+    def window(records: list[Mapping[str, Any]]) -> list[Scores]:
+        flat = [sequence_ids(record, response, tokenizer) for record in records for response in record["responses"]]
+        found = iter(run([cut(s, max_length) for s in flat]))
+        return [[next(found) for _ in record["responses"]] for record in records]
+
+    def score(records: Records, start: int = 0) -> Iterator[Scores]:
+        for scores in in_windows(window, records, WINDOW_BATCHES * batch_size, start):
+            yield from scores
+
+    return score
+
+
+def cut(sequence: TokenSequence, max_length: int | None) -> TokenSequence:
+    """The first `max_length` tokens."""
+    if max_length is None:
+        return sequence
+    prompt = sequence.prompt[:max_length]
+    return TokenSequence(prompt, sequence.response[: max_length - len(prompt)])
+
+
+def reward_model_scorer(
+    model: RewardHead, tokenizer: Any, *, batch_size: int = 8, max_length: int | None = None
+) -> Scorer:
+    """Rewards of whole conversations, cut after `max_length` tokens."""
+    return _windowed(
+        tokenizer, batch_size, max_length, lambda s: rewards(model, s, tokenizer, batch_size=batch_size).tolist()
+    )
+
+
+def implicit_reward_scorer(
+    model: Any, reference: Any, tokenizer: Any, beta: float = 0.1, *, batch_size: int = 8, max_length: int | None = None
+) -> Scorer:
+    """`beta * log(policy / reference)`: what DPO's policy is the optimum of (Rafailov et al. 2023, eq. 5), up to a
+    constant of the prompt."""
+    checks.positive("beta", beta)
+
+    def run(sequences: list[TokenSequence]) -> list[float]:
+        found = policy_scores(model, sequences, tokenizer, reference=reference, batch_size=batch_size)
+        assert found.ref_logps is not None
+        return (beta * (found.logps - found.ref_logps)).tolist()
+
+    return _windowed(tokenizer, batch_size, max_length, run)

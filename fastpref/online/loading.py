@@ -1,0 +1,71 @@
+"""Models for inference, by the names that the commands take."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import torch
+
+from fastpref import checks, models
+from fastpref.reward import RewardHead
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="a torch device (default: the GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, bfloat16 elsewhere)"
+    )
+
+
+def default_device(name: str | None = None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def default_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    checks.choice("dtype", name, DTYPES)
+    return DTYPES[name]
+
+
+def _folder(name: str | os.PathLike[str]) -> str:
+    return str(models.smollm2()) if name == "smollm2" else os.fspath(name)
+
+
+def load_policy(name: str | os.PathLike[str], device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """(language model in eval mode, tokenizer) of a folder, a hub id, an adapter's folder (with peft), or smollm2."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _quiet()
+    where = default_device(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(_folder(name), dtype=default_dtype(dtype, where))
+    return model.to(where).eval(), AutoTokenizer.from_pretrained(_folder(name))
+
+
+def load_reward_model(
+    name: str | os.PathLike[str], device: str | None = None, dtype: str | None = None
+) -> tuple[RewardHead, Any]:
+    """(reward model in eval mode, tokenizer) of what `AutoModelForSequenceClassification` reads with one label."""
+    from transformers import AutoTokenizer
+
+    _quiet()
+    where = default_device(device)
+    model = RewardHead.from_pretrained(_folder(name), dtype=default_dtype(dtype, where))
+    return model.to(where).eval(), AutoTokenizer.from_pretrained(_folder(name))
+
+
+def _quiet() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of the weights: the same path can hold another model in the next round."""
+    from fastpref.data.reference_cache import Fingerprint
+
+    return Fingerprint().weights(model.state_dict().items()).hexdigest()

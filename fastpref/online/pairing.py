@@ -1,0 +1,214 @@
+"""From scored or ranked responses to preference pairs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastpref import checks
+from fastpref.online import statistics
+from fastpref.online.prompts import checked_prompt, checked_responses
+from fastpref.online.records import Record
+
+MADE_HERE = ("prompt", "responses", "response_tokens", "finished", "scores", "ranks", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class PairRules:
+    """Which responses to a prompt become a pair.
+
+    Args:
+        how: `"best-worst"`, one pair a prompt; `"best-rest"`, the best one against each other; or `"all"`.
+        min_margin: the least difference of scores. Equal scores are never a pair.
+        max_pairs_per_prompt: those with the largest margins are kept.
+        min_agreement: the least share of judges that prefer the chosen one, with scores of several judges.
+        combine: how several judges' scores become one: `"mean"`, for scores on one scale; or `"rank"`, the mean over
+            judges of the share of the other responses that one beats (Borda; a tie is half a win).
+        only_finished: leave out responses that were cut at their maximal length.
+    """
+
+    how: str = "best-worst"
+    min_margin: float = 0.0
+    max_pairs_per_prompt: int | None = None
+    min_agreement: float = 0.0
+    combine: str = "mean"
+    only_finished: bool = False
+
+    def __post_init__(self) -> None:
+        checks.choice("how", self.how, HOW)
+        checks.choice("combine", self.combine, COMBINE)
+        checks.within("min_margin", self.min_margin, 0, math.inf)
+        checks.within("min_agreement", self.min_agreement, 0, 1, closed=True)
+        if self.max_pairs_per_prompt is not None:
+            checks.positive("max_pairs_per_prompt", self.max_pairs_per_prompt)
+
+
+class Candidate(NamedTuple):
+    text: str
+    judged: np.ndarray  # [judges], higher is better
+    score: float  # all judges' in one
+
+
+def _borda(judged: np.ndarray) -> np.ndarray:
+    """`[judges, k]` to `[k]`."""
+    wins = np.sign(judged[:, :, None] - judged[:, None, :]).sum(2)  # won minus lost
+    others = max(judged.shape[1] - 1, 1)
+    return ((wins / others + 1) / 2).mean(0)
+
+
+COMBINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {"mean": lambda judged: judged.mean(0), "rank": _borda}
+HOW: dict[str, Callable[[int], Sequence[tuple[int, int]]]] = {  # of k candidates, the best one first
+    "best-worst": lambda k: [(0, k - 1)] if k > 1 else [],
+    "best-rest": lambda k: [(0, i) for i in range(1, k)],
+    "all": lambda k: list(combinations(range(k), 2)),
+}
+
+
+def judged_scores(record: Mapping[str, Any], count: int, where: str) -> np.ndarray:
+    """`[judges, count]`, higher is better, NaN where a judge had no opinion: from `scores` (numbers, a list of such
+    lists, or an object of them) or `ranks` (lower is better).
+
+    Raises:
+        ValueError: there are none, or not one per response.
+    """
+    name = "scores" if record.get("scores") is not None else "ranks"
+    values: Any = record.get(name)
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where}: got no scores and no ranks, want one of them")
+    rows = values if isinstance(values[0], list) else [values]
+    try:
+        judged = np.array([[math.nan if v is None else float(v) for v in row] for row in rows])
+    except (TypeError, ValueError):
+        judged = np.empty(0)
+    if judged.shape != (len(rows), count) or np.isinf(judged).any():
+        raise ValueError(f"{where}: got {name} {values!r:.80}, want {count} numbers, one per response, of each judge")
+    return judged if name == "scores" else -judged
+
+
+def make_pairs(records: Sequence[Record], rules: PairRules | None = None) -> tuple[list[Record], dict[str, Any]]:
+    """Preference pairs, as TRL reads them, and a report of what was kept and why.
+
+    A pair has `prompt`, `chosen`, `rejected` (messages; text, if the prompt is), `margin`, `chosen_score`,
+    `rejected_score`, with several judges `agreement`, and the record's other fields. Of responses that are equal but
+    for white space only the first counts. TRL's reward trainer takes `margin` as the margin of its loss.
+
+    Raises:
+        ValueError: a record without a prompt, responses, or scores or ranks for each response.
+    """
+    rules = rules or PairRules()
+    pairs: list[Record] = []
+    counts: Counter[str] = Counter()
+    scored: list[tuple[int, float, int]] = []  # (prompt, score, characters) of each candidate
+    for i, record in enumerate(records):
+        candidates = _candidates(record, f"record {i}", rules, counts)
+        scored += [(i, c.score, len(c.text)) for c in candidates]
+        made = _pairs_of(candidates, rules, counts)
+        counts["prompts without a pair"] += not made
+        pairs += [_pair(record, *two) for two in made]
+    return pairs, _report(len(records), pairs, counts, scored)
+
+
+def _candidates(record: Record, where: str, rules: PairRules, counts: Counter[str]) -> list[Candidate]:
+    """Those that may be in a pair, the best one first."""
+    checked_prompt(record, where)
+    responses = checked_responses(record, where)
+    judged = judged_scores(record, len(responses), where)
+    counts["responses"] += len(responses)
+    finished = record.get("finished") or [True] * len(responses)
+    seen: set[str] = set()
+    kept = []
+    for i, text in enumerate(responses):
+        normal = " ".join(text.split())
+        if np.isnan(judged[:, i]).any():
+            counts["responses without a score"] += 1
+        elif rules.only_finished and not finished[i]:
+            counts["unfinished responses"] += 1
+        elif normal in seen:
+            counts["duplicate responses"] += 1
+        else:
+            seen.add(normal)
+            kept.append(i)
+    if not kept:
+        return []
+    found = [
+        Candidate(responses[i], judged[:, i], float(score))
+        for i, score in zip(kept, COMBINE[rules.combine](judged[:, kept]), strict=True)
+    ]
+    return sorted(found, key=lambda c: -c.score)
+
+
+def agreement(chosen: Candidate, rejected: Candidate) -> float:
+    """The share of judges that prefer the chosen one."""
+    return float((chosen.judged > rejected.judged).mean())
+
+
+def _pairs_of(
+    candidates: Sequence[Candidate], rules: PairRules, counts: Counter[str]
+) -> list[tuple[Candidate, Candidate]]:
+    """Those of the rules' pairs that pass, by falling margin."""
+    passed = []
+    for i, j in HOW[rules.how](len(candidates)):
+        chosen, rejected = candidates[i], candidates[j]
+        margin = chosen.score - rejected.score
+        if margin <= 0:
+            counts["pairs with equal scores"] += 1
+        elif margin < rules.min_margin:
+            counts["pairs below the margin"] += 1
+        elif agreement(chosen, rejected) < rules.min_agreement:
+            counts["pairs that judges disagree on"] += 1
+        else:
+            passed.append((chosen, rejected))
+    passed.sort(key=lambda two: two[1].score - two[0].score)
+    kept = passed[: rules.max_pairs_per_prompt]
+    counts["pairs over the maximum"] += len(passed) - len(kept)
+    return kept
+
+
+def _pair(record: Record, chosen: Candidate, rejected: Candidate) -> Record:
+    prompt = record["prompt"]
+
+    def response(text: str) -> Any:
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+    pair = {"prompt": prompt, "chosen": response(chosen.text), "rejected": response(rejected.text)}
+    pair |= {"margin": chosen.score - rejected.score, "chosen_score": chosen.score, "rejected_score": rejected.score}
+    if len(chosen.judged) > 1:
+        pair["agreement"] = agreement(chosen, rejected)
+    return pair | {name: value for name, value in record.items() if name not in MADE_HERE and name not in pair}
+
+
+def characters(response: Any) -> int:
+    """Of a response as text or messages."""
+    return len(response) if isinstance(response, str) else sum(len(m["content"]) for m in response)
+
+
+def _report(
+    prompts: int, pairs: Sequence[Record], counts: Counter[str], scored: Sequence[tuple[int, float, int]]
+) -> dict[str, Any]:
+    responses, without = (counts.pop(name, 0) for name in ("responses", "prompts without a pair"))
+    margins = [p["margin"] for p in pairs]
+    differences = [characters(p["chosen"]) - characters(p["rejected"]) for p in pairs]
+    groups, *columns = np.array(scored).reshape(-1, 3).T
+    return {
+        "prompts": prompts,
+        "prompts_with_pairs": prompts - without,
+        "responses": responses,
+        "pairs": len(pairs),
+        "dropped": {reason: count for reason, count in sorted(counts.items()) if count},
+        "agreement": statistics.mean([p["agreement"] for p in pairs if "agreement" in p]),
+        "margins": {"mean": statistics.mean(margins), "quantiles": statistics.quantiles(margins)},
+        "length": statistics.length_differences(differences)
+        | {
+            "margin_correlation": statistics.correlation(margins, differences),
+            # over responses, each less the mean of its prompt
+            "score_correlation": statistics.correlation(*(statistics.centred_by_group(c, groups) for c in columns)),
+        },
+    }

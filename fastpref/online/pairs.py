@@ -1,0 +1,85 @@
+"""`fastpref pairs`: scores or rankings to preference data, with a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastpref.online.command import at_least, command
+from fastpref.online.pairing import COMBINE, HOW, PairRules, make_pairs
+from fastpref.online.records import Record, read_records, write_records, write_whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, PairRules()
+    add("--scores", required=True, metavar="IN.jsonl", help="records with prompt, responses, and scores or ranks")
+    add("--output", required=True, metavar="OUT.jsonl", help="pairs as TRL and `fastpref train` read them")
+    add("--how", choices=HOW, default=default.how, help="which responses to pair (default: %(default)s)")
+    add("--min-margin", type=at_least(float, 0), default=default.min_margin, help="(default: %(default)s)")
+    add("--max-pairs-per-prompt", type=at_least(int, 1), metavar="N", help="the N with the largest margins")
+    add("--min-agreement", type=at_least(float, 0), default=default.min_agreement, metavar="SHARE",
+        help="of several judges, how many must prefer the chosen one; 1 is all (default: %(default)s)")  # fmt: skip
+    add("--combine", choices=COMBINE, default=default.combine, help="several judges' scores (default: %(default)s)")
+    add("--only-finished", action="store_true", help="leave out responses that were cut at their maximal length")
+    add("--json", metavar="FILE", help="the report")
+
+
+@command("pairs")
+def run(args: argparse.Namespace) -> int:
+    names = ("how", "min_margin", "max_pairs_per_prompt", "min_agreement", "combine", "only_finished")
+    rules = PairRules(**{name: getattr(args, name) for name in names})
+    report = pairs_file(read_records(args.scores), args.output, rules, json_path=args.json)
+    print("\n".join(report_lines(report)))
+    if not report["pairs"]:
+        raise ValueError(f"{args.scores}: got no pair that passes, so {args.output} was not written")
+    return 0
+
+
+def pairs_file(
+    records: Sequence[Record], output: str | os.PathLike[str], rules: PairRules | None = None,
+    *, json_path: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the pairs (if there are any) and, as JSON, the report of `make_pairs`; returns the report."""
+    pairs, report = make_pairs(records, rules)
+    if pairs:
+        write_records(output, pairs)
+    if json_path is not None:
+        write_whole(Path(json_path), (json.dumps(report, indent=1) + "\n").encode())
+    return report
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """For a terminal."""
+    length, margins = report["length"], report["margins"]
+    rows = [
+        ("prompts", f"{report['prompts']}, {report['prompts_with_pairs']} of them with pairs"),
+        ("responses", f"{report['responses']}"),
+        ("pairs", f"{report['pairs']}"),
+        *((f"  dropped: {reason}", f"{count}") for reason, count in report["dropped"].items()),
+    ]
+    if report["pairs"]:
+        quantiles = "  ".join(f"{100 * float(q):g} %: {v:.3f}" for q, v in margins["quantiles"].items())
+        rows += [("margin", f"mean {margins['mean']:.3f};  {quantiles}")]
+        if report["agreement"] is not None:
+            rows += [("judges that agree", f"{report['agreement']:.1%}")]
+        wins = length["longer_wins"]
+        rows += [
+            ("chosen is longer", f"{length['chosen_longer']:.1%}, by {length['mean_difference']:+.1f} characters"),
+            ("'the longer wins' is right", "-" if wins["share"] is None else f"{wins['share']:.1%} {interval(wins)}"),
+            ("correlation with length", f"of margins {number(length['margin_correlation'])}, "
+             f"of scores within prompts {number(length['score_correlation'])}"),
+        ]  # fmt: skip
+    return [f"{name:36} {text}" for name, text in rows]
+
+
+def number(value: float | None, form: str = "+.2f") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def interval(share: Mapping[str, Any]) -> str:
+    low, high = share["interval"]
+    return f"[{low:.1%}, {high:.1%}]"

@@ -1,0 +1,72 @@
+"""Prompts from files and records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastpref.online.records import Record, read_records
+from fastpref.online.sequences import Prompt
+
+CONSUMED = {"prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "instruction", "input"}
+
+
+def read_prompts(path: str | os.PathLike[str], *, chat: bool = False) -> list[Record]:
+    """Records with a `prompt`, as messages or text, and whatever else they hold.
+
+    JSON lines with prompts and no responses are taken as they are; anything else goes through
+    `fastpref.data.formats.prompts`.
+
+    Args:
+        chat: make a user's message of prompts that are text.
+    """
+    records = read_records(path) if Path(path).suffix == ".jsonl" else []
+    if not records or any("prompt" not in r or {"chosen", "rejected"} <= r.keys() for r in records):
+        records = _converted(path)
+    for i, record in enumerate(records):
+        prompt = checked_prompt(record, f"{path}: record {i}")
+        if chat and isinstance(prompt, str):
+            record["prompt"] = [{"role": "user", "content": prompt}]
+    return records
+
+
+def _converted(path: str | os.PathLike[str]) -> list[Record]:
+    from fastpref.data import formats
+    from fastpref.data.files import load_records
+
+    dataset = load_records(path)
+    prompts = formats.prompts(dataset)["prompt"]
+    return [
+        {"prompt": _without_none(prompt), **{k: v for k, v in row.items() if k not in CONSUMED and v is not None}}
+        for prompt, row in zip(prompts, dataset, strict=True)
+    ]
+
+
+def _without_none(prompt: Any) -> Any:
+    """A table has every message's keys in every message, with None where there was nothing."""
+    if not isinstance(prompt, list):
+        return prompt
+    return [{k: v for k, v in message.items() if v is not None} for message in prompt]
+
+
+def checked_prompt(record: Mapping[str, Any], where: str) -> Prompt:
+    """The record's prompt.
+
+    Raises:
+        ValueError: it is neither text nor a list of messages.
+    """
+    prompt: Any = record.get("prompt")
+    messages = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
+    if not prompt or not (isinstance(prompt, str) or messages):
+        got = "no prompt" if not prompt else f"a prompt of {type(prompt).__name__}"
+        raise ValueError(f'{where}: got {got}, want text or a list of messages {{"role": "...", "content": "..."}}')
+    return prompt
+
+
+def checked_responses(record: Mapping[str, Any], where: str) -> list[str]:
+    responses: Any = record.get("responses")
+    if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
+        raise ValueError(f"{where}: got responses of {type(responses).__name__}, want a list of strings")
+    return responses

@@ -1,0 +1,177 @@
+"""Several responses to each prompt from a language model, with random numbers of their own for every one of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastpref import checks
+from fastpref.online.randomness import draw, keys
+from fastpref.online.sequences import WINDOW_BATCHES, Prompt, batches_by_length, in_windows, pad_id, padded, prompt_ids
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature=0` is greedy, for `k=1`; `top_k=0` and `top_p=1` leave out nothing."""
+
+    k: int = 4
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 1), ("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, want an integer, at least {least}")
+        checks.within("temperature", self.temperature, 0, float("inf"))
+        checks.positive("repetition_penalty", self.repetition_penalty)
+        checks.positive("top_p", self.top_p)
+        checks.within("top_p", self.top_p, 0, 1, closed=True)
+        if self.temperature == 0 and self.k > 1:
+            raise ValueError(f"k: got {self.k} with temperature 0, want 1: greedy responses are all the same")
+
+
+class Response(NamedTuple):
+    text: str
+    tokens: int  # what ends it included
+    finished: bool  # it ended by itself, not at max_new_tokens
+
+
+def sample_responses(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt | Mapping[str, Any]],
+    sampling: Sampling | None = None, *, batch_size: int = 16, start: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[list[Response]]:  # fmt: skip
+    """Yields `sampling.k` responses to each prompt from `start` on, in order.
+
+    The random numbers of a response depend on the seed, the prompt's index and the response's only. Batches are made
+    of prompts of similar length out of windows of consecutive ones, and the windows do not depend on `start`: with the
+    same batch size, machine and versions, a run from `start` gives exactly what a run from 0 gives there. Another
+    batch size changes the logits by rounding, and a token only where two were as close as that.
+
+    Args:
+        prompts: messages, which go through the chat template, or text, which is continued as it is; or records with
+            a `prompt` and, as TRL has them, `tools` and `chat_template_kwargs` for the template.
+        batch_size: responses sampled at once.
+        progress: called with the number of responses that each batch finished.
+    """
+    how = sampling or Sampling()
+    ids = [prompt_ids(p if isinstance(p, Mapping) else {"prompt": p}, tokenizer) for p in prompts]
+    empty = next((i for i, row in enumerate(ids) if not row), None)
+    if empty is not None:
+        raise ValueError(f"prompts[{empty}]: got no tokens, want at least 1")
+
+    def run(window: list[tuple[int, list[int]]]) -> list[list[Response]]:
+        items = [(index, response) for index, _ in window for response in range(how.k)]
+        tokens = dict(window)
+        found: dict[tuple[int, int], Response] = {}
+        for chosen in batches_by_length([len(tokens[index]) for index, _ in items], batch_size):
+            some = [items[i] for i in chosen]
+            found.update(zip(some, _generate(model, tokenizer, tokens, some, how), strict=True))
+            if progress:
+                progress(len(some))
+        return [[found[index, response] for response in range(how.k)] for index in tokens]
+
+    size = max(1, WINDOW_BATCHES * batch_size // how.k)
+    for responses in in_windows(run, list(enumerate(ids)), size, start):
+        yield from responses
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Whatever the model or its tokenizer ends a response with."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return sorted({token for token in known if token is not None})
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, tokenizer: Any, tokens: dict[int, list[int]], items: Sequence[tuple[int, int]], how: Sampling
+) -> list[Response]:
+    """One batch: `items` are (prompt, response)."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    prompts = list(dict.fromkeys(prompt for prompt, _ in items))
+    row = torch.tensor([prompts.index(prompt) for prompt, _ in items], device=model.device)
+    ids, mask = (x.to(model.device) for x in padded([tokens[p] for p in prompts], pad_id(tokenizer), "left"))
+    cache = _prompt_cache(model, ids, mask, row) if len(prompts) < len(items) else {}
+    ids, mask = ids[row], mask[row]
+    ends = end_tokens(model, tokenizer)
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=how.max_new_tokens, repetition_penalty=how.repetition_penalty,
+        no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=pad_id(tokenizer),
+    )  # fmt: skip
+    table = torch.from_numpy(np.stack([keys(how.seed, *item, how.max_new_tokens) for item in items]))
+    broken = torch.zeros((), dtype=torch.bool, device=model.device)
+
+    def watched(input_ids: Tensor, scores: Tensor) -> Tensor:
+        broken.logical_or_(scores.isnan().any())  # read once a batch: to look at it here would be a sync per token
+        return scores
+
+    processors = LogitsProcessorList([watched])
+    if how.temperature > 0:
+        processors.extend(_processors(how, table.to(model.device), ids.shape[1]))
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors, **cache
+    )
+    if bool(broken):
+        raise ValueError(f"model: got NaN among the logits of {type(model).__name__} in {model.dtype}, want numbers")
+    return [_response(row, ends, tokenizer) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def _prompt_cache(model: Any, ids: Tensor, mask: Tensor, row: Tensor) -> dict[str, Any]:
+    """Keys and values of the prompts but for their last tokens, computed once for all responses to a prompt: `row`
+    says which prompt each response answers. Nothing where layers keep anything else, such as a recurrent state."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    backbone = model.base_model
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    placed = "position_ids" in inspect.signature(backbone.forward).parameters
+    if ids.shape[1] < 2 or not placed or not layers <= {"full_attention", "sliding_attention"}:
+        return {}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = backbone(
+        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], use_cache=True
+    )
+    cache = getattr(output, "past_key_values", None)
+    if type(cache) is not DynamicCache or any(
+        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    ):
+        return {}
+    cache.batch_select_indices(row)
+    return {"past_key_values": cache}
+
+
+def _processors(how: Sampling, table: Tensor, prompt_length: int) -> list[Any]:
+    """What transformers does when it samples, but for the draw: its own takes one random number for the whole batch
+    after the other, so that a response would depend on which others are beside it."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    def drawn(input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = draw(scores, table[:, input_ids.shape[1] - prompt_length].to(scores.device))
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0)
+
+    processors: list[Any] = [TemperatureLogitsWarper(float(how.temperature))]
+    if how.top_k:
+        processors.append(TopKLogitsWarper(how.top_k))
+    if how.top_p < 1:
+        processors.append(TopPLogitsWarper(float(how.top_p)))
+    processors.append(drawn)
+    return processors
+
+
+def _response(ids: list[int], ends: list[int], tokenizer: Any) -> Response:
+    count = next((i for i, token in enumerate(ids) if token in ends), None)
+    text = tokenizer.decode(ids[:count], skip_special_tokens=True)
+    return Response(text, len(ids) if count is None else count + 1, count is not None)

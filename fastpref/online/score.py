@@ -1,0 +1,150 @@
+"""`fastpref score`: scores of responses into a file that can be stopped and continued."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastpref.online import judges, loading
+from fastpref.online.command import Progress, at_least, command
+from fastpref.online.judges import Scorer
+from fastpref.online.prompts import checked_prompt, checked_responses
+from fastpref.online.records import Journal, Record, read_records, to_line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--responses", required=True, metavar="IN.jsonl", help="records with a prompt and its responses")
+    add("--output", required=True, metavar="OUT.jsonl", help="the same with scores; continued if it exists")
+    judge = parser.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--reward-model", metavar="PATH", help="a sequence classifier with one label")
+    judge.add_argument(
+        "--function", metavar="WHERE:NAME", help="module:name or file.py:name, (prompt, responses) -> list of numbers"
+    )
+    judge.add_argument("--implicit", action="store_true", help="beta log(policy / reference), of --model, --reference")
+    add("--model", metavar="PATH", help="the policy of --implicit")
+    add("--reference", metavar="PATH", help="the reference of --implicit")
+    add("--beta", type=at_least(float, 0, exclusive=True), default=0.1, help="of --implicit (default: %(default)s)")
+    add("--name", help="what to call these scores; with names, several judges' scores go together")
+    add("--workers", type=at_least(int, 1), default=1, help="threads that call the function (default: %(default)s)")
+    add("--batch-size", type=at_least(int, 1), default=8, help="sequences at once (default: %(default)s)")
+    add("--max-length", type=at_least(int, 1), help="tokens of a sequence that a model reads (default: all)")
+    add("--overwrite", action="store_true", help="begin anew where OUT.jsonl exists")
+    loading.add_machine_arguments(parser)
+
+
+@command("score")
+def run(args: argparse.Namespace) -> int:
+    records = read_records(args.responses)
+    scorer, settings = _scorer(args)
+    done = score_file(records, args.output, scorer, settings, name=args.name, overwrite=args.overwrite, progress=True)
+    print(f"{args.output}: {done} prompts scored now, {len(records)} in all")
+    return 0
+
+
+def _scorer(args: argparse.Namespace) -> tuple[Scorer, dict[str, Any]]:
+    """And what it depends on."""
+    options = {"batch_size": args.batch_size, "max_length": args.max_length}
+    if args.function is not None:
+        function = judges.load_function(args.function)
+        return judges.function_scorer(function, args.workers), {"function": args.function}
+    if args.reward_model is not None:
+        model, tokenizer = loading.load_reward_model(args.reward_model, args.device, args.dtype)
+        settings = {"reward_model": loading.fingerprint(model), "max_length": args.max_length}
+        return judges.reward_model_scorer(model, tokenizer, **options), settings
+    if args.model is None or args.reference is None:
+        raise ValueError("--implicit: got no --model or no --reference, want both")
+    policy, tokenizer = loading.load_policy(args.model, args.device, args.dtype)
+    reference, _ = loading.load_policy(args.reference, args.device, args.dtype)
+    settings = {
+        "implicit": [loading.fingerprint(policy), loading.fingerprint(reference)],
+        "beta": args.beta,
+        "max_length": args.max_length,
+    }
+    return judges.implicit_reward_scorer(policy, reference, tokenizer, args.beta, **options), settings
+
+
+def score_records(
+    records: Sequence[Mapping[str, Any]], scorer: Scorer, *, name: str | None = None, start: int = 0
+) -> Iterator[Record]:
+    """Yields each record from `start` on with `scores`: a list, one number (or None: no opinion) per response.
+
+    Args:
+        name: makes `scores` an object of named lists, beside those that are there.
+
+    Raises:
+        ValueError: a record is none, has scores already, or the scorer failed on it: as many scores as responses,
+            finite numbers or None, are wanted. The message names the record.
+    """
+    for i, record in enumerate(records):
+        checked_prompt(record, f"record {i}")
+        checked_responses(record, f"record {i}")
+        _check_free(record, name, f"record {i}")
+    found = scorer(records, start)
+    for i in range(start, len(records)):
+        where = f"record {i}"
+        try:
+            scores = next(found)
+        except StopIteration:
+            raise ValueError(f"{where}: got no scores, want one list for each of {len(records)} records") from None
+        except Exception as error:
+            raise ValueError(f"{where}: the judge raised {type(error).__name__}: {error}") from error
+        checked = _checked_scores(scores, len(records[i]["responses"]), where)
+        old = records[i].get("scores")
+        yield {**records[i], "scores": checked if name is None else {**(old or {}), name: checked}}
+
+
+def _check_free(record: Mapping[str, Any], name: str | None, where: str) -> None:
+    old = record.get("scores")
+    if name is None and old is not None:
+        raise ValueError(f"{where}: got scores already, want a name (--name) for scores beside them")
+    if name is not None and old is not None and not isinstance(old, dict):
+        raise ValueError(f"{where}: got scores without a name, want named ones to put {name!r} beside")
+    if name is not None and name in (old or {}):
+        raise ValueError(f"{where}: got scores named {name!r} already, want another name")
+
+
+def _checked_scores(scores: Any, count: int, where: str) -> list[float | None]:
+    try:
+        found = [None if s is None else float(s) for s in scores]
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: the judge gave {scores!r}, want {count} numbers") from None
+    if len(found) != count:
+        raise ValueError(f"{where}: the judge gave {len(found)} scores, want {count}, one per response")
+    bad = [i for i, s in enumerate(found) if s is not None and not math.isfinite(s)]
+    if bad:
+        raise ValueError(f"{where}: the judge gave {found[bad[0]]} to response {bad[0]}, want a finite number or None")
+    return found
+
+
+def score_file(
+    records: Sequence[Mapping[str, Any]], output: str | os.PathLike[str], scorer: Scorer,
+    settings: Mapping[str, Any] | None = None, *, name: str | None = None, overwrite: bool = False,
+    progress: bool = False,
+) -> int:  # fmt: skip
+    """Write the records with their scores as JSON lines; returns how many were scored by this call.
+
+    A record is on the disk before the next one is asked for, so a judge that fails loses nothing: call again to go on
+    with the record on which it failed. One that is complete is left alone.
+
+    Args:
+        settings: JSON values that say what the scores depend on.
+
+    Raises:
+        ValueError: a record, a score or the file is not right (see `score_records` and `Journal`).
+    """
+    from fastpref.data.reference_cache import Fingerprint
+
+    data = Fingerprint().text(*map(to_line, records)).hexdigest()
+    journal = Journal(output, len(records), {**(settings or {}), "name": name, "responses": data}, overwrite)
+    start = journal.done
+    if journal.finished:
+        return 0
+    with Progress(len(records), "prompts", start, shown=progress) as bar:
+        for record in score_records(records, scorer, name=name, start=start):
+            journal.append([record])
+            bar.update(1)
+    return journal.done - start

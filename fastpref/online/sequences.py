@@ -1,0 +1,153 @@
+"""Prompts and responses as token ids, and what language models and reward models say of them in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs
+from fastpref.data import encode
+from fastpref.data.collate import IGNORE_INDEX
+from fastpref.models import hidden_states, output_head
+from fastpref.reward import RewardHead
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+WINDOW_BATCHES = 8  # batches that are sorted by length together; what is at most lost when a job is stopped
+
+
+class TokenSequence(NamedTuple):
+    """Token ids: the prompt's, and those of the response with whatever ends it."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+def prompt_ids(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
+    """The record's `prompt`: messages through the chat template up to the assistant's turn (with its `tools` and
+    `chat_template_kwargs`); text as it is."""
+    prompt = record["prompt"]
+    if isinstance(prompt, str):
+        return list(tokenizer(text=prompt)["input_ids"])
+    options = encode.template_options(dict(record))
+    return list(encode.template_ids(tokenizer, prompt, add_generation_prompt=True, **options))
+
+
+def sequence_ids(record: Mapping[str, Any], response: str, tokenizer: Any) -> TokenSequence:
+    """A response after the record's prompt, with what ends it, as the trainers make it."""
+    placed = response if isinstance(record["prompt"], str) else [{"role": "assistant", "content": response}]
+    prompt, (ids,) = encode.part({**record, "response": placed}, ("response",), tokenizer)
+    return TokenSequence(prompt, ids)
+
+
+def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), both `[S, T]`, padded on the `"left"` or the `"right"`."""
+    length = max(map(len, rows))
+    ids, mask = torch.full((len(rows), length), pad_token_id), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = 1
+    return ids, mask
+
+
+def pad_id(tokenizer: Any) -> int:
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices, neighbours in length together; the longest first, so that memory that does not suffice shows early."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for i in range(0, len(order), batch_size):
+        yield order[i : i + batch_size]
+
+
+def in_windows(
+    run: Callable[[list[Any]], list[Any]], items: Sequence[Any], size: int, start: int = 0
+) -> Iterator[list[Any]]:
+    """`run` on windows of `size` consecutive items; yields what it returns for those from `start` on, a window at a
+    time. The windows do not depend on `start`: one that is entered in its middle is run as a whole again."""
+    for begin in range(start - start % size, len(items), size):
+        window = run(list(items[begin : begin + size]))
+        yield window[max(0, start - begin) :]
+
+
+class PolicyScores(NamedTuple):
+    """Of each response, summed over its tokens, fp64 `[S]` on the CPU; None without a reference."""
+
+    tokens: Tensor
+    logps: Tensor
+    ref_logps: Tensor | None
+    kl: Tensor | None  # KL(policy || reference) at each prefix, exact
+    k3: Tensor | None  # its estimate from the response's own tokens
+
+
+@torch.no_grad()
+def policy_scores(
+    model: Any, sequences: Sequence[TokenSequence], tokenizer: Any, *, reference: Any = None, batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> PolicyScores:  # fmt: skip
+    """Log-probs of responses under a language model and, in the same sweep over the vocabulary, a reference.
+
+    Raises:
+        ValueError: the two models' heads are not comparable.
+    """
+    head = output_head(model)
+    ref_head = None if reference is None else output_head(reference)
+    if ref_head is not None and (ref_head.options() != head.options() or len(ref_head.weight) != len(head.weight)):
+        raise ValueError(
+            f"reference: got a vocabulary of {len(ref_head.weight)} and {ref_head.options()}, want the policy's, "
+            f"{len(head.weight)} and {head.options()}"
+        )
+    found = torch.zeros(5, len(sequences), dtype=torch.float64)
+    for chosen in batches_by_length([len(s.prompt) + len(s.response) for s in sequences], batch_size):
+        some = [sequences[i] for i in chosen]
+        ids, mask, labels = (x.to(head.weight.device) for x in _labelled(some, pad_id(tokenizer)))
+        hidden = hidden_states(model, ids, mask)
+        if ref_head is None:
+            logps = linear_token_logprobs(hidden, head.weight, labels, head.bias, **head.options())
+            columns = [logps]
+        else:
+            both = linear_token_kl(
+                hidden, head.weight, hidden_states(reference, ids, mask), ref_head.weight, labels, head.bias,
+                ref_head.bias, **head.options(),
+            )  # fmt: skip
+            assert both.logps is not None and both.ref_logps is not None
+            columns = [both.logps, both.ref_logps, both.kl, kl_estimate(both.logps, both.ref_logps, "k3")]
+        sums = [(labels != IGNORE_INDEX).sum(1), *(c.double().sum(1) for c in columns)]
+        found[: len(sums), chosen] = torch.stack([s.double() for s in sums]).cpu()
+        if progress:
+            progress(len(chosen))
+    if ref_head is None:
+        return PolicyScores(found[0], found[1], None, None, None)
+    return PolicyScores(*found)
+
+
+def _labelled(sequences: Iterable[TokenSequence], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids, mask, and the token that each position scores."""
+    rows = list(sequences)
+    ids, mask = padded([s.prompt + s.response for s in rows], pad_token_id, "right")
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    for i, (prompt, response) in enumerate(rows):
+        first, end = max(len(prompt), 1), len(prompt) + len(response)  # nothing scores the first token of a sequence
+        labels[i, first - 1 : end - 1] = ids[i, first:end]
+    return ids, mask, labels
+
+
+@torch.no_grad()
+def rewards(
+    model: RewardHead, sequences: Sequence[TokenSequence], tokenizer: Any, *, batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:  # fmt: skip
+    """A reward model's scores of whole sequences, fp64 `[S]` on the CPU."""
+    device = model.score.weight.device
+    found = torch.zeros(len(sequences), dtype=torch.float64)
+    for chosen in batches_by_length([len(s.prompt) + len(s.response) for s in sequences], batch_size):
+        ids, mask = padded([sequences[i].prompt + sequences[i].response for i in chosen], pad_id(tokenizer), "right")
+        found[chosen] = model(ids.to(device), mask.to(device)).double().cpu()
+        if progress:
+            progress(len(chosen))
+    return found
