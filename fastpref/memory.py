@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,31 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 4096 * MIB
+
+
+def keep_freed_memory() -> None:
+    """PyTorch has no caching allocator on a CPU. Large tensors would be fresh pages from the system every time, and
+    a training step can spend more time on page faults than on arithmetic; so tell glibc to keep what is freed."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_max = -1, -4  # names of parameters in malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that this process has used so far: of a GPU's memory, or else resident; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident_bytes("VmHWM")
+
+
+def resident_bytes(field: str) -> int | None:
+    """`VmRSS` or `VmHWM`, now or at most: resident memory of this process, as Linux counts it; None elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(f"{field}:"))
 
 
 def workspace(device: torch.device, workspace_bytes: int | None) -> Workspace:

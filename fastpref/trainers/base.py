@@ -12,17 +12,24 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastpref.data.collators import PackedCollator
+from fastpref.memory import keep_freed_memory
+from fastpref.models import inner_model, run_inside
 from fastpref.trainers.config import PreferenceConfig, unsupported
-from fastpref.trainers.forward import choose_layout, run_inside
-from fastpref.trainers.loading import disable_dropout, inner_model, refuse_router_loss
+from fastpref.trainers.forward import choose_layout
+from fastpref.trainers.loading import disable_dropout, refuse_router_loss
 from fastpref.trainers.metrics import MetricSums
 
 
 class Items(NamedTuple):
-    """What the batches of one update hold, on this rank: by these a part's loss is weighted."""
+    """What the batches of one update hold, on this rank or on average over all: by these a part's loss is weighted."""
 
-    examples: int
-    tokens: int  # scored in chosen responses: the denominator of an NLL term
+    examples: float | Tensor
+    tokens: float | Tensor  # scored in chosen responses: the denominator of an NLL term
+
+    def tokens_of(self, examples: int) -> float | Tensor:
+        """As many tokens as so many examples have on average. Weighted by its share of the examples, a sum divided by
+        these is weighted by its share of the tokens."""
+        return self.tokens * (examples / self.examples)
 
 
 class PreferenceTrainer(Trainer):
@@ -63,6 +70,8 @@ class PreferenceTrainer(Trainer):
             eval_dataset=self._prepared(eval_dataset, args, "eval"), processing_class=processing_class, **options,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this in place of loss_is_scaled_for_ga
+        if args.keep_freed_memory and args.device.type == "cpu":
+            keep_freed_memory()
         if args.n_gpu > 1:
             raise unsupported("nn.DataParallel", f"{args.n_gpu} GPUs in one process", "launch with torchrun")
         collator.pad_token_id = processing_class.pad_token_id
@@ -106,7 +115,14 @@ class PreferenceTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         samples, _ = super().get_batch_samples(*args, **kwargs)
-        return samples, self._items(samples)
+        return samples, self._over_ranks(self._items(samples))
+
+    def _over_ranks(self, items: Items) -> Items:
+        """DDP averages gradients over ranks, whose batches may hold more or less: no host sync."""
+        if self.args.world_size == 1 or not self.args.average_tokens_across_devices:
+            return items
+        numbers = torch.tensor(items, dtype=torch.float32, device=self.args.device)
+        return Items(*self.accelerator.reduce(numbers, "mean").unbind())
 
     def _items(self, batches: Sequence[Mapping[str, Any]]) -> Items:
         parts = [part for batch in batches for part in batch["parts"]]

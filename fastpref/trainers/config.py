@@ -34,7 +34,7 @@ class PreferenceConfig(TrainingArguments):
     logging_steps: float = option(10, "Log every so many update steps, or share of them.")
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward: less memory, more time.")
     bf16: bool | None = option(None, "bf16 autocast. By default on, unless fp16 is.")  # type: ignore[assignment]
-    report_to: None | str | list[str] = option("none", "Where to report logs to, besides the console and files.")
+    report_to: list[str] | str | None = option("none", "Where to report logs to, besides the console and files.")
     model_init_kwargs: dict[str, Any] | str | None = option(None, "For from_pretrained, when the model is a path.")
     trust_remote_code: bool = option(False, "Run Python code that comes with a model or tokenizer.")
     router_aux_loss_coef: float | None = option(None, "Mixture-of-experts models: only 0.0 is supported.")
@@ -54,6 +54,9 @@ class PreferenceConfig(TrainingArguments):
     )
     token_budget: int | None = option(
         None, "Most tokens of one forward and backward. A batch that has more is run in parts, with the same result."
+    )
+    keep_freed_memory: bool = option(
+        True, "On a CPU: tell glibc to keep freed memory for this process (about 10 % faster steps than fresh pages)."
     )
     statistics: str = option(
         "logging",

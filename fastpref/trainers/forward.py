@@ -1,18 +1,18 @@
-"""A model's hidden states of packed sequences, inside the forward that wrappers (DDP, FSDP, DeepSpeed) expect."""
+"""A model's hidden states of packed sequences, and the layout of them that it can run."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastpref import attention
 from fastpref.data.packing import LAYOUTS, Scored, pack
-from fastpref.trainers.loading import inner_model
+from fastpref.models import backbone, inner_model
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", attention.KWARG)
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention"))
@@ -23,34 +23,13 @@ def hidden_rows(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """The backbone's last hidden states `[N, d]` of a batch from `fastpref.data.packing.pack`."""
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     with attention.packed_rows() if attention.KWARG in inputs else contextlib.nullcontext():
-        output = inner_model(model).base_model(**inputs, use_cache=False)
+        output = backbone(model)(**inputs, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 
 
 def scored_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Those of the rows that score a token `[M, d]`, in the order of `labels`."""
     return hidden_rows(model, batch).index_select(0, batch["rows"])
-
-
-def run_inside(wrapped: nn.Module, model: nn.Module, function: Callable[[], Any]) -> Any:
-    """`function()` as if it were the forward of `model`, so that the hooks of what wraps it run around all of it."""
-    own = model.__dict__.get("forward")
-
-    def restore() -> None:
-        if own is None:
-            model.__dict__.pop("forward", None)
-        else:
-            model.forward = own
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        restore()
-        return function()
-
-    model.forward = forward
-    try:
-        return wrapped()
-    finally:
-        restore()
 
 
 def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:

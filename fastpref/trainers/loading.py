@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpref.models import inner_model
 from fastpref.trainers.config import PreferenceConfig, unsupported
 
 
@@ -54,11 +55,6 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def inner_model(model: Any) -> Any:
-    """The transformers model itself, adapters inside its layers."""
-    return model.get_base_model() if is_peft(model) else model
-
-
 def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
     """The model with its adapters, if there are any."""
     if peft_config is not None:
@@ -76,15 +72,6 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     return model
-
-
-def refuse_adapted_head(model: Any) -> None:
-    """Log-probs are formed from the head's weight: an adapter beside it would be ignored."""
-    if is_peft(model):
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if isinstance(inner_model(model).get_output_embeddings(), BaseTunerLayer):
-            raise unsupported("peft_config", "an adapter on the output head", "want target_modules without lm_head")
 
 
 def refuse_router_loss(model: Any, args: PreferenceConfig) -> None:

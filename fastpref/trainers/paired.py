@@ -54,9 +54,9 @@ class PairTraining(PolicyTrainer):
 
     def _denominator(self, part: Mapping[str, Any], items: Items) -> Tensor | None:
         """A part's loss is weighted by its share of the update's examples; its NLL must be by its share of tokens."""
-        if part["examples"] == items.examples:
+        if isinstance(items.examples, int) and part["examples"] == items.examples:
             return None
-        return torch.full((), items.tokens * part["examples"] / items.examples, device=self.args.device)
+        return torch.as_tensor(items.tokens_of(part["examples"]), dtype=torch.float32, device=self.args.device)
 
     def add_pair_metrics(self, out: PreferenceOutput) -> None:
         for name in ("chosen", "rejected"):

@@ -12,17 +12,11 @@ from fastpref import linear_token_logprobs, linear_token_statistics, models
 from fastpref.data.collate import IGNORE_INDEX
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import ReferenceCache
+from fastpref.models import inner_model, run_inside
 from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig
-from fastpref.trainers.forward import run_inside, scored_hidden
-from fastpref.trainers.loading import (
-    inner_model,
-    is_peft,
-    load_model,
-    load_tokenizer,
-    refuse_adapted_head,
-    wrap_peft,
-)
+from fastpref.trainers.forward import scored_hidden
+from fastpref.trainers.loading import is_peft, load_model, load_tokenizer, wrap_peft
 from fastpref.trainers.reference import Reference, SyncReference, fill_cache, fingerprint, ready_reference
 
 MEASURED = ("entropy", "mean_logit", "is_top1")
@@ -40,7 +34,7 @@ class PolicyTrainer(PreferenceTrainer):
         model = load_model(model, args, AutoModelForCausalLM, quantization_config)
         processing_class = load_tokenizer(processing_class, model, args)
         model = wrap_peft(model, peft_config, args)
-        refuse_adapted_head(model)
+        models.read_head(model)  # refuses an adapter on the head
         super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **options)
         models.output_head(self.inner)  # gives the model's own logits, or says that it does not
 

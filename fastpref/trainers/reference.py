@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from fastpref import attention, models
 from fastpref.data.reference_cache import Fingerprint, ReferenceCache
-from fastpref.trainers.loading import disable_dropout, inner_model, is_peft
+from fastpref.models import inner_model
+from fastpref.trainers.loading import disable_dropout, is_peft
 
 COPY = "ref"  # the adapter that keeps what a PeftModel's own adapter was before training
 

@@ -1,0 +1,242 @@
+"""DPO training end to end, fastpref's trainer beside TRL's: pairs per second and peak memory of the same steps.
+
+    python -m benchmarks.trainers --data pairs.json [--model smollm2] [--steps 8] [--json benchmarks/results]
+
+Each run is a process of its own, so that its peak is its own; the libraries take turns, `--repeats` times. Both get the
+same model, data, order, truncation and options, and must end with the same mean loss. Two cases: the reference's
+log-probs computed in every step, and before training (what that took is a column of its own, and is not in the rate).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from benchmarks import record
+from benchmarks.measure import MIB, quantile
+
+LIBRARIES = ("trl", "fastpref")
+CASES = {"online reference": False, "precomputed reference": True}
+LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # of the mean loss: fp32; bf16, where TRL rounds its logits
+SIZES = {  # built from a config, with random weights: Llama-3.2-1B (its config.json) and Qwen2.5-0.5B
+    "llama-1b": ("Llama", {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    }),
+    "qwen-0.5b": ("Qwen2", {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    }),
+}  # fmt: skip
+
+
+def model_folder(name: str, folder: Path) -> Path:
+    """A checkpoint with its tokenizer."""
+    import transformers
+
+    from fastpref import models
+    from fastpref.data.pairs import sample_pairs
+
+    if name == "smollm2":
+        return models.smollm2()
+    if name not in SIZES and name != "tiny":
+        return Path(name)
+    target = folder / name
+    if not target.exists():
+        texts = [m["content"] for pair in sample_pairs()[0] for messages in pair for m in messages]
+        model, tokenizer = models.tiny(texts)
+        if name in SIZES:
+            family, config = SIZES[name]
+            ids = {n: getattr(tokenizer, n) for n in ("pad_token_id", "eos_token_id")}
+            config = getattr(transformers, f"{family}Config")(**config, **ids, max_position_embeddings=4096)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype="bfloat16")
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return target
+
+
+def child(args: argparse.Namespace) -> None:
+    """One run of one library; prints a JSON line."""
+    import torch
+    from transformers import AutoTokenizer, TrainerCallback
+
+    from fastpref.data.files import load_records
+    from fastpref.data.formats import paired
+    from fastpref.data.pairs import sample_pairs
+
+    on_gpu = args.device == "cuda"
+    if args.library == "trl":
+        os.environ["CI"] = "1"  # no telemetry
+        from trl import DPOConfig, DPOTrainer
+
+        extra: dict[str, Any] = {}
+    else:
+        from fastpref.trainers import DPOConfig, DPOTrainer  # type: ignore[assignment]
+
+        extra = {"reference_cache": args.scratch}
+    if args.data is None:
+        from datasets import Dataset
+
+        dataset = Dataset.from_list([pair._asdict() for pair in sample_pairs()[0]])
+    else:
+        dataset = paired(load_records(args.data))
+    wanted = args.steps * args.batch_size
+    dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
+    dataset = dataset.select([i % len(dataset) for i in range(wanted + wanted // 2 + 8)])
+
+    class Clock(TrainerCallback):
+        begun: ClassVar[list[float]] = []
+        ended: ClassVar[list[float]] = []
+
+        def _now(self) -> float:
+            if on_gpu:
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begun.append(self._now())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ended.append(self._now())
+
+    config = DPOConfig(
+        output_dir=f"{args.scratch}/{args.library}", per_device_train_batch_size=args.batch_size, max_steps=args.steps,
+        logging_steps=10, bf16=on_gpu, use_cpu=not on_gpu, learning_rate=1e-6, max_length=args.max_length,
+        gradient_checkpointing=args.checkpointing, save_strategy="no", disable_tqdm=True, report_to="none",
+        train_sampling_strategy="sequential", precompute_ref_log_probs=args.precompute,
+        model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32"}, **extra,
+    )  # fmt: skip
+    begin = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    trainer = DPOTrainer(args.model, None, config, None, dataset, processing_class=tokenizer, callbacks=[Clock()])
+    ready = time.perf_counter()
+    result = trainer.train()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _max_rss()
+    print("RESULT " + json.dumps({
+        "seconds": [b - a for a, b in zip(Clock.begun, Clock.ended, strict=True)][1:],  # the first one warms up
+        "setup_seconds": ready - begin, "peak_bytes": peak, "loss": result.training_loss,
+    }), flush=True)  # fmt: skip
+
+
+def _max_rss() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_child(args: argparse.Namespace, library: str, precompute: bool, model: Path, scratch: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.trainers", "--child", library, "--model", str(model)]
+    for name in ("steps", "batch_size", "max_length", "device"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    command += ["--scratch", tempfile.mkdtemp(dir=scratch)]  # and so no cache of an earlier run
+    command += ["--data", *args.data] if args.data else []
+    command += ["--precompute"] * precompute + ["--checkpointing"] * args.checkpointing
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{library}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no result'}")
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def measure(args: argparse.Namespace) -> record.Record:
+    rows, gate, targets = [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        model = model_folder(args.model, Path(scratch))
+        for case, precompute in CASES.items():
+            found: dict[str, list[dict[str, Any]]] = {library: [] for library in LIBRARIES}
+            for _ in range(args.repeats):
+                for library in LIBRARIES:
+                    found[library].append(run_child(args, library, precompute, model, scratch))
+                    print(f"{case}: {library} {found[library][-1]}", flush=True)
+            difference = abs(found["trl"][0]["loss"] - found["fastpref"][0]["loss"])
+            passed = difference <= LOSS_TOLERANCE[args.device]
+            gate.append({"case": case, "provider": "fastpref", "errors": {"loss": difference}, "passed": passed})
+            if not passed:
+                raise SystemExit(f"{case}: the mean losses differ by {difference:.1e}: not comparing the times")
+            rows += [_row(case, library, runs) for library, runs in found.items()]
+            targets += _targets(case, rows[-2], rows[-1], args.device)
+    names = ("model", "steps", "batch_size", "max_length", "device", "repeats", "checkpointing")
+    settings = {name: getattr(args, name) for name in names}
+    settings["data"] = [Path(p).name for p in args.data] if args.data else "the sample"
+    return record.new("trainers", settings=settings, rows=rows, gate=gate, targets=targets)
+
+
+def _row(case: str, library: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "case": case, "provider": library, "seconds": [s for run in runs for s in run["seconds"]],
+        "peak_bytes": max(run["peak_bytes"] for run in runs), "setup_seconds": [run["setup_seconds"] for run in runs],
+        "loss": runs[0]["loss"],
+    }  # fmt: skip
+
+
+def _targets(case: str, trl: dict[str, Any], ours: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    speed = sum(trl["seconds"]) / sum(ours["seconds"])
+    best = min(trl["seconds"]) / min(ours["seconds"])
+    memory = ours["peak_bytes"] / trl["peak_bytes"]
+    limit = 1.5 if device == "cuda" else 2.5
+    return [
+        {"case": case, "quantity": "pairs per second / TRL's", "limit": limit, "at_most": False, "value": speed,
+         "best": best, "met": speed >= limit},
+        {"case": case, "quantity": "peak memory / TRL's", "limit": 0.75, "at_most": True, "value": memory,
+         "best": memory, "met": memory <= 0.75},
+    ]  # fmt: skip
+
+
+def table(found: record.Record) -> str:
+    """Markdown; a step's time is the mean over all, since steps differ in length."""
+    pairs = found["settings"]["batch_size"]
+    lines = [
+        "| reference | library | pairs/s | step, s (p20 to p80) | peak, MiB | setup, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        seconds = row["seconds"]
+        mean = sum(seconds) / len(seconds)
+        spread = f"{mean:.2f} ({quantile(seconds, 0.2):.2f} to {quantile(seconds, 0.8):.2f})"
+        setup = sum(row["setup_seconds"]) / len(row["setup_seconds"])
+        lines.append(
+            f"| {row['case'].removesuffix(' reference')} | {row['provider']} | {pairs / mean:.3f} | {spread} | "
+            f"{row['peak_bytes'] / MIB:,.0f} | {setup:.1f} |"
+        )
+    return "\n".join([*lines, "", *map(record._target_line, found["targets"]), "", record.provenance(found)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.trainers", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default="smollm2", help=f"smollm2, tiny, {', '.join(SIZES)}, or a folder (default: %(default)s)")
+    add("--data", nargs="+", help="preference data in any format (default: the sample that fastpref ships)")
+    add("--steps", type=int, default=8)
+    add("--batch-size", type=int, default=2)
+    add("--max-length", type=int, default=512)
+    add("--repeats", type=int, default=1)
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--checkpointing", action="store_true", help="recompute activations in the backward (TRL's default)")
+    add("--json", type=Path, help="file or folder for the record")
+    for name, options in (
+        ("--child", {"dest": "library"}),
+        ("--precompute", {"action": "store_true"}),
+        ("--scratch", {}),
+    ):
+        add(name, help=argparse.SUPPRESS, **options)  # type: ignore[arg-type]
+    args = parser.parse_args(argv)
+    if args.library:
+        child(args)
+        return 0
+    found = measure(args)
+    print("\n" + table(found))
+    if args.json is not None:
+        print(f"\n{record.write(found, args.json)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
