@@ -32,6 +32,7 @@ METHODS = {
     "orpo": (ORPOTrainer, ORPOConfig, {}),
     "cpo": (CPOTrainer, CPOConfig, {}),
     "simpo": (SimPOTrainer, SimPOConfig, {}),
+    "tr-dpo": (DPOTrainer, DPOConfig, {"sync_ref_model": True, "ref_model_sync_steps": 2}),
     "mpo": (DPOTrainer, DPOConfig, {"loss_type": ["sigmoid", "sft"]}),
 }
 
@@ -102,13 +103,13 @@ def test_statistics_are_measured_when_asked(tmp_path):
         assert {entry["step"] for entry in log if "entropy" in entry} == steps
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "tr-dpo"])
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(method, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "cosine"}
     whole, log = run(method, tmp_path / "whole", **options)
-    trainer_class, config_class, _ = METHODS[method]
+    trainer_class, config_class, more = METHODS[method]
     model, tokenizer = tiny()
-    args = config(config_class, tmp_path / "whole", **options)
+    args = config(config_class, tmp_path / "whole", **more, **options)
     again = trainer_class(model=model, args=args, train_dataset=data_of(method), processing_class=tokenizer)
     resumed = train(again, resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-3"))
     keys = ("loss", "grad_norm", "rewards/chosen", "logps/rejected", "entropy")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from fastpref import linear_token_logprobs, linear_token_statistics, models
@@ -13,12 +15,14 @@ from fastpref.data.collate import IGNORE_INDEX
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import ReferenceCache
 from fastpref.models import inner_model, run_inside
+from fastpref.trainers import loading
 from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig
 from fastpref.trainers.forward import scored_hidden
-from fastpref.trainers.loading import is_peft, load_model, load_tokenizer, wrap_peft
+from fastpref.trainers.loading import is_peft, load_tokenizer, wrap_peft
 from fastpref.trainers.reference import Reference, SyncReference, fill_cache, fingerprint, ready_reference
 
+REFERENCE_FILE = "reference.safetensors"  # in a checkpoint
 MEASURED = ("entropy", "mean_logit", "is_top1")
 
 
@@ -31,7 +35,7 @@ class PolicyTrainer(PreferenceTrainer):
     ) -> None:  # fmt: skip
         from transformers import AutoModelForCausalLM
 
-        model = load_model(model, args, AutoModelForCausalLM, quantization_config)
+        model = loading.load_model(model, args, AutoModelForCausalLM, quantization_config)
         processing_class = load_tokenizer(processing_class, model, args)
         model = wrap_peft(model, peft_config, args)
         models.read_head(model)  # refuses an adapter on the head
@@ -92,6 +96,19 @@ class ReferencedTrainer(PolicyTrainer):
         if self.precomputes:
             self.train_dataset = self.with_reference(self.train_dataset, "train")
             self.eval_dataset = self.with_reference(self.eval_dataset, "eval")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A reference that moves is part of what a run resumes from."""
+        super()._save_checkpoint(model, trial)
+        if self.args.sync_ref_model and self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            save_model(self.accelerator.unwrap_model(self.reference.own), str(folder / REFERENCE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:
+            own = self.accelerator.unwrap_model(self.reference.own)
+            load_model(own, str(Path(resume_from_checkpoint) / REFERENCE_FILE))
 
     def _precomputes(self) -> bool:
         wanted, args = self.args.precompute_ref_log_probs, self.args

@@ -81,6 +81,8 @@ class RewardTrainer(_HeadTrainer):
         )  # fmt: skip
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
+        if "prompt_ids" in formats.column_names(dataset):
+            raise ValueError("train_dataset: got prompt_ids, want chosen_ids and rejected_ids as whole sequences")
         tokenizer = self.tokenizer_in_use
         if args.eos_token is not None:
             if args.eos_token not in tokenizer.get_vocab():

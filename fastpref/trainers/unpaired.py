@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class KTOTrainer(ReferencedTrainer):
         )  # fmt: skip
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
+        found = self._tokenized(dataset, name, args)
+        if name == "train" and hasattr(found, "select"):
+            _advise_weights(found["label"], args.desirable_weight, args.undesirable_weight)
+        return found
+
+    def _tokenized(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_unpaired(
             formats.unpaired(dataset), self.tokenizer_in_use, max_length=args.max_length,
             num_proc=args.dataset_num_proc, name=name,
@@ -105,3 +112,23 @@ class KTOTrainer(ReferencedTrainer):
         if rewards[0] is None or rewards[1] is None:
             return found
         return found | {"rewards/margins": rewards[0] - rewards[1]}
+
+
+def _advise_weights(labels: Sequence[bool], desirable_weight: float, undesirable_weight: float) -> None:
+    """Warn outside of 1 <= (n_D lambda_D) / (n_U lambda_U) <= 4/3, the range that KTO's authors advise
+    (arXiv 2402.01306, section 4.2), computed with TRL's rounding."""
+    desirable = max(sum(labels), 1)
+    undesirable = max(len(labels) - desirable, 1)
+    if desirable == undesirable:
+        return
+    balance = undesirable * undesirable_weight / desirable
+    wanted = round(balance, 2), round(balance * 1.33, 2)
+    balance = desirable * desirable_weight / undesirable
+    other = round(balance / 1.33, 2), round(balance, 2)
+    if not (wanted[0] <= desirable_weight <= wanted[1] or other[0] <= undesirable_weight <= other[1]):
+        warnings.warn(
+            f"desirable_weight, undesirable_weight: got {desirable_weight} and {undesirable_weight} for {desirable} "
+            f"desirable and {undesirable} undesirable examples; either desirable_weight in [{wanted[0]}, {wanted[1]}] "
+            f"or undesirable_weight in [{other[0]}, {other[1]}] is advised",
+            stacklevel=4,
+        )
