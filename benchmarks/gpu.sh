@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Everything that wants a CUDA device, from a checkout that need not be installed:
 #
-#   bash benchmarks/gpu.sh OUTDIR [all|validate|experiments|head]
+#   bash benchmarks/gpu.sh OUTDIR [all|validate|suites|experiments|tests]
 #
-# validate     every operator against fp64, then the numerics tests on the device
+# validate     every operator against fp64
+# suites       every benchmark suite at full size
 # experiments  benchmarks/experiments.py
-# head         benchmarks/head.py on the heads of four models
+# tests        the numerics tests on the device (not part of all)
 #
-# Records (JSON) and logs go to OUTDIR. Each part stays under 8 minutes. A failed step does not stop the others;
-# the exit status is 1 if any failed, 2 if there is no CUDA device.
-# REHEARSE=1 runs the same steps on the CPU with tiny sizes: it shows that they run, and measures nothing.
+# Records (JSON), logs and report/report.html go to OUTDIR; all of it takes at most 9 minutes. A suite starts no case
+# that would not end in its time. A failed step does not stop the others; the exit status is 1 if any failed, 2 if
+# there is no CUDA device. REHEARSE=1 runs the same steps on the CPU with small sizes: it shows that they run.
 set -uo pipefail
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
-case "${2:-all}" in all | validate | experiments | head) part=${2:-all} ;; *) usage >&2; exit 64 ;; esac
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; }
+case "${2:-all}" in all | validate | suites | experiments | tests) part=${2:-all} ;; *) usage >&2; exit 64 ;; esac
 [ $# -ge 1 ] && [ $# -le 2 ] || { usage >&2; exit 64; }
 
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -46,22 +47,28 @@ step() {
     esac
     [ "$status" = 0 ] || failed=1
 }
-wants() { [ "$part" = all ] || [ "$part" = "$1" ]; }
+wants() { [ "$part" = "$1" ] || { [ "$part" = all ] && [ "$1" != tests ]; }; }
 
+# the limits of `all` add up to 540 s
 if wants validate; then
-    step validate 210 "$python" -m fastpref.cli validate "${device[@]}" --json "$out/validate.json"
-    step tests 250 "$python" -m pytest tests -q -p no:cacheprovider --maxfail=20 \
-        --ignore=tests/test_benchmarks.py --ignore=tests/test_packaging.py --ignore=tests/test_aot.py
+    step validate 80 "$python" -m fastpref.cli validate "${device[@]}" --quick --json "$out/validate.json"
+fi
+if wants suites; then
+    for suite_and_limit in head:150 logits:30 kl:30 reward:15 losses:20 train:45 scale:40; do
+        suite=${suite_and_limit%%:*} limit=${suite_and_limit#*:}
+        step "$suite" "$limit" "$python" -m benchmarks "$suite" "${device[@]}" --seconds $((limit * 6 / 10)) \
+            --repeats "${REPEATS:-10}" --json "$out"
+    done
 fi
 if wants experiments; then
-    step experiments 460 "$python" -m benchmarks.experiments "${device[@]}" --json "$out"
+    step experiments 115 "$python" -m benchmarks.experiments "${device[@]}" --repeats "${REPEATS:-10}" --json "$out"
 fi
-if wants head; then
-    for limit_and_case in 190:llama-8b 90:smollm2 90:qwen-0.5b 90:gemma-2b; do
-        model=${limit_and_case#*:}
-        step "head-$model" "${limit_and_case%%:*}" \
-            "$python" -m benchmarks.head "${device[@]}" --cases "$model" --json "$out"
-    done
+if wants tests; then
+    step tests 480 "$python" -m pytest tests -q -p no:cacheprovider --maxfail=20 \
+        --ignore=tests/test_benchmarks.py --ignore=tests/test_packaging.py --ignore=tests/test_aot.py
+fi
+if wants suites; then
+    step report 15 "$python" -m benchmarks.report "$out" --out "$out/report"
 fi
 
 echo

@@ -1,34 +1,25 @@
-"""The head of a language model under a DPO loss, forward and backward: fastpref, its own products, eager, peers.
-
-    python -m benchmarks.head                       the CPU case, trainable and frozen
-    python -m benchmarks.head --device cuda         the heads of four models
-    python -m benchmarks.head --quick               a tiny case, to see that everything runs
-
-Gradients are compared with fp64 before anything is timed; a wrong one refuses the report.
-"""
+"""The head of a language model under a preference loss, forward and backward: fastpref, its products, eager, peers."""
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastpref
-from benchmarks import measure, peers, record
-from benchmarks.peers import IGNORE, Batch, Provider
+from benchmarks import formulas, measure, peers, record
+from benchmarks.objectives import BETA, IGNORE, OBJECTIVES, Batch
+from benchmarks.shapes import HEADS
+from benchmarks.suite import FP32_LIMIT, HALF_FACTOR, Problem, Results, Suite, relative_error
 from fastpref import reference
+from fastpref.linear import choose_plan, head_inputs
+from fastpref.reference import LogitTransform
 
 
 class Case(NamedTuple):
-    """DPO on `pairs` pairs of `seq_len` tokens, `scored` of all their rows valid."""
+    """`pairs` pairs of `seq_len` tokens, `scored` of all their rows valid."""
 
     name: str
     d: int
@@ -39,63 +30,70 @@ class Case(NamedTuple):
     dtype: torch.dtype
     softcap: float | None = None
     trainable: bool = True
+    objective: str = "dpo"
+    providers: tuple[str, ...] = ()  # these only; none: all that there are
+    axis: str | None = None  # the field that a scaling suite varies
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {'trainable' if self.trainable else 'frozen'} head"
+        objective = "" if self.objective == "dpo" else f", {self.objective}"
+        return f"{self.name}{objective}, {'trainable' if self.trainable else 'frozen'} head"
+
+    @property
+    def rows(self) -> int:
+        return 2 * self.pairs * self.seq_len
 
     def flops(self, products: int) -> int:
         return measure.matmul_flops(self.scored, self.d, self.vocab, products)
 
 
+def case(name: str, head: str, pairs: int, seq_len: int, scored: int, dtype: torch.dtype, **more: Any) -> Case:
+    shape = HEADS[head]
+    return Case(name, shape.d, shape.vocab, pairs, seq_len, scored, dtype, shape.softcap, **more)
+
+
+def both(one: Case) -> list[Case]:
+    return [one, one._replace(trainable=False)]
+
+
 BF16 = torch.bfloat16
-CASES = {
-    "quick": Case("quick", 32, 1024, 2, 32, 40, torch.float32),
-    "smollm2-fp32": Case("smollm2-fp32", 576, 49152, 4, 512, 1921, torch.float32),
-    "smollm2": Case("smollm2", 576, 49152, 16, 512, 8192, BF16),
-    "qwen-0.5b": Case("qwen-0.5b", 896, 151936, 16, 512, 8192, BF16),
-    "gemma-2b": Case("gemma-2b", 2304, 256000, 8, 512, 4096, BF16, softcap=30.0),
-    "llama-8b": Case("llama-8b", 4096, 128256, 8, 512, 8192, BF16),
-}
-DEFAULT_CASES = {"cpu": ("smollm2-fp32",), "cuda": ("llama-8b", "smollm2", "qwen-0.5b", "gemma-2b")}
-
-
-class Target(NamedTuple):
-    """A bound on fastpref against another provider: `seconds` or `peak_bytes`, ours over theirs or theirs over ours."""
-
-    quantity: str
-    against: str
-    limit: float
-    at_most: bool
-
-    @property
-    def text(self) -> str:
-        name = {"seconds": "time", "peak_bytes": "memory"}[self.quantity]
-        return f"{name} / {self.against} {name}" if self.at_most else f"{self.against} {name} / {name}"
-
-
-# (case, trainable) -> the numbers to beat
-TARGETS = {
-    ("smollm2-fp32", True): (
-        Target("seconds", "products", 1.2, True),
-        Target("seconds", "eager", 3.0, False),
-        Target("peak_bytes", "eager", 0.15, True),
-    ),
-    ("smollm2-fp32", False): (
-        Target("seconds", "products", 1.2, True),
-        Target("seconds", "eager", 2.5, False),
-        Target("peak_bytes", "eager", 0.05, True),
-    ),
-    ("llama-8b", True): (
-        Target("seconds", "products", 1.10, True),
-        Target("seconds", "trl", 1.3, False),
-        Target("seconds", "eager", 2.0, False),
-    ),
-    ("llama-8b", False): (
-        Target("seconds", "products", 1.10, True),
-        Target("seconds", "trl", 1.5, False),
-        Target("seconds", "eager", 2.0, False),
-    ),
+BOUNDS = ("products", "products_in_place")
+COMMON = (
+    "fastpref",
+    "eager",
+    "eager_compacted",
+    "trl",
+    "liger",
+    "liger_cross_entropy",
+    "cce",
+    "torch_linear_cross_entropy",
+)
+# Liger compiles anew for every shape, for longer than all the rest of a case takes
+GPU = tuple(name for name in COMMON if name not in ("liger", "eager_compacted"))
+SMALL = Case("small", 32, 1024, 2, 32, 40, torch.float32)
+CPU = case("smollm2-fp32", "smollm2-135m", 4, 512, 1921, torch.float32)
+DENSE, MASKED = (case(f"smollm2 {name}", "smollm2-135m", 1, 512, n, torch.float32)
+                 for name, n in (("dense", 1024), ("half masked", 512)))  # fmt: skip
+LLAMA = case("llama-3-8b", "llama-3-8b", 8, 1024, 8192, BF16)
+CASES: dict[str, list[Case]] = {
+    "small": [SMALL],
+    "quick": both(case("smollm2 quick", "smollm2-135m", 1, 128, 128, torch.float32, providers=COMMON)),
+    "cpu": [
+        *both(CPU),
+        *both(DENSE._replace(providers=COMMON)),
+        *(MASKED._replace(objective=name, providers=COMMON) for name in OBJECTIVES if name != "dpo"),
+    ],
+    "cuda": [
+        *both(LLAMA),
+        *both(LLAMA._replace(name="llama-3-8b dense", pairs=4, providers=GPU)),
+        *(LLAMA._replace(objective=name, providers=COMMON) for name in OBJECTIVES if name != "dpo"),
+        case("llama-3-70b", "llama-3-70b", 8, 512, 4096, BF16, providers=GPU),
+        *both(case("smollm2-135m", "smollm2-135m", 16, 512, 8192, BF16, providers=GPU)),
+        *both(case("qwen2.5-0.5b", "qwen2.5-0.5b", 16, 512, 8192, BF16, providers=GPU)),
+        case("qwen2.5-7b", "qwen2.5-7b", 8, 512, 4096, BF16, providers=GPU),
+        case("gemma-2-2b", "gemma-2-2b", 8, 512, 4096, BF16, providers=GPU),
+        case("gemma-3-4b", "gemma-3-4b", 8, 512, 4096, BF16, providers=GPU),
+    ],
 }
 
 
@@ -142,7 +140,7 @@ class Truth(NamedTuple):
 
 
 @torch.no_grad()
-def truth(batch: Batch, *, with_reference: bool = True, rounded: bool = False) -> Truth:
+def truth(batch: Batch, objective: str = "dpo", *, with_reference: bool = True, rounded: bool = False) -> Truth:
     """Loss and gradients in fp64, sequence by sequence, from the specification's log-probs.
 
     `rounded` rounds to the compute dtype where every implementation on tensor cores does (logits, their gradient,
@@ -153,7 +151,8 @@ def truth(batch: Batch, *, with_reference: bool = True, rounded: bool = False) -
         return value.to(batch.weight.dtype).double() if rounded else value
 
     weight = batch.weight.double()
-    refs = batch.ref_logps.double() if with_reference else torch.zeros_like(batch.ref_logps, dtype=torch.float64)
+    if not with_reference:
+        batch = batch._replace(ref_logps=torch.zeros_like(batch.ref_logps))
     sequences = []
     for hidden, labels in zip(batch.hidden.double(), batch.labels, strict=True):
         rows = labels != IGNORE
@@ -166,7 +165,7 @@ def truth(batch: Batch, *, with_reference: bool = True, rounded: bool = False) -
         [reference.token_logprobs(raw_logits(h), y, softcap=batch.softcap).sum() for _, h, y in sequences]
     )
     with torch.enable_grad():
-        loss = peers.dpo(logps.requires_grad_(), refs)
+        loss = OBJECTIVES[objective].of_sequences(logps.requires_grad_(), batch)
         coefs = torch.autograd.grad(loss, logps)[0]
     d_hidden, d_weight = torch.zeros_like(batch.hidden, dtype=torch.float64), torch.zeros_like(weight)
     for s, (rows, hidden, labels) in enumerate(sequences):
@@ -179,193 +178,142 @@ def truth(batch: Batch, *, with_reference: bool = True, rounded: bool = False) -
     return Truth(logps.detach(), loss.detach(), round_off(d_hidden), round_off(d_weight))
 
 
-def _error(value: Tensor, wanted: Tensor) -> float:
-    """Relative L2; NaN anywhere makes it NaN, which passes no limit."""
-    return float((value.double() - wanted).norm() / wanted.norm())
+class HeadProblem(Problem):
+    unchecked = BOUNDS
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.batch = case, make_batch(case, device)
+        self.label, self.dtype = case.label, case.dtype
+        self.flops = case.flops(self.batch.products)
+        element = case.dtype.itemsize
+        self.bytes = formulas.head_bytes(case.rows, case.scored, case.d, case.vocab, element, case.trainable)
+        self.axis = None if case.axis is None else (case.axis, getattr(case, case.axis))
+        known = peers.names_for(case.objective, case.trainable)
+        self.providers = BOUNDS + tuple(name for name in known if name in (case.providers or known))
+        self._truths: dict[tuple[bool, bool], Truth] = {}
+
+    def _truth(self, with_reference: bool, rounded: bool = False) -> Truth:
+        key = with_reference, rounded
+        if key not in self._truths:
+            options = {"with_reference": with_reference, "rounded": rounded}
+            self._truths[key] = truth(self.batch, self.case.objective, **options)
+        return self._truths[key]
+
+    def _provider(self, name: str) -> peers.Provider:
+        return peers.provider(name, self.case.objective, self.batch.hidden.device)
+
+    def call(self, provider: str) -> Callable[[], Results]:
+        if provider in BOUNDS:
+            work = getattr(peers, provider)(self.batch)
+
+            def bound() -> Results:
+                work()
+                return {}
+
+            return bound
+        loss, batch = self._provider(provider).loss, self.batch
+
+        def run() -> Results:
+            value = peers.step(loss, batch)
+            found = {"loss": value, "d_hidden": batch.hidden.grad, "d_weight": batch.weight.grad}
+            return {name: result for name, result in found.items() if result is not None}
+
+        return run
+
+    def truth(self, provider: str) -> Results:
+        wanted = self._truth(self._provider(provider).reference)
+        found = {"loss": wanted.loss, "d_hidden": wanted.d_hidden}
+        return found | ({"d_weight": wanted.d_weight} if self.case.trainable else {})
+
+    def limits(self, provider: str, truth: Results, results: Results) -> dict[str, float]:
+        # Two sequence sums of thousands of nats enter a margin, each off by one fp32 rounding: that shifts the
+        # margin, and with it a pair's coefficient relative to itself, by no more than this.
+        with_reference = self._provider(provider).reference
+        wanted = self._truth(with_reference)
+        coefficient = BETA * 2 * torch.finfo(torch.float32).eps * float(wanted.logps.abs().max())
+        if self.dtype == torch.float32:
+            return dict.fromkeys(truth, FP32_LIMIT + coefficient)
+        ideal = self._truth(with_reference, rounded=True)
+        of_ideal = {
+            name: HALF_FACTOR * relative_error(getattr(ideal, name), value)
+            for name, value in truth.items() if name != "loss"
+        }  # fmt: skip
+        limits = {name: error + coefficient for name, error in of_ideal.items()}
+        return {"loss": max(limits.values())} | limits  # a lone scalar's error may happen to vanish
+
+    def _plan(self, provider: str) -> str:
+        if provider != "fastpref":
+            return provider.removeprefix("fastpref_")
+        inputs = head_inputs(self.batch.hidden, self.batch.weight, self.batch.labels, None, LogitTransform())
+        return choose_plan(inputs, "auto", None, paired=OBJECTIVES[self.case.objective].paired).plan
+
+    def details(self, provider: str) -> dict[str, Any]:
+        return {"plan": self._plan(provider)} if provider.startswith("fastpref") else {}
+
+    def predicted_peak(self, provider: str) -> int | None:
+        case = self.case
+        if provider.startswith("fastpref"):
+            weight = self.batch.weight
+            return formulas.plan_peak(self._plan(provider), weight, case.rows, case.scored, case.trainable)
+        if provider in ("eager", "eager_compacted") and case.softcap is None:
+            rows = case.rows if provider == "eager" else case.scored
+            return formulas.eager_peak(rows, case.d, case.vocab, case.dtype.itemsize, case.trainable)
+        return None
 
 
-def check(provider: Provider, batch: Batch, wanted: Truth, limits: dict[str, float]) -> dict[str, Any]:
-    """One provider's entry in the gate."""
-    loss = peers.step(provider, batch)
-    found = {"loss": (loss, wanted.loss), "d_hidden": (batch.hidden.grad, wanted.d_hidden)}
-    if batch.weight.requires_grad:
-        found["d_weight"] = (batch.weight.grad, wanted.d_weight)
-    errors = {name: float("nan") if a is None else _error(a, b) for name, (a, b) in found.items()}
-    batch.clear_gradients()
-    passed = all(errors[name] <= limits[name] for name in errors)
-    return {"provider": provider.name, "passed": passed, "errors": errors, "limits": limits}
+class Target(NamedTuple):
+    """A bound on fastpref against another provider: `seconds` or `peak_bytes`, ours over theirs or theirs over ours."""
+
+    quantity: str
+    against: str
+    limit: float
+    at_most: bool
+
+    @property
+    def text(self) -> str:
+        name = {"seconds": "time", "peak_bytes": "memory"}[self.quantity]
+        return f"{name} / {self.against} {name}" if self.at_most else f"{self.against} {name} / {name}"
 
 
-# fp32 against fp64: what is left of a product is the order of summation.
-FP32_LIMIT = 1e-5
-# Half precision: so many times the error of a perfect implementation with the same rounding points. The others get
-# ten times our limit: their gate asks whether they compute the same thing, and their error is in the record.
-HALF_FACTOR, OTHERS_FACTOR = 2.0, 10.0
+def _cpu_targets(speed: float, memory: float) -> tuple[Target, ...]:
+    return (
+        Target("seconds", "products", 1.2, True),
+        Target("seconds", "eager", speed, False),
+        Target("peak_bytes", "eager", memory, True),
+    )
 
 
-def _limits(batch: Batch, wanted: Truth, with_reference: bool) -> dict[str, float]:
-    # Two sequence sums of thousands of nats enter a margin, each off by one fp32 rounding: that shifts the margin,
-    # and with it a pair's coefficient relative to itself, by no more than this.
-    coefficient = peers.BETA * 2 * torch.finfo(torch.float32).eps * float(wanted.logps.abs().max())
-    names = ("loss", "d_hidden", "d_weight")
-    if batch.weight.dtype == torch.float32:
-        return dict.fromkeys(names, FP32_LIMIT + coefficient)
-    ideal = truth(batch, with_reference=with_reference, rounded=True)
-    of_ideal = {name: HALF_FACTOR * _error(getattr(ideal, name), getattr(wanted, name)) for name in names[1:]}
-    limits = {name: error + coefficient for name, error in of_ideal.items()}
-    return {"loss": max(limits.values())} | limits  # a lone scalar's error may happen to vanish
+def _gpu_targets(against_trl: float) -> tuple[Target, ...]:
+    return (
+        Target("seconds", "products", 1.10, True),
+        Target("seconds", "trl", against_trl, False),
+        Target("seconds", "eager", 2.0, False),
+    )
 
 
-class RedGate(Exception):
-    """fastpref or the baseline computes something else than the specification: no time means anything."""
+TARGETS = {  # the numbers to beat, by case
+    CPU.label: _cpu_targets(3.0, 0.15),
+    CPU._replace(trainable=False).label: _cpu_targets(2.5, 0.05),
+    LLAMA.label: _gpu_targets(1.3),
+    LLAMA._replace(trainable=False).label: _gpu_targets(1.5),
+}
 
 
-def gate(providers: Sequence[Provider], batch: Batch) -> list[dict[str, Any]]:
-    """Every provider's check; raises RedGate if one that is not a peer fails."""
-    checks: list[dict[str, Any]] = []
-    for with_reference in sorted({p.reference for p in providers}, reverse=True):
-        wanted = truth(batch, with_reference=with_reference)
-        limits = _limits(batch, wanted, with_reference)
-        for provider in (p for p in providers if p.reference == with_reference):
-            factor = 1.0 if provider.name == "fastpref" else OTHERS_FACTOR
-            own = {name: limit * factor for name, limit in limits.items()}
-            try:
-                checks.append(check(provider, batch, wanted, own))
-            except Exception as error:
-                # a peer may refuse a case in any way it likes; of ours only memory may run out
-                if not provider.peer and not isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                checks.append({"provider": provider.name, "passed": False, "errors": {}, "why": why})
-    for failed in (c for c in checks if not c["passed"] and c["errors"]):
-        if not next(p for p in providers if p.name == failed["provider"]).peer:
-            raise RedGate(f"{failed['provider']}: gradient errors {failed['errors']}, limits {failed['limits']}")
-    return checks
-
-
-def _make_run(name: str, batch: Batch) -> Callable[[], object]:
-    if name == "products":
-        return peers.products(batch)
-    if name == "products_in_place":
-        return peers.products_in_place(batch)
-    (provider,), _ = peers.load([name], batch.hidden.device)
-    return lambda: peers.step(provider, batch)
-
-
-def peak_of(name: str, case: Case, device: torch.device) -> int:
-    """One provider's peak in this process. A small call first: loading code takes memory that no batch causes."""
-    small = CASES["quick"]._replace(dtype=case.dtype, softcap=case.softcap, trainable=case.trainable)
-    _make_run(name, make_batch(small, device))()
-    return measure.peak_bytes(_make_run(name, make_batch(case, device)), device)
-
-
-def _peak_in_fresh_process(name: str, case: Case) -> int:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(peak_of, name, case, torch.device("cpu")).result()
-
-
-def run_case(
-    case: Case, names: Sequence[str], device: torch.device, repeats: int
-) -> tuple[list[record.Row], list[dict[str, Any]], dict[str, str]]:
-    """(rows, gate, absent) of one case."""
-    batch = make_batch(case, device)
-    providers, absent = peers.load(names, device)
-    checks = gate(providers, batch)
-    absent |= {c["provider"]: c.get("why", f"wrong gradients: {c['errors']}") for c in checks if not c["passed"]}
-    measured = ["products", "products_in_place", *(c["provider"] for c in checks if c["passed"])]
-    seconds = measure.interleave({name: _make_run(name, batch) for name in measured}, repeats, device)
-    plan = fastpref.explain(batch.hidden, batch.weight, batch.labels, paired=True)
-    rows, products = [], batch.products
-    del batch
-    for name in measured:
-        peak = peak_of(name, case, device) if device.type == "cuda" else _peak_in_fresh_process(name, case)
-        row: record.Row = {"case": case.label, "provider": name, "seconds": seconds[name], "peak_bytes": peak}
-        if name.startswith("products"):
-            row["flops"] = case.flops(products)
-        if name == "fastpref":
-            row["plan"] = plan
-        rows.append(row)
-    return rows, [{"case": case.label, **c} for c in checks], {f"{case.label}, {k}": v for k, v in absent.items()}
-
-
-def judge(case: Case, rows: Sequence[record.Row]) -> list[dict[str, Any]]:
-    """The case's targets with what was measured."""
+def judge(rows: Sequence[record.Row]) -> list[dict[str, Any]]:
+    """The targets of the cases among `rows`, with what was measured."""
     verdicts = []
-    for target in TARGETS.get((case.name, case.trainable), ()):
-        ours, theirs = (record.find(rows, case.label, name) for name in ("fastpref", target.against))
-        found = record.ratio(*((ours, theirs) if target.at_most else (theirs, ours)), target.quantity)
-        verdict: dict[str, Any] = {"case": case.label, "quantity": target.text, "limit": target.limit}
-        verdict |= {"at_most": target.at_most, "value": None, "best": None, "met": None}
-        if found is not None:
-            value, best = found
-            met = value <= target.limit if target.at_most else value >= target.limit
-            verdict |= {"value": value, "best": best, "met": met}
-        verdicts.append(verdict)
+    for label in dict.fromkeys(row["case"] for row in rows):
+        for target in TARGETS.get(label, ()):
+            ours, theirs = (record.find(rows, label, name) for name in ("fastpref", target.against))
+            found = record.ratio(*((ours, theirs) if target.at_most else (theirs, ours)), target.quantity)
+            verdict: dict[str, Any] = {"case": label, "quantity": target.text, "limit": target.limit}
+            verdict |= {"at_most": target.at_most, "value": None, "best": None, "met": None}
+            if found is not None:
+                value, best = found
+                met = value <= target.limit if target.at_most else value >= target.limit
+                verdict |= {"value": value, "best": best, "met": met}
+            verdicts.append(verdict)
     return verdicts
 
 
-def run(
-    cases: Sequence[Case], device: torch.device, repeats: int, names: Sequence[str], suite: str,
-    heads: Sequence[bool] = (True, False),
-) -> record.Record:  # fmt: skip
-    rows: list[record.Row] = []
-    checks: list[dict[str, Any]] = []
-    targets: list[dict[str, Any]] = []
-    absent: dict[str, str] = {}
-    load_before = record.machine()["load_average"]
-    for case in cases:
-        for trainable in heads:
-            this = case._replace(trainable=trainable)
-            case_rows, case_checks, case_absent = run_case(this, names, device, repeats)
-            rows += case_rows
-            checks += case_checks
-            absent |= case_absent
-            targets += judge(this, case_rows)
-    settings = {
-        "device": device.type,
-        "repeats": repeats,
-        "cases": [case._asdict() | {"dtype": str(case.dtype)} for case in cases],
-        "timing": "interleaved rounds; ratios are medians over the rounds, best of each in brackets",
-        "products": peers.products.__doc__,
-        "load_average_before": load_before,
-    }
-    return record.new(suite, settings=settings, rows=rows, gate=checks, targets=targets, absent=absent)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a tiny case: shows that it runs, measures nothing")
-    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
-    parser.add_argument("--providers", help=f"comma-separated, of {', '.join(peers.NAMES)}")
-    parser.add_argument("--heads", choices=("trainable", "frozen", "both"), default="both")
-    parser.add_argument("--repeats", type=int, help="rounds (default: 5 on a CPU, 20 on CUDA)")
-    parser.add_argument("--json", type=Path, help="write the record to this file, or into this folder")
-    args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.head: PyTorch finds no CUDA device here", file=sys.stderr)
-        return 2
-    cases = ("quick",) if args.quick else args.cases.split(",") if args.cases else DEFAULT_CASES[args.device]
-    # compiling eager takes longer than running it on a CPU
-    default = [n for n in peers.NAMES if device.type == "cuda" or n != "eager_compiled"]
-    names = args.providers.split(",") if args.providers else default
-    if unknown := (set(cases) - set(CASES)) | (set(names) - set(peers.NAMES)):
-        parser.error(f"got {', '.join(sorted(unknown))}, want cases and providers named in --help")
-    heads = {"trainable": (True,), "frozen": (False,), "both": (True, False)}[args.heads]
-    suite = "-".join(["head", args.device, *(() if cases == DEFAULT_CASES[args.device] else cases)])
-    repeats = args.repeats or (2 if args.quick else 20 if device.type == "cuda" else 5)
-    try:
-        found = run([CASES[name] for name in cases], device, repeats, names, suite, heads)
-    except RedGate as error:
-        print(f"benchmarks.head: the gate is red, nothing is reported: {error}", file=sys.stderr)
-        return 1
-    print(record.table(found))
-    if args.json:
-        print(f"\nwritten to {record.write(found, args.json)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+SUITE = Suite("head", "Loss at the head, forward + backward, from hidden states", HeadProblem, CASES, judge=judge)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import resource
 import statistics
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 
 MIB = 1 << 20
-L2_FLUSH_BYTES = 256 * MIB  # twice the largest L2 of a current GPU
+FLUSH_BYTES = {"cuda": 256 * MIB, "cpu": 64 * MIB}  # twice the last-level cache of a current GPU, of a laptop
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -43,21 +45,20 @@ def row_bytes(n: int, vocab: int, element_size: int, passes: int) -> int:
 
 
 class Timer:
-    """Seconds of one call: wall clock on a CPU; on CUDA, events around it with a cold L2 cache."""
+    """Seconds of one call with a cold last-level cache: wall clock on a CPU, events around it on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        if self._cuda:
-            self._flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._flush = torch.empty(FLUSH_BYTES[device.type], dtype=torch.uint8, device=device)
 
     def __call__(self, run: Callable[[], object]) -> float:
+        self._flush.zero_()
         if not self._cuda:
             begin = time.perf_counter()
             result = run()
             seconds = time.perf_counter() - begin
             del result  # freeing it is not the caller's cost
             return seconds
-        self._flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         result = run()
@@ -100,6 +101,15 @@ def _reset_peak_rss() -> bool:
     except OSError:
         return False
     return True
+
+
+def return_freed_memory() -> None:
+    """Have glibc give every freed buffer of a MiB or more back at once, so that the resident set is what is in use."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        mmap_threshold = -3  # name of the parameter in malloc.h
+        libc.mallopt(mmap_threshold, MIB)
+        libc.malloc_trim(0)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -1,103 +1,59 @@
-"""Who is measured: each provider turns a batch into the DPO loss, everything else is common."""
+"""Who is measured at the head: each provider turns a batch into a loss, everything else is common."""
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastpref
+from benchmarks.objectives import BETA, IGNORE, KTO_Z0, OBJECTIVES, Batch, Objective
+from benchmarks.suite import Absent
 
-BETA = 0.1
-IGNORE = -100
-
-
-class Batch(NamedTuple):
-    """A padded `[B chosen; B rejected]` batch at the head's input."""
-
-    hidden: Tensor  # [2B, T, d], requires grad
-    weight: Tensor  # [V, d], requires grad when the head is trained
-    labels: Tensor  # [2B, T], IGNORE on prompts and padding
-    ref_logps: Tensor  # [2B]
-    softcap: float | None
-
-    @property
-    def scored(self) -> Tensor:
-        return self.labels != IGNORE
-
-    @property
-    def products(self) -> int:
-        """Matrix products that forward and backward cannot do without."""
-        return 3 if self.weight.requires_grad else 2
-
-    def clear_gradients(self) -> None:
-        self.hidden.grad = self.weight.grad = None
+Loss = Callable[[Batch], Tensor]
+TokenLogps = Callable[[Tensor, Tensor, Batch], Tensor]  # (hidden [..., d], labels [...], batch) -> [...]
 
 
 class Provider(NamedTuple):
-    name: str
-    what: str
-    loss: Callable[[Batch], Tensor]
-    peer: bool = False
+    loss: Loss
     reference: bool = True  # takes the reference model's log-probs
 
 
-class Absent(Exception):
-    """A provider that cannot run here, and why."""
-
-
-def step(provider: Provider, batch: Batch) -> Tensor:
+def step(loss: Loss, batch: Batch) -> Tensor:
     """Forward and backward into `.grad`, as a training loop has it. Returns the loss, detached."""
     batch.clear_gradients()
-    loss = provider.loss(batch)
-    loss.backward()
-    return loss.detach()
+    value = loss(batch)
+    value.backward()
+    return value.detach()
 
 
-def dpo(sequence_logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Rafailov et al. 2023 eq. 7, from summed log-probs `[2B]`."""
-    chosen, rejected = (sequence_logps - ref_logps).chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+def _from_tokens(objective: Objective, logps: TokenLogps, *, compacted: bool) -> Loss:
+    """A loss from somebody's token log-probs, of all rows or of the scored ones."""
+
+    def loss(batch: Batch) -> Tensor:
+        scored = batch.scored
+        if compacted:
+            found = logps(batch.hidden[scored], batch.labels[scored], batch)
+            tokens = found.new_zeros(scored.shape).masked_scatter(scored, found)
+        else:
+            tokens = logps(batch.hidden, batch.labels.clamp(min=0), batch).masked_fill(~scored, 0)
+        return objective.of_sequences(tokens.sum(1), batch)
+
+    return loss
 
 
-def _dpo_of_tokens(token_logps: Tensor, batch: Batch) -> Tensor:
-    return dpo(token_logps.masked_fill(~batch.scored, 0).sum(1), batch.ref_logps)
-
-
-def _spread(token_logps: Tensor, batch: Batch) -> Tensor:
-    """Log-probs of the scored rows back at their places, zeros elsewhere."""
-    scored = batch.scored
-    return token_logps.new_zeros(scored.shape).masked_scatter(scored, token_logps)
-
-
-def _logprobs(hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+def _eager(hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
     # Lean: nothing holds the logits once log_softmax has its result, which is all that autograd keeps of them.
     logits = F.linear(hidden, batch.weight)
     if batch.softcap is not None:
         logits = batch.softcap * torch.tanh(logits / batch.softcap)
     logps = logits.log_softmax(-1, dtype=torch.float32)
     del logits
-    return logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-
-
-def _eager(batch: Batch) -> Tensor:
-    return _dpo_of_tokens(_logprobs(batch.hidden, batch.labels, batch), batch)
-
-
-def _eager_compacted(batch: Batch) -> Tensor:
-    logps = _logprobs(batch.hidden[batch.scored], batch.labels[batch.scored], batch)
-    return _dpo_of_tokens(_spread(logps, batch), batch)
-
-
-def _fastpref(batch: Batch) -> Tensor:
-    loss = fastpref.DPOLoss(beta=BETA)
-    return loss.from_hidden(
-        batch.hidden, batch.weight, batch.labels, ref_logps=batch.ref_logps, softcap=batch.softcap
-    ).loss
+    return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def products(batch: Batch) -> Callable[[], object]:
@@ -131,79 +87,129 @@ def products_in_place(batch: Batch) -> Callable[[], object]:
     return run
 
 
-def _imported(module: str) -> object:
+def imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # not every broken installation says ImportError
         raise Absent(f"cannot import {module}: {error}") from error
 
 
-def _load_trl(*, compacted: bool, device: torch.device) -> Callable[[Batch], Tensor]:
-    """TRL 1.16's head, asked for log-probs alone (its DPO trainer has it compute entropy and more beside them), on
-    the rows that its patched forward passes: the scored ones where Triton runs, all of them elsewhere."""
-    utils = _imported("trl.trainer.utils")  # the backward imports it
-    function = getattr(_imported("trl.kernels"), "ChunkedLogProbFunction", None)
+def _needs_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise Absent("its Triton kernels need a GPU")
+
+
+def _trl() -> TokenLogps:
+    """TRL 1.16's head, asked for log-probs alone: its DPO trainer has it compute entropy and more beside them."""
+    chunk = imported("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE  # the backward imports it too
+    function = getattr(imported("trl.kernels"), "ChunkedLogProbFunction", None)
     if function is None:
         raise Absent("trl.kernels has no ChunkedLogProbFunction (want TRL 1.16)")
-    chunk = utils._CHUNKED_LOGPROB_CHUNK_SIZE  # type: ignore[attr-defined]
-    if compacted and device.type == "cuda":
-        raise Absent("the same as trl on CUDA, which compacts by itself")
 
-    def loss(batch: Batch) -> Tensor:
-        compact = compacted or batch.hidden.is_cuda
-        if compact:
-            rows, labels = batch.hidden[batch.scored], batch.labels[batch.scored]
-        else:
-            rows, labels = batch.hidden.flatten(0, 1), batch.labels.clamp(min=0).flatten()
-        logps, *_ = function.apply(rows, batch.weight, None, labels, 1.0, chunk, batch.softcap, 1.0, ())
-        return _dpo_of_tokens(_spread(logps, batch) if compact else logps.view(batch.labels.shape), batch)
+    def logps(hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        found, *_ = function.apply(rows, batch.weight, None, labels.flatten(), 1.0, chunk, batch.softcap, 1.0, ())
+        return found.view(labels.shape)
 
-    return loss
+    return logps
 
 
-def _load_liger() -> Callable[[Batch], Tensor]:
-    """Liger's fused DPO as it comes (compiled), without a reference: it takes a reference model's hidden states,
-    not its log-probs, and would run that model's head too."""
-    module = _imported("liger_kernel.chunked_loss")
-    loss_fn = module.LigerFusedLinearDPOLoss(  # type: ignore[attr-defined]
-        ignore_index=IGNORE, beta=BETA, compute_nll_loss=False, use_ref_model=False, average_log_prob=False
-    )
+def _torch_linear() -> TokenLogps:
+    """PyTorch's own fused head, in chunks, for an arbitrary gradient of each token."""
+    function = getattr(F, "linear_cross_entropy", None)
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or options is None:
+        raise Absent(f"torch {torch.__version__} has no chunked linear_cross_entropy")
+
+    def logps(hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+        if batch.softcap is not None:
+            raise Absent("has no soft cap")
+        return -function(hidden, batch.weight, labels, reduction="none", options=options())
+
+    return logps
+
+
+def _cce() -> TokenLogps:
+    """Apple's cut-cross-entropy as it comes, filter and all."""
+    function = imported("cut_cross_entropy").linear_cross_entropy
+
+    def logps(hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+        return -function(hidden, batch.weight, labels, softcap=batch.softcap, reduction="none")
+
+    return logps
+
+
+LIGER = {
+    "dpo": ("LigerFusedLinearDPOLoss", {"beta": BETA, "use_ref_model": False, "compute_nll_loss": False,
+                                        "average_log_prob": False}),
+    "simpo": ("LigerFusedLinearSimPOLoss", {"beta": 2.0, "gamma": 0.5, "compute_nll_loss": False}),
+    "orpo": ("LigerFusedLinearORPOLoss", {"beta": BETA}),
+    "kto": ("LigerFusedLinearKTOLoss", {"beta": BETA, "use_ref_model": False}),
+}  # fmt: skip
+
+
+def _liger(objective: str) -> Loss:
+    """Liger's fused losses as they come (compiled), without a reference: they take a reference model's hidden
+    states, not its log-probs, and would run that model's head too."""
+    name, options = LIGER[objective]
+    loss_fn = getattr(imported("liger_kernel.chunked_loss"), name)(ignore_index=IGNORE, **options)
 
     def loss(batch: Batch) -> Tensor:
         if batch.softcap is not None:
-            raise Absent("has no softcap")
+            raise Absent("has no soft cap")
+        if objective == "kto":
+            kl = batch.ref_logps.new_tensor(KTO_Z0)
+            return loss_fn(batch.hidden, batch.weight, batch.labels, preference_labels=batch.desirable, kl=kl)[0]
         return loss_fn(batch.weight, batch.hidden, batch.labels)[0]
 
     return loss
 
 
-def _provider(name: str, device: torch.device) -> Provider:
-    if name == "fastpref":
-        return Provider(name, "DPOLoss.from_hidden", _fastpref)
-    if name == "eager":
-        return Provider(name, "logits, log_softmax, gather", _eager)
-    if name == "eager_compacted":
-        return Provider(name, "the same on the scored rows", _eager_compacted)
+def _liger_cross_entropy() -> Loss:
+    module = imported("liger_kernel.transformers.fused_linear_cross_entropy")
+
+    def loss(batch: Batch) -> Tensor:
+        loss_fn = module.LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, softcap=batch.softcap)
+        return loss_fn(batch.weight, batch.hidden.flatten(0, 1), batch.labels.flatten())
+
+    return loss
+
+
+NAMES = (
+    "fastpref", "fastpref_store", "fastpref_pair", "fastpref_recompute", "eager", "eager_compacted", "eager_compiled",
+    "trl", "trl_compacted", "liger", "liger_cross_entropy", "cce", "torch_linear_cross_entropy",
+)  # fmt: skip
+
+
+def names_for(objective: str, trainable: bool) -> tuple[str, ...]:
+    """Who can be asked for this objective at all."""
+    inapplicable = {"liger_cross_entropy"} if objective != "nll" else {"liger", "fastpref_pair"}
+    if not trainable:  # the plan is `frozen` then, and no other
+        inapplicable |= {"fastpref_store", "fastpref_pair", "fastpref_recompute"}
+    return tuple(name for name in NAMES if name not in inapplicable)
+
+
+def provider(name: str, objective_name: str, device: torch.device) -> Provider:
+    """Raises Absent."""
+    objective = OBJECTIVES[objective_name]
+    of_tokens = functools.partial(_from_tokens, objective)
+    if name.startswith("fastpref"):
+        plan = name.removeprefix("fastpref").lstrip("_") or "auto"
+        return Provider(lambda batch: objective.fused(batch, plan))
+    if name in ("eager", "eager_compacted"):
+        return Provider(of_tokens(_eager, compacted=name != "eager"))
     if name == "eager_compiled":
-        return Provider(name, "torch.compile of eager", torch.compile(_eager))
-    if name == "trl":
-        loss = _load_trl(compacted=False, device=device)
-        return Provider(name, "TRL's ChunkedLogProbFunction", loss, peer=True)
-    if name == "trl_compacted":
-        loss = _load_trl(compacted=True, device=device)
-        return Provider(name, "the same on the scored rows", loss, peer=True)
-    return Provider("liger", "Liger's fused DPO, no reference", _load_liger(), peer=True, reference=False)
-
-
-NAMES = ("fastpref", "eager", "eager_compacted", "eager_compiled", "trl", "trl_compacted", "liger")
-
-
-def load(names: Iterable[str], device: torch.device) -> tuple[list[Provider], dict[str, str]]:
-    """(providers that can run here, name -> reason for the others)."""
-    found, absent = [], {}
-    for name in names:
-        try:
-            found.append(_provider(name, device))
-        except Absent as error:
-            absent[name] = str(error)
-    return found, absent
+        return Provider(torch.compile(of_tokens(_eager, compacted=False)))
+    if name in ("trl", "trl_compacted"):
+        # where Triton runs, TRL's patched forward passes the scored rows alone; elsewhere all of them
+        if name == "trl_compacted" and device.type == "cuda":
+            raise Absent("the same as trl on CUDA, which compacts by itself")
+        return Provider(of_tokens(_trl(), compacted=name == "trl_compacted" or device.type == "cuda"))
+    if name == "torch_linear_cross_entropy":
+        return Provider(of_tokens(_torch_linear(), compacted=True))
+    if name == "liger":
+        return Provider(_liger(objective_name), reference=False)
+    _needs_cuda(device)
+    if name == "cce":
+        return Provider(of_tokens(_cce(), compacted=True))
+    return Provider(_liger_cross_entropy())

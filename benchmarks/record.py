@@ -8,9 +8,12 @@ A record is one JSON object:
     machine, versions, settings                 on what, with what, how
     gate                                        one check per provider against fp64
     rows                                        case, provider, raw `seconds`, and what is known of the work:
-                                                `peak_bytes`, `flops`, `bytes`
+                                                `peak_bytes`, `predicted_bytes` (by formula), `flops` and `bytes`
+                                                (the least that the task takes), `dtype`, `axis` and `x`
     targets                                     the numbers to beat, met or not
     absent                                      who was not measured, and why
+    limits                                      copy bandwidth and product rates of this machine in this run
+                                                (absent or null: not measured)
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.limits import Limits
 from benchmarks.measure import MIB, paired_ratio, quantile
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "liger-kernel")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 GPU_FIELDS = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
 
 Record = dict[str, Any]
@@ -97,6 +101,7 @@ def new(
     gate: list[dict[str, Any]] | None = None,
     targets: list[dict[str, Any]] | None = None,
     absent: dict[str, str] | None = None,
+    limits: dict[str, Any] | None = None,
 ) -> Record:
     status = _output_of("git", "status", "--porcelain")
     return {
@@ -112,6 +117,7 @@ def new(
         "rows": rows,
         "targets": targets or [],
         "absent": absent or {},
+        "limits": limits,
     }
 
 
@@ -140,6 +146,12 @@ def read(path: Path) -> Record:
     return record
 
 
+def read_folder(folder: Path) -> list[Record]:
+    """The records among the JSON files of a folder, in the order of their names."""
+    paths = [path for path in sorted(folder.glob("*.json")) if {"schema", "suite"} <= set(json.loads(path.read_text()))]
+    return [read(path) for path in paths]
+
+
 def find(rows: Sequence[Row], case: str, provider: str) -> Row | None:
     return next((row for row in rows if row["case"] == case and row["provider"] == provider), None)
 
@@ -156,12 +168,24 @@ def ratio(a: Row | None, b: Row | None, quantity: str) -> tuple[float, float] | 
     return value, value
 
 
-def _ms(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def floor(record: Record, row: Row) -> float | None:
+    """The least seconds that the row's work can take on the machine of the record, as measured in the same run."""
+    limits = record.get("limits")
+    if not limits or "dtype" not in row or not (row.get("flops") or row.get("bytes")):
+        return None
+    return Limits(**limits).seconds(row.get("flops", 0), row.get("bytes", 0), row["dtype"])
 
 
 def _over(pair: tuple[float, float] | None) -> str:
     return "" if pair is None else f"{pair[0]:.2f} ({pair[1]:.2f})"
+
+
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / MIB:.0f}"
 
 
 def _cells(record: Record, row: Row) -> dict[str, str]:
@@ -170,19 +194,22 @@ def _cells(record: Record, row: Row) -> dict[str, str]:
     products, eager = (find(rows, row["case"], name) for name in ("products", "eager"))
     check = find(record["gate"], row["case"], row["provider"])
     memory = ratio(row, eager, "peak_bytes")
+    least = floor(record, row)
     return {
         "case": row["case"],
         "what": row["provider"],
-        "median, ms": _ms(median),
-        "p20 to p80": f"{_ms(quantile(seconds, 0.2))} to {_ms(quantile(seconds, 0.8))}",
-        "best": _ms(min(seconds)),
+        "median, ms": milliseconds(median),
+        "p20 to p80": f"{milliseconds(quantile(seconds, 0.2))} to {milliseconds(quantile(seconds, 0.8))}",
+        "best": milliseconds(min(seconds)),
+        "% of limit": "" if least is None else f"{100 * least / median:.0f}" if least > median / 200 else "<0.5",
         "time / products": _over(ratio(row, products, "seconds")),
         "eager time / time": _over(ratio(eager, row, "seconds")),
-        "peak, MiB": "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / MIB:.0f}",
+        "peak, MiB": _mib(row.get("peak_bytes")),
+        "by formula": _mib(row.get("predicted_bytes")),
         "peak / eager": "" if memory is None else f"{memory[0]:.3f}",
         "TFLOP/s": f"{row['flops'] / median / 1e12:.3g}" if row.get("flops") else "",
-        "GB/s": f"{row['bytes'] / median / 1e9:.4g}" if row.get("bytes") else "",
-        "gradient error": f"{max(check['errors'].values()):.1e}" if check else "",
+        "GB/s": f"{row['bytes'] / median / 1e9:.4g}" if row.get("bytes") and not row.get("flops") else "",
+        "gradient error": f"{max(check['errors'].values()):.1e}" if check and check["errors"] else "",
     }
 
 
@@ -204,14 +231,24 @@ def table(record: Record) -> str:
     lines += [f"| {' | '.join(c[name] for name in columns)} |" for c in cells]
     lines += ["", *map(_target_line, record["targets"])] if record["targets"] else []
     lines += ["", *(f"- absent: {name}: {why}" for name, why in record["absent"].items())] if record["absent"] else []
+    return "\n".join([*lines, "", provenance(record)])
+
+
+def provenance(record: Record) -> str:
+    """One line: when, where, which code, with what, at what limits."""
     host = record["machine"]
-    where = (
-        host["gpu"]["name"] if record["settings"].get("device") == "cuda" else f"{host['cpu']}, {host['cores']} cores"
-    )
+    on_gpu = record["settings"].get("device") == "cuda"
+    where = host["gpu"]["name"] if on_gpu else f"{host['cpu']}, {host['cores']} cores"
+    if on_gpu and "driver_version" in host["gpu"]:
+        where += f", driver {host['gpu']['driver_version']}, SM clock {host['gpu'].get('clocks.sm')}"
     commit = (record["commit"] or "unknown")[:8] + (" with uncommitted changes" if record["dirty"] else "")
     have = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
-    lines += ["", f"{record['date'][:10]}, {where}, commit {commit}; {have}."]
-    return "\n".join(lines)
+    limits = record.get("limits")
+    rates = ""
+    if limits:
+        products = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in limits["flops_per_second"].items())
+        rates = f"; limits measured: copy {limits['copy_bytes_per_second'] / 1e9:.4g} GB/s, products {products}"
+    return f"{record['date'][:10]}, {where}, commit {commit}; {have}{rates}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 # name -> (module with add_arguments(parser) and run(args) -> exit status, one line of help)
 COMMANDS = {
     "validate": ("fastpref.validate.scorecard", "check every operator against fp64 on this machine"),
+    "bench": ("fastpref.bench", "measure fastpref, eager PyTorch and the peers on this machine"),
     "demo": ("fastpref.demo", "train a small language model on preference pairs with a fused DPO loss"),
+    "train": ("fastpref.train", "train with any preference method, from files to a summary with plots"),
+    "generate": ("fastpref.online.generate", "sample responses to prompts from a language model"),
+    "score": ("fastpref.online.score", "score responses with a reward model or any Python function"),
+    "pairs": ("fastpref.online.pairs", "make preference pairs of scored or ranked responses"),
+    "evaluate": ("fastpref.online.evaluate", "evaluate a policy or a reward model on held-out pairs"),
 }
 
 

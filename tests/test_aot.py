@@ -12,9 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+# what reads logits or hidden states takes any of them; what comes after is fp32, or fp64 for fp64
+ANY, WIDE, HALF_OR_FP32 = {"bf16", "fp16", "fp32", "fp64"}, {"fp32", "fp64"}, {"bf16", "fp16", "fp32"}
+READS_ROWS = {"row_logprob", "row_gradient", "token_kl", "token_kl_gradient", "row_scores", "row_scores_gradient"}
+DTYPES = dict.fromkeys(READS_ROWS, ANY) | {"target_logits": HALF_OR_FP32}
 THREADS = {"sm_80": 256, "sm_90": 256, "sm_100": 256, "gfx942": 512}  # 8 warps
 BLOCK = 4096
+SHARED_BYTES = 8192
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,14 @@ def test_every_kernel_is_compiled_for_every_target(kernels):
     assert {(k["kernel"], k["target"]) for k in kernels} == {(name, target) for name in launchers for target in TARGETS}
 
 
+def test_every_kernel_is_compiled_for_every_dtype_it_takes(kernels):
+    import fastpref_kernels
+
+    found = {name: {k["dtype"] for k in kernels if k["kernel"] == name and k["target"] == "sm_90"}
+             for name in fastpref_kernels.__all__}  # fmt: skip
+    assert found == {name: DTYPES.get(name, WIDE) for name in found}
+
+
 def test_rows_are_read_16_bytes_at_a_time_though_the_vocabulary_is_odd(kernels):
     """V = 50257 in rows 50272 apart: each sweep of the row kernels reads its full blocks with 16-byte loads only."""
     forwards = [k for k in kernels if k["kernel"] == "row_logprob"]
@@ -71,3 +84,13 @@ def test_the_plain_forward_fits_6_programs_of_8_warps_on_an_h100(kernels):
         if (k["kernel"], k["variant"], k["dtype"], k["target"]) == ("row_logprob", "plain", "bf16", "sm_90")
     )
     assert registers <= 40
+
+
+def test_both_rows_of_an_exact_kl_are_read_16_bytes_at_a_time(kernels):
+    for k in (k for k in kernels if k["kernel"] == "token_kl" and k["target"].startswith("sm_")):
+        assert set(k["loop_loads"]) == {"16"}, f"{_name(k)}: {k['loop_loads']} in a loop"
+
+
+def test_shared_memory_is_for_reductions_alone(kernels):
+    """48 KiB is what a launch gets without opting in; far less than that never limits how many programs fit."""
+    assert {_name(k): k["shared"] for k in kernels if k["shared"] > SHARED_BYTES} == {}

@@ -1,9 +1,10 @@
-"""The benchmarks run, refuse wrong gradients, and compute their rates and memory right."""
+"""The benchmarks run, refuse wrong gradients, and compute their rates, memory and reports right."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,48 +13,108 @@ import pytest
 import torch
 
 import fastpref
-from benchmarks import experiments, head, measure, peers, record
+from benchmarks import cli, compare, experiments, head, limits, measure, peers, record, suite
+from benchmarks.objectives import IGNORE, Batch
+from benchmarks.shapes import HEADS
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 MIB = measure.MIB
+QUICK = suite.Options(CPU, 3, quick=True, providers=("fastpref", "eager"))
+LABEL = head.CPU.label
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light() -> None:
+    """The backend of a CPU (interpreted kernels would measure NumPy), and limits measured on a few numbers."""
+    fastpref.set_backend("portable")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(limits.COPY_BYTES, "cpu", 1 << 20)
+        patch.setitem(limits.PRODUCT_SIZES, "cpu", (64,))
+        yield
+    fastpref.set_backend("auto")
 
 
 @pytest.fixture(scope="module")
-def quick_record() -> record.Record:
-    return head.run([head.CASES["quick"]], CPU, 3, ["fastpref", "eager"], "head-cpu-quick", heads=[True])
+def small_record() -> record.Record:
+    return suite.run(suite.load("head"), [head.SMALL], QUICK._replace(memory=False), "head-cpu-quick")
 
 
-def test_record_has_every_field(quick_record, tmp_path):
-    path = record.write(quick_record, tmp_path)
-    assert path.name == record.file_name(quick_record)
-    assert path.name.startswith(quick_record["date"][:10]) and "head-cpu-quick" in path.name
+def test_peak_memory_comes_from_a_fresh_process_and_is_near_the_formula(monkeypatch):
+    """With 2 x 128 rows of 8,192 logits: 8 MiB of them, 2 MiB of gradients."""
+    monkeypatch.setattr(suite, "PRELOADED", ["benchmarks.head"])  # the peers take longer to import than all tests run
+    case = head.Case("memory", 64, 8192, 2, 64, 256, torch.float32, providers=("fastpref",))
+    problem = head.HeadProblem(case, CPU)
+    predicted = problem.predicted_peak("fastpref")
+    assert problem.details("fastpref") == {"plan": "store"} and 10 * MIB <= predicted <= 13 * MIB
+    measured = suite._peak_in_fresh_process("head", case, head.SMALL, "fastpref")
+    assert 0.7 * predicted <= measured <= 1.6 * predicted
+
+
+def test_record_has_every_field(small_record, tmp_path):
+    path = record.write(small_record, tmp_path)
+    assert path.name == record.file_name(small_record)
+    assert path.name.startswith(small_record["date"][:10]) and "head-cpu-quick" in path.name
     found = record.read(path)
-    assert found == json.loads(json.dumps(quick_record))
+    assert found == json.loads(json.dumps(small_record))
     assert set(found) == {
         "schema", "suite", "date", "commit", "dirty", "machine", "versions", "settings", "gate", "rows", "targets",
-        "absent",
+        "absent", "limits",
     }  # fmt: skip
     assert {"cpu", "cores", "threads", "memory_bytes", "load_average", "system", "python"} <= set(found["machine"])
     assert found["versions"]["torch"] == torch.__version__ and set(record.PACKAGES) <= set(found["versions"])
     assert {(row["case"], row["provider"]) for row in found["rows"]} == {
-        ("quick, trainable head", provider) for provider in ("products", "products_in_place", "fastpref", "eager")
+        ("small, trainable head", provider) for provider in ("products", "products_in_place", "fastpref", "eager")
     }
     assert all(len(row["seconds"]) == 3 and min(row["seconds"]) > 0 for row in found["rows"])
-    assert all(row["peak_bytes"] >= 0 for row in found["rows"])
-    assert [row["flops"] for row in found["rows"] if row["provider"] == "products"] == [7_864_320]
+    assert {row["flops"] for row in found["rows"]} == {7_864_320}  # 2 x 40 x 32 x 1024 x 3
+    assert {row["bytes"] for row in found["rows"]} == {4 * (40 * 32 + 1024 * 32 + 128 * 32 + 1024 * 32)}
     assert len(found["gate"]) == 2 and all(check["passed"] for check in found["gate"])
+    assert found["limits"]["copy_bytes_per_second"] > 0 and set(found["limits"]["flops_per_second"]) == {"float32"}
 
 
-def test_wrong_schema_is_refused(quick_record, tmp_path):
-    path = record.write(quick_record | {"schema": 0}, tmp_path / "old.json")
+def test_the_recorded_run_stays_readable():
+    """Records of the first schema, without limits and formulas, print, plot and compare."""
+    path = next(compare.RESULTS.glob("*-head-cpu-*.json"))
+    found = record.read(path)
+    assert "| fastpref |" in record.table(found)
+    assert "B is 1.00x as fast" in compare.main(str(path), found["commit"][:8])
+
+
+@pytest.mark.parametrize("name", suite.NAMES)
+def test_every_suite_runs_and_its_gate_is_green(name):
+    known = suite.load(name)
+    rows, checks, absent = suite.run_case(known, known.cases["small"][0], QUICK._replace(repeats=1, memory=False))
+    assert {"fastpref", "eager"} <= {row["provider"] for row in rows} and absent == {}
+    assert [check["passed"] for check in checks] == [True, True]
+    assert all(row["flops"] or row["bytes"] for row in rows)
+
+
+@pytest.mark.parametrize("objective", ["simpo", "orpo", "kto", "nll"])
+def test_every_objective_of_the_head_passes_the_gate(objective):
+    problem = head.HeadProblem(head.SMALL._replace(objective=objective), CPU)
+    plans = [name for name in problem.providers if name.startswith("fastpref")]
+    calls, checks, _ = suite.gate(problem, plans)
+    assert set(calls) == set(plans) and all(check["passed"] for check in checks)
+
+
+def test_cases_name_shapes_that_have_a_source():
+    assert all(shape.source and shape.d % 64 == 0 for shape in HEADS.values())
+    for name in suite.NAMES:
+        known = suite.load(name)
+        for size, cases in known.cases.items():
+            labels = [case.label for case in cases]
+            assert labels and len(set(labels)) == len(labels), f"{name}, {size}: {labels}"
+
+
+def test_wrong_schema_is_refused(small_record, tmp_path):
+    path = record.write(small_record | {"schema": 0}, tmp_path / "old.json")
     with pytest.raises(ValueError, match=r"old.json: got schema 0, want 1"):
         record.read(path)
 
 
 def row(provider: str, seconds: list[float], peak_mib: int) -> record.Row:
-    label = head.CASES["smollm2-fp32"].label
-    return {"case": label, "provider": provider, "seconds": seconds, "peak_bytes": peak_mib * MIB}
+    return {"case": LABEL, "provider": provider, "seconds": seconds, "peak_bytes": peak_mib * MIB}
 
 
 ROWS = [
@@ -64,7 +125,7 @@ ROWS = [
 
 
 def test_targets_come_from_rounds_next_to_each_other():
-    verdicts = head.judge(head.CASES["smollm2-fp32"], ROWS)
+    verdicts = head.judge(ROWS)
     assert [(v["quantity"], v["met"]) for v in verdicts] == [
         ("time / products time", True),
         ("eager time / time", True),
@@ -72,16 +133,15 @@ def test_targets_come_from_rounds_next_to_each_other():
     ]
     assert [v["value"] for v in verdicts] == pytest.approx([1.1, 3.0, 0.17])
     assert [v["best"] for v in verdicts] == pytest.approx([1.1, 3.9 / 1.1, 0.17])
-    missing = head.judge(head.CASES["llama-8b"], [])
+    missing = head.judge([{"case": head.LLAMA.label, "provider": "products"}])
     assert len(missing) == 3 and all(v["met"] is None for v in missing)
 
 
-def test_table_from_a_record_file(quick_record, tmp_path, capsys):
-    label = head.CASES["smollm2-fp32"].label
-    made = quick_record | {
+def test_table_from_a_record_file(small_record, tmp_path, capsys):
+    made = small_record | {
         "rows": ROWS,
-        "gate": [{"case": label, "provider": "fastpref", "errors": {"loss": 1e-7, "d_hidden": 2.5e-6}}],
-        "targets": head.judge(head.CASES["smollm2-fp32"], ROWS),
+        "gate": [{"case": LABEL, "provider": "fastpref", "errors": {"loss": 1e-7, "d_hidden": 2.5e-6}}],
+        "targets": head.judge(ROWS),
         "absent": {"trl": "cannot import trl"},
     }
     path = record.write(made, tmp_path / "made.json")
@@ -91,59 +151,78 @@ def test_table_from_a_record_file(quick_record, tmp_path, capsys):
         "| case | what | median, ms | p20 to p80 | best | time / products | eager time / time | peak, MiB "
         "| peak / eager | TFLOP/s | gradient error |"
     )
-    prefix = f"| {label} |"
+    prefix = f"| {LABEL} |"
     assert (
         lines[2] == f"{prefix} products | 1000 | 1000 to 1600 | 1000 | 1.00 (1.00) | 3.90 (3.90) | 360 | 0.180 | 2 |  |"
     )
     assert lines[3] == (
         f"{prefix} fastpref | 1300 | 1180 to 1840 | 1100 | 1.10 (1.10) | 3.00 (3.55) | 340 | 0.170 |  | 2.5e-06 |"
     )
-    assert f"- met: {label}: time / products time at most 1.2; 1.100 (best of each 1.100)" in lines
-    assert f"- NOT met: {label}: memory / eager memory at most 0.15; 0.170 (best of each 0.170)" in lines
+    assert f"- met: {LABEL}: time / products time at most 1.2; 1.100 (best of each 1.100)" in lines
+    assert f"- NOT met: {LABEL}: memory / eager memory at most 0.15; 0.170 (best of each 0.170)" in lines
     assert "- absent: trl: cannot import trl" in lines
     assert lines[-1].startswith(made["date"][:10])
 
 
 def test_red_gate_reports_nothing(monkeypatch, tmp_path, capsys):
-    right = peers._fastpref
-    monkeypatch.setattr(peers, "_fastpref", lambda batch: 1.001 * right(batch))
+    provider = peers.provider
+
+    def wrong(name, objective, device):
+        right = provider(name, objective, device)
+        return right if name != "fastpref" else peers.Provider(lambda batch: 1.001 * right.loss(batch))
+
+    monkeypatch.setattr(peers, "provider", wrong)
+    monkeypatch.setitem(head.CASES, "quick", [head.SMALL])
     path = tmp_path / "record.json"
-    assert head.main(["--quick", "--providers", "fastpref,eager", "--json", str(path)]) == 1
+    assert cli.main(["head", "--quick", "--device", "cpu", "--providers", "fastpref,eager", "--json", str(path)]) == 1
     printed = capsys.readouterr()
-    assert "the gate is red, nothing is reported: fastpref" in printed.err
+    assert "the gate is red, nothing is reported: small, trainable head, fastpref" in printed.err
     assert printed.out == "" and not path.exists()
 
 
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("fault", ["scaled", "nan", "one row lost", "refuses"])
-def test_a_wrong_peer_is_not_timed(fault, trainable):
-    batch = head.make_batch(head.CASES["quick"]._replace(trainable=trainable), CPU)
-    (eager,), _ = peers.load(["eager"], CPU)
+def test_a_wrong_peer_is_not_timed(fault, trainable, monkeypatch):
+    problem = head.HeadProblem(head.SMALL._replace(trainable=trainable), CPU)
+    eager = peers.provider("eager", "dpo", CPU).loss
 
-    def loss(given: peers.Batch) -> torch.Tensor:
+    def loss(given: Batch) -> torch.Tensor:
         if fault == "refuses":
             raise NotImplementedError("not this case")
         if fault == "one row lost":
             labels = given.labels.clone()
-            labels.view(-1)[labels.view(-1).ne(peers.IGNORE).nonzero()[0]] = peers.IGNORE
+            labels.view(-1)[labels.view(-1).ne(IGNORE).nonzero()[0]] = IGNORE
             given = given._replace(labels=labels)
         factor = {"scaled": 1.01, "nan": float("nan")}.get(fault, 1.0)
-        return factor * eager.loss(given)
+        return factor * eager(given)
 
-    good, bad = head.gate([eager, peers.Provider("peer", "", loss, peer=True)], batch)
-    assert good["passed"] and not bad["passed"]
-    assert bad.get("why") == ("NotImplementedError: not this case" if fault == "refuses" else None)
+    providers = {"trl": peers.Provider(loss), "eager": peers.Provider(eager)}
+    monkeypatch.setattr(peers, "provider", lambda name, *_: providers[name])
+    calls, (good, bad), absent = suite.gate(problem, ["eager", "trl"])
+    assert good["passed"] and not bad["passed"] and set(calls) == {"eager"}
+    wanted = "NotImplementedError: not this case" if fault == "refuses" else "wrong results"
+    assert absent["trl"].startswith(wanted)
+
+
+def test_an_error_of_ours_is_not_an_absence(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("a bug")
+
+    monkeypatch.setattr(peers, "provider", refuse)
+    with pytest.raises(NotImplementedError, match="a bug"):
+        suite.gate(head.HeadProblem(head.SMALL, CPU), ["fastpref"])
 
 
 def test_truth_is_the_gradient_of_eager_in_fp64():
-    batch = head.make_batch(head.CASES["quick"], CPU)
+    batch = head.make_batch(head.SMALL, CPU)
     wanted = head.truth(batch)
-    wide = peers.Batch(*(t.detach().double() if t.is_floating_point() else t for t in batch[:4]), None)
+    wide = Batch(*(t.detach().double() if t.is_floating_point() else t for t in batch[:4]), None)
     wide.hidden.requires_grad_()
     wide.weight.requires_grad_()
     logps = torch.nn.functional.linear(wide.hidden, wide.weight).log_softmax(-1)
     picked = logps.gather(-1, wide.labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(~wide.scored, 0)
-    loss = peers.dpo(picked.sum(1), wide.ref_logps)
+    chosen, rejected = (picked.sum(1) - wide.ref_logps).chunk(2)
+    loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
     loss.backward()
     for got, want in ((wanted.loss, loss), (wanted.d_hidden, wide.hidden.grad), (wanted.d_weight, wide.weight.grad)):
         torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-15)
@@ -153,22 +232,44 @@ def test_truth_is_the_gradient_of_eager_in_fp64():
 def test_peers_that_are_not_installed_are_listed(monkeypatch):
     for name in ("trl.trainer.utils", "trl.kernels", "liger_kernel.chunked_loss"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
-    found, absent = peers.load(["fastpref", "trl", "trl_compacted", "liger"], CPU)
-    assert [p.name for p in found] == ["fastpref"]
-    assert set(absent) == {"trl", "trl_compacted", "liger"}
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    names = ["fastpref", "trl", "trl_compacted", "liger", "cce", "torch_linear_cross_entropy"]
+    calls, _, absent = suite.gate(head.HeadProblem(head.SMALL, CPU), names)
+    assert list(calls) == ["fastpref"] and set(absent) == set(names[1:])
     assert absent["liger"].startswith("cannot import liger_kernel.chunked_loss")
 
 
-@pytest.mark.parametrize("name", head.CASES)
-def test_completions_have_the_rows_they_promise(name):
-    case = head.CASES[name]
+def test_a_vanished_gradient_is_not_compared(monkeypatch):
+    """KTO without a reference, as Liger computes it, has no gradient once log-probs are in the thousands."""
+    case = head.Case("long", 64, 1024, 1, 512, 512, torch.float32, objective="kto", providers=("fastpref",))
+    provider = peers.provider
+    monkeypatch.setattr(peers, "provider", lambda *args: provider(*args)._replace(reference=False))
+    calls, _, absent = suite.gate(head.HeadProblem(case, CPU), ["fastpref"])
+    assert not calls and "vanishes" in absent["fastpref"]
+
+
+def test_a_suite_that_cannot_run_is_listed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    known = suite.load("train")
+    found = suite.run(known, known.cases["small"], QUICK)
+    assert found["rows"] == [] and "cannot import transformers" in found["absent"][known.cases["small"][0].label]
+
+
+def test_what_is_left_out_is_listed():
+    problem = head.HeadProblem(head.SMALL, CPU)
+    names, left_out = suite._wanted(problem, suite.Options(CPU, 1, quick=True))
+    assert set(names) | set(left_out) == set(problem.providers) and "liger" in left_out
+
+
+@pytest.mark.parametrize("case", [c for cases in head.CASES.values() for c in cases], ids=lambda c: c.label)
+def test_completions_have_the_rows_they_promise(case):
     lengths = head.completion_lengths(case)
     assert len(lengths) == 2 * case.pairs and sum(lengths) == case.scored
     assert min(lengths) > 0 and max(lengths) <= case.seq_len
 
 
 def test_batch_scores_one_run_of_tokens_a_sequence():
-    batch = head.make_batch(head.CASES["quick"], CPU)
+    batch = head.make_batch(head.SMALL, CPU)
     assert int(batch.scored.sum()) == 40
     starts = batch.scored.int().diff(dim=1, prepend=torch.zeros(4, 1, dtype=torch.int)).eq(1).sum(1)
     assert starts.tolist() == [1, 1, 1, 1] and not batch.scored[:, 0].any()
@@ -176,7 +277,7 @@ def test_batch_scores_one_run_of_tokens_a_sequence():
 
 def test_formulas_against_hand_numbers():
     assert measure.matmul_flops(2, 3, 5, 4) == 240
-    assert head.CASES["smollm2-fp32"].flops(3) == 326_318_948_352  # 2 x 1921 x 576 x 49152 x 3
+    assert head.CPU.flops(3) == 326_318_948_352  # 2 x 1921 x 576 x 49152 x 3
     assert measure.row_bytes(8192, 128256, 2, 1) == 2_101_346_304
     assert measure.row_bytes(3, 7, 4, 3) == 252
     assert measure.quantile([5.0, 1.0, 3.0], 0.5) == 3.0
@@ -233,20 +334,31 @@ def test_gpu_script_without_a_gpu(tmp_path):
 
 def test_gpu_script_goes_on_after_a_failure(tmp_path):
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\ncase "$*" in *benchmarks.experiments*) exit 3 ;; *llama-8b*) exit 124 ;; esac\n')
+    stub.write_text(
+        '#!/bin/sh\ncase "$*" in *benchmarks.experiments*) exit 3 ;; *"benchmarks logits"*) exit 124 ;; esac\n'
+    )
     stub.chmod(0o755)
     done = gpu_script(tmp_path / "out", PYTHON=str(stub))
     assert done.returncode == 1
     summary = done.stdout.split("\n\n")[-1].splitlines()
     assert [line.split(",")[0] for line in summary] == [
         "ok      validate",
-        "ok      tests",
+        "ok      head",
+        "FAILED  logits: took longer than 30 s",
+        *(f"ok      {name}" for name in ("kl", "reward", "losses", "train", "scale")),
         "FAILED  experiments: exit status 3",
-        "FAILED  head-llama-8b: took longer than 190 s",
-        "ok      head-smollm2",
-        "ok      head-qwen-0.5b",
-        "ok      head-gemma-2b",
+        "ok      report",
     ]
+
+
+def test_gpu_script_ends_within_9_minutes():
+    text = (ROOT / "benchmarks/gpu.sh").read_text()
+    suites = re.search(r"for suite_and_limit in (.*); do", text)[1].split()
+    assert [s.split(":")[0] for s in suites] == list(suite.NAMES)
+    steps = {name: int(limit) for name, limit in re.findall(r'step (\w+) (\d+) "\$python"', text)}
+    assert set(steps) == {"validate", "experiments", "tests", "report"}
+    total = sum(int(s.split(":")[1]) for s in suites) + sum(v for name, v in steps.items() if name != "tests")
+    assert total <= 9 * 60
 
 
 def test_gpu_script_rehearsal_leaves_a_record(tmp_path):

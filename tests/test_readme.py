@@ -38,7 +38,7 @@ def test_measured_table_is_the_record():
     name = re.search(r"`(benchmarks/results/[^`]+\.json)`", section)[1]
     record = json.loads((Path(__file__).parent.parent / name).read_text())
     found = {}
-    for row in record["rows"]:
+    for row in (r for r in record["rows"] if r["case"].startswith("smollm2-fp32, ")):
         head = "frozen" if "frozen" in row["case"] else "trainable"
         figures = f"{statistics.median(row['seconds']):.2f} s", f"{row['peak_bytes'] / 2**20:,.0f} MiB"
         found.setdefault(row["provider"], {})[head] = figures
