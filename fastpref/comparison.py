@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpref.losses import DPOLoss
+from fastpref.memory import resident_bytes
 
 REPEATS = 2  # beyond the first
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class HeadBatch(NamedTuple):
@@ -140,11 +141,11 @@ def measure(way: Callable[[HeadBatch], Tensor], batch: HeadBatch, trainable: boo
 
 
 def _memory_in_use(device: torch.device) -> int | None:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes("VmRSS")
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
 
 
 def _restart_peak(device: torch.device) -> None:
@@ -152,13 +153,6 @@ def _restart_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
         _CLEAR_REFS.write_text("5")
-
-
-def _resident(field: str) -> int | None:
-    """Resident memory of this process, as Linux counts it."""
-    if not _CLEAR_REFS.exists():
-        return None
-    return next(int(x.split()[1]) * 1024 for x in _STATUS.read_text().splitlines() if x.startswith(field + ":"))
 
 
 def compare(batch: HeadBatch, device: torch.device) -> dict[tuple[str, bool], Measurement]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from fastpref import comparison, linear_token_logprobs, models, report, sequence
 from fastpref.data.collate import IGNORE_INDEX, PairBatch, batches_by_length, tokenize_pairs
 from fastpref.data.pairs import Pair, read_pairs, sample_pairs, split_pairs
 from fastpref.losses import DPOLoss, PreferenceOutput
+from fastpref.memory import keep_freed_memory
 from fastpref.models import Head, hidden_states
 
 WARM_UP = 0.1  # of all steps
@@ -81,16 +81,6 @@ def validate() -> bool:
 
     report.heading("Numerics on this machine, against fp64")
     return main(["validate", "--quick"]) == 0
-
-
-def keep_freed_memory() -> None:
-    """PyTorch has no caching allocator on a CPU. Large tensors would be fresh pages from the system every time, and
-    a training step can spend more time on page faults than on arithmetic; so tell glibc to keep what is freed."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        trim_threshold, mmap_max = -1, -4  # names of parameters in malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
 
 
 class Job(NamedTuple):

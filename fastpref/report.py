@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, total: int) -> None:
         self._total, self._done, self._tokens = total, 0, 0
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
-        self._bar: Any = _bar() if sys.stdout.isatty() else None
+        self._bar: Any = live_bar() if sys.stdout.isatty() else None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -49,14 +49,18 @@ class Progress:
             print(f"  step {self._done:4d}/{self._total}  {text}", flush=True)
 
 
-def _bar() -> Any:
+def live_bar() -> Any:
+    """Of rich, without tasks; None where it is not installed."""
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
     except ImportError:
         return None
+    fixed = Column(no_wrap=True)  # on a narrow terminal the text takes more lines
     return Progress(
-        MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn()
-    )
+        MofNCompleteColumn(table_column=fixed), BarColumn(bar_width=20, table_column=fixed),
+        TextColumn("{task.description}", table_column=Column(no_wrap=False)), TimeRemainingColumn(table_column=fixed),
+    )  # fmt: skip
 
 
 class Scores(NamedTuple):

@@ -133,6 +133,7 @@ class PreferenceTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of every part, one after the other; gradients are reduced with the last."""
+        model.train()  # after an evaluation it is not yet: what comes before the parts belongs to training, too
         inputs = self._prepare_inputs(inputs)
         items: Any = num_items_in_batch or self._items([inputs])
         self.before_parts(model, inputs)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from fastpref.trainers.config import PreferenceConfig, option
+from fastpref.trainers.config import PreferenceConfig
 
 LAST = "last"
 
@@ -23,16 +23,31 @@ class RunOptions:
 
     _argument_group_name = "model and data"
 
-    config: str | None = option(None, "A YAML file with any of these options; those given here win.")
-    model: str = option("smollm2", "A folder, a hub id, smollm2, or tiny (random weights, to try things out).")
-    data: list[str] | None = option(None, "Files or folders: JSON lines, JSON, Parquet, CSV, datasets (else a sample).")
-    eval_data: list[str] | None = option(None, "The same for held-out data: evaluated before and after training.")
-    eval_split: float | None = option(None, "Hold out this share of --data instead.")
-    lora_r: int | None = option(None, "Train LoRA adapters of this rank, instead of all weights.")
-    lora_alpha: float | None = option(None, "LoRA's scale (default: twice the rank).")
-    lora_dropout: float = option(0.0, "LoRA's dropout.")
-    lora_target_modules: list[str] | None = option(None, "Layers with adapters (default: all linear ones but heads).")
-    resume: str | None = option(None, f"A checkpoint's folder, or {LAST}: of --output_dir.", nargs="?", const=LAST)
+    config: str | None = field(
+        default=None, metadata={"help": "A YAML file with any of these options; those given here win."}
+    )
+    model: str = field(
+        default="smollm2",
+        metadata={"help": "A folder, a hub id, smollm2, or tiny (random weights, to try things out)."},
+    )
+    data: list[str] | None = field(
+        default=None, metadata={"help": "Files or folders: JSON lines, JSON, Parquet, CSV, datasets (else a sample)."}
+    )
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "The same for held-out data: evaluated before and after training."}
+    )
+    eval_split: float | None = field(default=None, metadata={"help": "Hold out this share of --data instead."})
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Train LoRA adapters of this rank, instead of all weights."}
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale (default: twice the rank)."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers with adapters (default: all linear ones but heads)."}
+    )
+    resume: str | None = field(
+        default=None, metadata={"help": f"A checkpoint, or {LAST}: of --output_dir.", "nargs": "?", "const": LAST}
+    )
 
 
 def read_options(
@@ -47,7 +62,7 @@ def read_options(
     given = parser.given(argv)
     if "config" in given:
         given = _from_yaml(parser, Path(given["config"])) | given
-    own = {field.name for field in fields(RunOptions)}
+    own = {known.name for known in fields(RunOptions)}
     options = RunOptions(**{name: value for name, value in given.items() if name in own})
     return _checked(options), {name: value for name, value in given.items() if name not in own}
 
@@ -60,6 +75,8 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if action.type is string_to_bool and action.nargs is None:  # `bool | None`: true without a value, as others
                 action.nargs, action.const = "?", True
+            if action.dest != "help" and action.help:
+                action.help = action.help.replace("%%", "%").replace("%", "%%")  # some of transformers' have a bare one
 
     @property
     def names(self) -> list[str]:
@@ -88,31 +105,36 @@ def _from_yaml(parser: _Parser, path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError(f"{error}; run `pip install pyyaml`") from error
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        found, written = yaml.safe_load(text) or {}, yaml.load(text, yaml.BaseLoader)
     except OSError as error:
         raise ValueError(f"--config: {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: got {type(found).__name__}, want options as `name: value`")
-    options = {str(name).replace("-", "_"): value for name, value in found.items()}
+    found, written = ({_dest(name): value for name, value in read.items()} for read in (found, written or {}))
     known = [name for name in parser.names if name != "config"]
-    for name in options:
+    for name in written:
         if name not in known:
             raise ValueError(f"{path}: {name}: no such option{near(name, known)}")
-    # what can be written as an argument is read like one: YAML takes 1e-6 for a text
-    written = [text for name, value in options.items() for text in _arguments(name, value)]
+    # what can be an argument is read like one: to YAML 1e-6 is a text, and `no` is false
+    arguments = [text for name, value in found.items() for text in _arguments(name, value, written[name])]
     try:
-        return options | parser.given(written)
+        return found | parser.given(arguments)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _arguments(name: str, value: Any) -> list[str]:
+def _dest(name: object) -> str:
+    return str(name).replace("-", "_")
+
+
+def _arguments(name: str, value: Any, written: Any) -> list[str]:
     if isinstance(value, str | int | float):
-        return [f"--{name}={value}"]
+        return [f"--{name}={written}"]
     if isinstance(value, list) and value and all(isinstance(item, str | int | float) for item in value):
-        return [f"--{name}", *map(str, value)]
+        return [f"--{name}", *written]
     return []
 
 
