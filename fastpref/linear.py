@@ -226,7 +226,9 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """`linear_token_logprobs` and the `statistics` of `token_statistics` from the same sweep.
 
-    Here only the log-probs are differentiable; the statistics are constants.
+    The log-probs and the entropy are differentiable, the other statistics constants. An entropy that is only looked
+    at costs no product; its gradient costs none with a trainable head either, and two more with a frozen one (one
+    with `plan="recompute"`).
     """
     for name in statistics:
         checks.choice("statistics", name, STATISTICS)
@@ -237,6 +239,7 @@ def linear_token_statistics(
         *inputs, ignore_index, *as_floats(transform), chosen, workspace_bytes, ",".join(statistics)
     )
     found = {name: value.view(labels.shape) for name, value in zip(statistics, values, strict=True)}
+    found = {name: value if name == "entropy" else value.detach() for name, value in found.items()}
     if "is_top1" in found:
         found["is_top1"] = found["is_top1"].bool()
     return TokenStatistics(logps.view(labels.shape), **found)

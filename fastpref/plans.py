@@ -12,11 +12,13 @@ never enter a product. Every function here works on flattened `[N, d]` hidden st
     store      3            U [n, V] kept in the compute dtype
     pair       3            U of one group of whole pairs or sequences (needs the objective)
     recompute  4            one tile; the backward runs over slices of the vocabulary
+
+An entropy has a gradient of its own, which no scaling of U gives: where one is asked for, `store` keeps the logits in
+place of U, and `frozen` recomputes them if a gradient of the entropy arrives (4 products then, else 2).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from fastpref.backends import backend_for
 from fastpref.memory import MIB
 from fastpref.precision import wide
 from fastpref.reference import LogitTransform
+from fastpref.units import UnitRows
 
 PLANS = ("no_grad", "frozen", "store", "pair", "recompute")
 
@@ -174,14 +177,16 @@ class ParameterGradients:
 class Forward(NamedTuple):
     logps: Tensor  # [N]
     lse: Tensor  # [n]
-    kept: Tensor  # what the plan keeps for its backward: U [n, V], U W [N, d], or empty
+    kept: Tensor  # what the plan keeps for its backward: U or logits [n, V], U W [N, d], or empty
     rows: Tensor  # the scored rows [n]
     statistics: Tensor  # [k, N], as requested
 
 
 def forward(
-    hidden: Tensor, head: Head, labels: Tensor, plan: str, workspace_bytes: int | None, statistics: Sequence[str] = ()
-) -> Forward:
+    hidden: Tensor, head: Head, labels: Tensor, plan: str, workspace_bytes: int | None,
+    statistics: Sequence[str] = (), *, keep_logits: bool = False,
+) -> Forward:  # fmt: skip
+    """`keep_logits`: plan `store` keeps them in place of U, as it does for an entropy."""
     total = hidden.shape[0]
     rows = compact(labels, head.ignore_index)
     labels = gather(labels, rows)
@@ -190,11 +195,12 @@ def forward(
     step = tile_rows(head, n, workspace_bytes)
     unit_hidden = torch.zeros_like(hidden) if plan == "frozen" else None
     u = logits_buffer(head, n) if plan == "store" else None
+    write_u = plan == "frozen" or (plan == "store" and not keep_logits and "entropy" not in statistics)
     with memory.borrowed(0 if u is not None else step, padded_vocab(head), like=head.weight) as scratch:
         for part in _chunks(n, step):
             tile = scratch[: part.stop - part.start, : head.vocab] if u is None else u[part]
             h = hidden.index_select(0, rows[part])
-            folded = fold(tile, h, labels[part], head, write_u=plan in ("frozen", "store"), statistics=statistics)
+            folded = fold(tile, h, labels[part], head, write_u=write_u, statistics=statistics)
             for result, name in zip(results, ("logps", "lse", *statistics), strict=True):
                 result[part] = folded[name]
             if unit_hidden is not None:
@@ -221,70 +227,57 @@ def backward_store(
     return d_hidden
 
 
+class Upstream(NamedTuple):
+    """Gradients that arrive at the scored rows `[n]`."""
+
+    logps: Tensor
+    entropy: Tensor | None = None
+
+    def split(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(scale, logps, entropy): what a row of width d is scaled by, and what is mixed into its logits' gradient.
+
+        The mixture is of size about 1: coefficients of 1e-6 times probabilities would underflow in fp16.
+        """
+        if self.entropy is None:
+            return self.logps, None, None
+        scale = torch.maximum(self.logps.abs(), self.entropy.abs())
+        scale = scale.masked_fill(scale == 0, 1)
+        return scale, self.logps / scale, self.entropy / scale
+
+
 def backward_recompute(
-    hidden: Tensor, head: Head, labels: Tensor, logps: Tensor, lse: Tensor, coefs: Tensor, needs: Needs,
-    parameters: ParameterGradients, workspace_bytes: int | None,
+    hidden: Tensor, head: Head, labels: Tensor, logps: Tensor, lse: Tensor, upstream: Upstream, needs: Needs,
+    parameters: ParameterGradients, workspace_bytes: int | None, *,
+    entropy: Tensor | None = None, logits: Tensor | None = None, first_column: int = 0,
 ) -> Tensor | None:  # fmt: skip
-    """Three products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]`, not yet rounded."""
+    """Three products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]`, not yet rounded.
+
+    Two products with the `logits` `[n, V]` at hand. `entropy` `[n]` is needed where its gradient is. `first_column` is
+    the vocabulary index of the head's first row, if it is a part of the head whose labels and `lse` these are.
+    """
     n = hidden.shape[0]
     width = tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
-    width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries
+    if width < head.vocab:
+        width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries
     d_hidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
+    scale, grad_logps, grad_entropy = upstream.split()
     backend = backend_for(hidden)
     with memory.borrowed(n, width, like=hidden) as tile:
         for part in _chunks(head.vocab, width):
             weight = head.weight[part]
             u = tile[:, : part.stop - part.start]
-            _project(hidden, weight, None if head.bias is None else head.bias[part], u)
+            if logits is None:
+                _project(hidden, weight, None if head.bias is None else head.bias[part], u)
             backend.row_gradient(
-                u, labels, logps, lse, u,
-                transform=head.transform, ignore_index=head.ignore_index, first_column=part.start,
+                u if logits is None else logits[:, part], labels, logps, lse, u, transform=head.transform,
+                ignore_index=head.ignore_index, first_column=first_column + part.start,
+                grad_logps=grad_logps, entropy=entropy, grad_entropy=grad_entropy,
             )  # fmt: skip
             if d_hidden is not None:
                 _matmul_into(d_hidden, u, weight, add=True)
-            parameters.add(u, hidden, coefs, part)
+            parameters.add(u, hidden, scale, part)
     parameters.finish()
-    return None if d_hidden is None else d_hidden.mul_(coefs[:, None])
-
-
-class UnitRows(NamedTuple):
-    """Where the scored rows of each sequence lie among the compacted rows: `edges[s]:edges[s + 1]`.
-
-    A unit is what a loss needs whole: with `sides` 2, sequence u and sequence U + u ([chosen; rejected]); with 1,
-    one sequence.
-    """
-
-    rows: Tensor  # [n]
-    edges: list[int]  # sides * U + 1
-    sides: int
-
-    @property
-    def number(self) -> int:
-        return (len(self.edges) - 1) // self.sides
-
-    def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
-        return [(side * self.number + first, side * self.number + last) for side in range(self.sides)]
-
-    def of(self, first: int, last: int) -> Tensor:
-        """Compacted positions of units first..last-1, side after side."""
-        e, device = self.edges, self.rows.device
-        return torch.cat([torch.arange(e[a], e[b], device=device) for a, b in self._spans(first, last)])
-
-    def cu_seqlens(self, first: int, last: int) -> Tensor:
-        """Offsets of those units' sequences, as if they were the whole batch."""
-        lengths = [self.edges[s + 1] - self.edges[s] for a, b in self._spans(first, last) for s in range(a, b)]
-        return torch.tensor([0, *itertools.accumulate(lengths)], device=self.rows.device)
-
-    def size(self, first: int, last: int) -> int:
-        return sum(self.edges[b] - self.edges[a] for a, b in self._spans(first, last))
-
-    def groups(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Consecutive units, as many as fit `rows`; a unit larger than that stands alone."""
-        first = 0
-        for last in range(1, self.number + 1):
-            if last == self.number or self.size(first, last + 1) > rows:
-                yield first, last
-                first = last
+    return None if d_hidden is None else d_hidden.mul_(scale[:, None])
 
 
 def unit_rows(labels: Tensor, cu_seqlens: Tensor | None, sequences: int, sides: int, ignore_index: int) -> UnitRows:
@@ -331,7 +324,9 @@ def forward_units(
                 done = forward(h, head, y, "no_grad", workspace_bytes, statistics)
                 extra = dict(zip(statistics, done.statistics, strict=True))
                 loss, metric, coefs = group_loss(done.logps, edges, rows, first, last, **extra)
-                part = backward_recompute(h, head, y, done.logps, done.lse, coefs, needs, parameters, workspace_bytes)
+                part = backward_recompute(
+                    h, head, y, done.logps, done.lse, Upstream(coefs), needs, parameters, workspace_bytes
+                )
             losses.append(loss)
             metrics.append(metric)
             if d_hidden is not None and part is not None:
@@ -369,14 +364,10 @@ def forward_tokens(
             metrics.index_copy_(1, rows[part], metric)
             if not any(needs):
                 continue
-            # The tile holds the mixed gradient of size about 1, and the row's scale is applied to something of
-            # width d: coefficients of 1e-6 times probabilities would underflow in fp16.
-            scale = coefs.abs() if coefs_entropy is None else torch.maximum(coefs.abs(), coefs_entropy.abs())
-            scale = scale.masked_fill(scale == 0, 1)
+            scale, grad_logps, grad_entropy = Upstream(coefs, coefs_entropy).split()
             backend.row_gradient(
                 tile, y, logps, folded["lse"], tile, transform=head.transform, ignore_index=head.ignore_index,
-                grad_logps=coefs / scale, entropy=entropy,
-                grad_entropy=None if coefs_entropy is None else coefs_entropy / scale,
+                grad_logps=grad_logps, entropy=entropy, grad_entropy=grad_entropy,
             )  # fmt: skip
             d_rows = backward_store(tile, h, head, scale, needs, parameters)
             if d_hidden is not None and d_rows is not None:

@@ -12,7 +12,7 @@ import torch
 from support import IGNORE, PairedBatch, from_hidden, paired_batch, random_leaf
 from torch.profiler import ProfilerActivity, profile
 
-from fastpref import DPOLoss, linear_token_logprobs
+from fastpref import DPOLoss, linear_token_logprobs, linear_token_statistics
 
 VOCAB, WIDTH = 257, 8
 LENGTHS = (6, 5, 6, 7)  # 24 scored rows of 4 x 12
@@ -71,6 +71,22 @@ def test_token_logprobs(backend, plan, products, rows):
             logps.sum().backward()
 
     with torch.set_grad_enabled(plan != "no_grad"):
+        assert count_flops(step) == products * 24 * ROW
+
+
+@pytest.mark.parametrize(
+    ("plan", "looked_at", "differentiated"), [("frozen", 2, 4), ("store", 3, 3), ("recompute", 4, 4)]
+)
+def test_an_entropy_beside_the_log_probs(backend, plan, looked_at, differentiated):
+    """Looking at it costs no product; its gradient only where what plan `frozen` kept does not give it."""
+    batch = half_ignored(frozen=plan == "frozen")
+    for detached, products in ((True, looked_at), (False, differentiated)):
+
+        def step(detached=detached):
+            found = linear_token_statistics(batch.hidden, batch.weight, batch.labels, None, ("entropy",), plan=plan)
+            entropy = found.entropy.detach() if detached else found.entropy
+            (found.logps + entropy).sum().backward()
+
         assert count_flops(step) == products * 24 * ROW
 
 

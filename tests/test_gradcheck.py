@@ -11,7 +11,14 @@ from support import DEVICE, IGNORE, TRANSFORMS, from_hidden, paired_batch, rando
 from torch.autograd import gradcheck
 from torch.autograd.gradcheck import GradcheckError
 
-from fastpref import DPOLoss, linear_token_logprobs, sequence_logprobs, token_logprobs, token_statistics
+from fastpref import (
+    DPOLoss,
+    linear_token_logprobs,
+    linear_token_statistics,
+    sequence_logprobs,
+    token_logprobs,
+    token_statistics,
+)
 from fastpref.losses import DPO_LOSS_TYPES
 
 STRICT = {"rtol": 1e-6, "atol": 1e-8, "nondet_tol": 0.0}
@@ -51,6 +58,35 @@ def test_linear_token_logprobs(backend, plan, transform):
         check(lambda h: linear_token_logprobs(h, weight, LABELS, bias, **options), hidden)
     else:
         check(lambda h, w, b: linear_token_logprobs(h, w, LABELS, b, **options), hidden, weight, bias)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("plan", ["frozen", "store", "recompute"])
+def test_linear_entropy_and_logprobs_together(backend, plan, transform):
+    """Each with an upstream gradient of its own; the entropy alone, too."""
+    leaves, options = [random_leaf(3, 2), random_leaf(7, 2), random_leaf(7)], TRANSFORMS[transform] | {"plan": plan}
+    frozen = [leaf.detach() for leaf in leaves[1:]]
+
+    def both(hidden, *head):
+        weight, bias = head or frozen
+        found = linear_token_statistics(hidden, weight, LABELS, bias, ("mean_logit", "entropy"), **options)
+        return found.logps, found.entropy
+
+    leaves = leaves[:1] if plan == "frozen" else leaves
+    check(both, *leaves)
+    check(lambda *x: both(*x)[1], *leaves)
+
+
+@pytest.mark.parametrize("plan", ["store", "recompute"])
+def test_entropy_over_slices_of_the_vocabulary(backend, plan):
+    """257 columns in three slices."""
+    hidden, weight = random_leaf(3, 2), random_leaf(257, 2)
+
+    def both(h, w):
+        found = linear_token_statistics(h, w, LABELS, None, ("entropy",), plan=plan, workspace_bytes=1)
+        return found.logps, found.entropy
+
+    check(both, hidden, weight, fast_mode=True)
 
 
 def test_recompute_over_slices_of_the_vocabulary(backend):

@@ -88,7 +88,7 @@ MUTANTS = [
            "torch.cat([d_nll, d_nll])", "objectives"),
     Mutant("ignored tokens summed", PORTABLE,
            "nll_logps = token_logps.masked_fill(~scored, 0)", "nll_logps = token_logps", "objectives"),
-    Mutant("slices begin at column 0", PLANS, "first_column=part.start", "first_column=0", "heads"),
+    Mutant("slices begin at column 0", PLANS, "first_column=first_column + part.start", "first_column=0", "heads"),
     Mutant("last group's gradient alone", PLANS,
            "scaled.to(u.dtype), add=self._started)", "scaled.to(u.dtype), add=False)", "pairs_from_hidden_states"),
 ]  # fmt: skip

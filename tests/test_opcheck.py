@@ -64,23 +64,25 @@ def test_token_logprobs_backward(backend, make, entropy):
     check("token_logprobs_backward", make(N), grad_entropy, z, y, logps, lse, h, IGNORE, *CAPPED)
 
 
+@pytest.mark.parametrize("statistics", ["", "mean_logit,entropy"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("plan", ["no_grad", "frozen", "store", "recompute"])
-def test_linear_token_logprobs(backend, make, plan, with_bias):
+def test_linear_token_logprobs(backend, make, plan, with_bias, statistics):
     trainable = plan in ("store", "recompute")
     bias = make(V, grad=trainable) if with_bias else None
     head = (make(N, D, grad=plan != "no_grad"), make(V, D, grad=trainable), make.labels(), bias)
-    check("linear_token_logprobs", *head, IGNORE, *CAPPED, plan, 5 * V * 4)
+    check("linear_token_logprobs", *head, IGNORE, *CAPPED, plan, 5 * V * 4, statistics)
 
 
+@pytest.mark.parametrize("entropy", ["", "entropy"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("plan", ["store", "recompute"])
-def test_linear_token_logprobs_backward(backend, make, plan, with_bias):
+def test_linear_token_logprobs_backward(backend, make, plan, with_bias, entropy):
     inputs = (make(N, D), make(V, D), make.labels(), make(V) if with_bias else None)
-    logps, lse, kept, rows, *_ = torch.ops.fastpref.linear_token_logprobs(*inputs, IGNORE, *PLAIN, plan, None)
+    *saved, values = torch.ops.fastpref.linear_token_logprobs(*inputs, IGNORE, *PLAIN, plan, None, entropy)
     needs = (True, True, with_bias)
-    saved = (logps, lse, kept, rows)
-    check("linear_token_logprobs_backward", make(N), *inputs, *saved, IGNORE, *PLAIN, plan, None, *needs)
+    mixed = (values[0], make(N)) if entropy else (None, None)
+    check("linear_token_logprobs_backward", make(N), *inputs, *saved, *mixed, IGNORE, *PLAIN, plan, None, *needs)
 
 
 OBJECTIVES = {

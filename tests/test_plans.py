@@ -18,7 +18,7 @@ from support import (
     random_leaf,
 )
 
-from fastpref import DPOLoss, linear_token_logprobs, plans, reference
+from fastpref import DPOLoss, linear_token_logprobs, linear_token_statistics, plans, reference
 from fastpref.losses import DPO_LOSS_TYPES
 
 DTYPES = (torch.float32, torch.float64)
@@ -79,6 +79,36 @@ TRAINING_PLANS = [
 def test_values_and_gradients(backend, plan, rows, dtype, transform):
     arguments = inputs(dtype, frozen=plan == "frozen")
     check(*arguments, plan=plan, workspace_bytes=workspace(rows, dtype), **TRANSFORMS[transform])
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("plan", "rows"), TRAINING_PLANS)
+def test_statistics_and_the_gradient_of_an_entropy(backend, plan, rows, dtype, transform):
+    hidden, weight, labels, bias = inputs(dtype, frozen=plan == "frozen")
+    exact = in_double(hidden, weight, bias)
+    options = TRANSFORMS[transform]
+    truth = reference.token_statistics(torch.nn.functional.linear(*exact), labels, **options)
+    got = linear_token_statistics(
+        hidden, weight, labels, bias, plan=plan, workspace_bytes=workspace(rows, dtype), **options
+    )
+    for name in reference.STATISTICS:
+        if name == "is_top1":
+            assert torch.equal(got.is_top1, truth.is_top1)
+        else:
+            assert_exact_or_rounded(getattr(got, name), getattr(truth, name), name)
+        assert getattr(got, name).requires_grad == (name == "entropy")
+    coefs = torch.randn(2, *labels.shape, device=DEVICE, dtype=dtype)
+    coefs[:, labels == IGNORE] = float("nan")  # an ignored row's upstream gradient may be anything
+    torch.autograd.backward([truth.logps, truth.entropy], [c.double().nan_to_num() for c in coefs])
+    for _ in range(2):  # what was kept is still there for a second backward
+        for leaf in (hidden, weight, bias):
+            leaf.grad = None
+        torch.autograd.backward([got.logps, got.entropy], list(coefs), retain_graph=True)
+        for name, leaf, want in zip(("hidden", "weight", "bias"), (hidden, weight, bias), exact, strict=True):
+            assert leaf.requires_grad or leaf.grad is None
+            if leaf.requires_grad:
+                assert_exact_or_rounded(leaf.grad, want.grad, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("plan", ["frozen", "store", "recompute"])

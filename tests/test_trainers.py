@@ -364,6 +364,27 @@ class TestBadInput:
             DPOTrainer(model, args=config(KTOConfig, tmp_path), train_dataset=pairs(), processing_class=tokenizer)
 
 
+@pytest.mark.parametrize("precompute", [True, False])
+def test_autocast_reaches_policy_and_reference(tmp_path, precompute):
+    """It was lost with the forward that Accelerate wraps: bf16=True ran in fp32."""
+    model, tokenizer = tiny()
+    dtypes: set[tuple[bool, torch.dtype]] = set()
+
+    def note(module, inputs, output):
+        dtypes.add((torch.is_grad_enabled(), output.dtype))
+
+    args = config(DPOConfig, tmp_path, bf16=True, precompute_ref_log_probs=precompute, max_steps=4)
+    handles = [model.model.layers[0].mlp.register_forward_hook(note)]  # deepcopied with the reference
+    trainer = DPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer)
+    if precompute:
+        assert (False, torch.bfloat16) in dtypes
+    dtypes.clear()
+    train(trainer)
+    handles[0].remove()
+    wanted = {(True, torch.bfloat16)} | ({(False, torch.bfloat16)} if not precompute else set())
+    assert dtypes == wanted
+
+
 def test_a_stream_of_examples(tmp_path):
     model, tokenizer = tiny()
     args = config(DPOConfig, tmp_path)

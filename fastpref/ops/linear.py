@@ -48,20 +48,26 @@ def _(
 @without_autocast
 def linear_token_logprobs_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logps: Tensor, lse: Tensor,
-    kept: Tensor, rows: Tensor, ignore_index: int, temperature: float, logit_scale: float, softcap: float | None,
-    plan: str, workspace_bytes: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
+    kept: Tensor, rows: Tensor, entropy: Tensor | None, grad_entropy: Tensor | None, ignore_index: int,
+    temperature: float, logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dH, dW, db), empty where not needed."""
+    """(dH, dW, db), empty where not needed. `entropy` `[N]` tells that it was asked for: plan `store` kept logits."""
     head = head_of(weight, bias, ignore_index, temperature, logit_scale, softcap)
     needs = plans.Needs(need_hidden, need_weight, need_bias)
     parameters = plans.ParameterGradients(head, needs, weight.dtype)
+
+    def scored(values: Tensor | None) -> Tensor | None:
+        return None if values is None else plans.gather(values, rows)
+
     h, coefs = plans.gather(hidden, rows), plans.gather(grad, rows)
-    if plan == "store":
+    if plan == "store" and entropy is None:
         d_hidden = plans.backward_store(kept, h, head, coefs, needs, parameters)
     else:
         d_hidden = plans.backward_recompute(
-            h, head, plans.gather(labels, rows), plans.gather(logps, rows), lse, coefs, needs, parameters,
-            workspace_bytes,
+            h, head, plans.gather(labels, rows), plans.gather(logps, rows), lse,
+            plans.Upstream(coefs, scored(grad_entropy)), needs, parameters, workspace_bytes,
+            entropy=scored(entropy), logits=kept if plan == "store" else None,
         )  # fmt: skip
     if d_hidden is not None:
         d_hidden = plans.scatter(d_hidden.to(hidden.dtype), rows, hidden.shape[0])
@@ -69,7 +75,7 @@ def linear_token_logprobs_backward(
 
 
 @linear_token_logprobs_backward.register_fake
-def _(grad, hidden, weight, labels, bias, logps, lse, kept, rows, *options):
+def _(grad, hidden, weight, labels, bias, logps, lse, kept, rows, entropy, grad_entropy, *options):
     needs = zip(options[-3:], (hidden, weight, bias), strict=True)
     return tuple(torch.empty_like(t) if need and t is not None else hidden.new_empty(0) for need, t in needs)
 
@@ -80,26 +86,33 @@ first_order_only(linear_token_logprobs_backward)
 def _save_linear(ctx, inputs, output):
     hidden, weight, labels, bias, *options = inputs
     logps, lse, kept, rows, statistics = output
-    ctx.mark_non_differentiable(lse, kept, rows, statistics)
+    names = split_names(options[6])
+    ctx.entropy_row = names.index("entropy") if "entropy" in names else None
+    constants = (lse, kept, rows) if "entropy" in names else (lse, kept, rows, statistics)
+    ctx.mark_non_differentiable(*constants)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, labels, bias, logps, lse, kept, rows)
+    ctx.save_for_backward(hidden, weight, labels, bias, logps, lse, kept, rows, statistics)
     ctx.options = options[:6]
 
 
 def _backward_linear(ctx, grad, *unused):
-    if grad is None:
+    grad_statistics, row = unused[-1], ctx.entropy_row
+    if grad is None and grad_statistics is None:
         return (None,) * 11
-    hidden, weight, labels, bias, logps, lse, kept, rows = ctx.saved_tensors
+    hidden, weight, labels, bias, logps, lse, kept, rows, statistics = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    plan, ignore_index = ctx.options[4], ctx.options[0]
+    options, ignore_index, plan = list(ctx.options), ctx.options[0], ctx.options[4]
     if plan == "no_grad" or (plan == "frozen" and (need_weight or need_bias)):
         raise RuntimeError(f"plan {plan!r} kept nothing for the gradients that backward now asks for")
-    if plan == "frozen":
+    if plan == "frozen" and grad_statistics is None:
         coefs = grad.masked_fill(labels == ignore_index, 0)  # an ignored row's upstream gradient may be anything
         return torch.ops.fastpref.scale_gradient(kept, coefs, hidden), *(None,) * 10
+    options[4] = "recompute" if plan == "frozen" else plan
     gradients = torch.ops.fastpref.linear_token_logprobs_backward(
-        grad, hidden, weight, labels, bias, logps, lse, kept, rows, *ctx.options, need_hidden, need_weight, need_bias
-    )
+        torch.zeros_like(logps) if grad is None else grad, hidden, weight, labels, bias, logps, lse, kept, rows,
+        None if row is None else statistics[row], None if grad_statistics is None else grad_statistics[row],
+        *options, need_hidden, need_weight, need_bias,
+    )  # fmt: skip
     d_hidden, d_weight, d_bias = (
         g if need else None for g, need in zip(gradients, (need_hidden, need_weight, need_bias), strict=True)
     )

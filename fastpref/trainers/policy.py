@@ -14,7 +14,7 @@ from fastpref import linear_token_logprobs, linear_token_statistics, models
 from fastpref.data.collate import IGNORE_INDEX
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import ReferenceCache
-from fastpref.models import inner_model, run_inside
+from fastpref.models import inner_model
 from fastpref.trainers import loading
 from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig
@@ -155,7 +155,7 @@ class ReferencedTrainer(PolicyTrainer):
 
     def _reference_of(self, model: Any, examples: list[dict[str, Any]]) -> Tensor:
         part = self._prepare_inputs(_on(self.reference_part(examples), self.args.device))
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             return self.reference_logps(model, part).float().view(len(self.reference_columns), -1).t()
 
     def _progress(self, name: str, total: int) -> Any:
@@ -178,9 +178,7 @@ class ReferencedTrainer(PolicyTrainer):
             )
         with self.reference.model() as reference:
             wrapped = model if self.reference.own is None else reference
-            part["ref_logps"] = run_inside(
-                wrapped, self.accelerator.unwrap_model(wrapped), lambda: self.reference_logps(reference, part)
-            )
+            part["ref_logps"] = self.inside(wrapped, lambda: self.reference_logps(reference, part))
 
     def ready_for_evaluation(self, dataset: Any) -> Any:
         changed = self.state.global_step > 0 and self.reference.own is None and not is_peft(self.reference.policy)

@@ -1,0 +1,1 @@
+"""fastpref in the trainer that you already have: one module a host."""

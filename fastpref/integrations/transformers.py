@@ -1,0 +1,143 @@
+"""fastpref in loops of one's own: `transformers.Trainer`, Accelerate, or nothing but PyTorch.
+
+A batch is what a model takes, `input_ids` and `attention_mask` `[2B, T]` (chosen sequences first), and either `labels`
+(transformers' convention: aligned with `input_ids`, -100 where nothing is scored) or `shift_labels` (position t holds
+the token that it scores). `ref_logps` `[2B]` and, for unpaired losses, `desirable` `[S]` and `kl` go on to the loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref import models
+from fastpref.data.collate import TokenizedPair, collate_pairs
+from fastpref.linear import linear_token_logprobs, sequence_logprobs
+
+LOSS_INPUTS = ("ref_logps", "desirable", "kl")
+LABELS = ("labels", "shift_labels")
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # a mixin's base at run time
+
+
+def pair_batch(pairs: Sequence[TokenizedPair], pad_token_id: int) -> dict[str, Tensor]:
+    """Tokenized pairs (`fastpref.data.collate.tokenize_pairs`) as a batch."""
+    ids, mask, labels = collate_pairs(pairs, pad_token_id)
+    return {"input_ids": ids, "attention_mask": mask, "shift_labels": labels}
+
+
+def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
+    """`[S, T]`: what each position scores."""
+    if batch.get("shift_labels") is not None:
+        return batch["shift_labels"]
+    if batch.get("labels") is None:
+        raise ValueError("labels: got none in the batch, want `labels` or `shift_labels`")
+    return nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in LOSS_INPUTS and name not in LABELS}
+
+
+def _inside(model: Any, accelerator: Any, function: Any) -> Any:
+    """`function(bare model)` where wrappers want it, and under Accelerate's autocast."""
+    if accelerator is None:
+        return function(model)
+    bare = accelerator.unwrap_model(model)
+
+    def forward() -> Any:
+        with accelerator.autocast():
+            return function(bare)
+
+    return models.run_inside(model, bare, forward)
+
+
+def batch_loss(loss_fn: Any, model: nn.Module, batch: Mapping[str, Any], accelerator: Any = None) -> Any:
+    """`loss_fn.from_hidden` of a batch: the model's own head does not run, and there are no logits.
+
+    With an `accelerate.Accelerator`, `model` is what its `prepare` returned: DDP, FSDP and DeepSpeed reduce the
+    gradients as they do around the model's own forward. Without one, `model` is the model itself.
+    """
+
+    def forward(bare: Any) -> Any:
+        hidden, head = models.hidden_and_head(bare, **model_inputs(batch))
+        given = {name: batch[name] for name in LOSS_INPUTS if batch.get(name) is not None}
+        labels = shifted_labels(batch)
+        return loss_fn.from_hidden(hidden, head.weight, labels, bias=head.bias, **given, **head.options())
+
+    return _inside(model, accelerator, forward)
+
+
+@torch.no_grad()
+def reference_logps(model: Any, batch: Mapping[str, Any], accelerator: Any = None) -> Tensor:
+    """Each sequence's log-prob `[S]` by a reference model, or by an adapted model with its adapters off."""
+
+    def forward(bare: Any) -> Tensor:
+        with bare.disable_adapter() if hasattr(bare, "peft_config") else contextlib.nullcontext():
+            hidden, head = models.hidden_and_head(bare, **model_inputs(batch))
+            labels = shifted_labels(batch)
+            logps = linear_token_logprobs(hidden, head.weight, labels, head.bias, **head.options())
+        return sequence_logprobs(logps, labels)
+
+    return _inside(model, accelerator, forward)
+
+
+class PreferenceLossMixin(Trainer):
+    """`class MyTrainer(PreferenceLossMixin, Trainer)`: `transformers.Trainer` with one of fastpref's losses.
+
+    Args:
+        loss_fn: an objective with `from_hidden`, such as `fastpref.DPOLoss()`.
+        ref_model: what gives `ref_logps` to batches that have none: a model, or `"adapters"` for the trained model
+            with its adapters off. None for losses without a reference, and for batches that bring their own.
+
+    The loss is a mean over the batch's examples; under gradient accumulation the Trainer averages over the batches.
+    `compute_loss(..., return_outputs=True)` also gives the loss's other results (margins, accuracies, ...).
+    """
+
+    loss_is_scaled_for_ga = False  # read by transformers >= 5.19; older ones read model_accepts_loss_kwargs
+
+    def __init__(self, *args: Any, loss_fn: nn.Module, ref_model: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_fn, self.ref_model = loss_fn, ref_model
+        self.model_accepts_loss_kwargs = False
+        models.output_head(self.model)
+        if isinstance(ref_model, nn.Module):
+            models.output_head(ref_model)
+            self.ref_model = self.accelerator.prepare_model(ref_model.eval(), evaluation_mode=True)
+        elif ref_model == "adapters":
+            self.ref_model = None
+        elif ref_model is not None:
+            raise TypeError(f"ref_model: got {ref_model!r}, want a model, 'adapters' or None")
+        self._adapters_are_reference = ref_model == "adapters"
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = getattr(self, "_signature_columns", None) or []
+        setattr(self, "_signature_columns", list(dict.fromkeys([*columns, *LOSS_INPUTS, *LABELS])))  # noqa: B010
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        reference = model if self._adapters_are_reference else self.ref_model
+        if reference is not None and inputs.get("ref_logps") is None:
+            inputs = {**inputs, "ref_logps": reference_logps(reference, inputs, self.accelerator)}
+        out = batch_loss(self.loss_fn, model, inputs, self.accelerator)
+        return (out.loss, out._asdict()) if return_outputs else out.loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(loss, margins `[B]`, accuracies `[B]`)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs.get("margins"), outputs.get("accuracies")

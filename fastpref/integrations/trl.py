@@ -1,0 +1,209 @@
+"""TRL's own trainers on fastpref's operators.
+
+    import fastpref.integrations.trl as fast_trl
+
+    fast_trl.patch()  # once, before trainers are built
+
+From then on TRL's unmodified `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer` and `RLOOTrainer` take their
+log-probs, entropies and other token statistics from `fastpref.linear_token_statistics` (TRL 1.16), and `CPOTrainer`,
+`ORPOTrainer` and `OnlineDPOTrainer` form no logits. Arguments, losses, metrics and checkpoints stay TRL's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref import models
+from fastpref.integrations import trl_0_24
+from fastpref.integrations import trl_forwards as forwards
+from fastpref.linear import linear_token_statistics
+
+# TRL's names of the statistics, in the order of its results -> ours
+STATISTICS = {
+    "entropy": "entropy", "log_sum_sq_probs": "log_sum_sq", "mean_logits": "mean_logit", "is_top1": "is_top1",
+}  # fmt: skip
+ARGUMENTS = (
+    "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+    "outputs",
+)  # fmt: skip
+
+
+class TokenLogProbs:
+    """Takes the place of `trl.kernels.ChunkedLogProbFunction`: its arguments, its five results."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
+        final_logit_softcapping: float | None = None, logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = tuple(STATISTICS),
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """(log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1) of hidden `[N, d]`, each `[N]` or None.
+
+        Log-probs and entropy are differentiable. `chunk_size` is TRL's and of no use here.
+        """
+        if hasattr(weight, "ds_id"):  # DeepSpeed's stage 3 frees what it gathered before the backward needs it
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        found = linear_token_statistics(
+            hidden, weight, targets, bias, tuple(ours for name, ours in STATISTICS.items() if name in outputs),
+            temperature=temperature, logit_scale=logit_scale, softcap=final_logit_softcapping,
+        )  # fmt: skip
+        return found.logps, *(getattr(found, ours) for ours in STATISTICS.values())
+
+
+class Patch(NamedTuple):
+    """`module.name`, or `module.class.name`, and what makes its replacement of it."""
+
+    module: str
+    name: str
+    replacement: Callable[[Any], Any]
+
+    def owner(self) -> tuple[Any, str]:
+        *path, name = self.name.split(".")
+        owner = import_module(self.module)
+        for part in path:
+            owner = getattr(owner, part)
+        return owner, name
+
+
+def _instead(value: Any) -> Callable[[Any], Any]:
+    return lambda original: value
+
+
+def _verifying(init: Callable) -> Callable:
+    """A trainer's constructor that also finds out whether its models' heads are known; if not, TRL's code runs."""
+
+    @functools.wraps(init)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        try:
+            for model in (self.model, getattr(self, "ref_model", None)):
+                if model is not None:
+                    models.output_head(self.accelerator.unwrap_model(model))
+            self._fastpref = forwards.supported(self)
+        except ValueError as error:
+            self._fastpref = False
+            warnings.warn(f"{type(self).__name__} builds logits, as without fastpref: {error}", stacklevel=2)
+
+    return __init__
+
+
+def _where_verified(ours: Callable) -> Callable[[Callable], Callable]:
+    """Our method for trainers that were built under the patch and can take it, the original for others."""
+
+    def replace(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def method(self, *args: Any, **kwargs: Any) -> Any:
+            known = getattr(self, "_fastpref", False) and forwards.text_only(kwargs, args)
+            return (ours if known else original)(self, *args, **kwargs)
+
+        return method
+
+    return replace
+
+
+def _paired(home: str, **trainers: tuple[str, str, Callable]) -> list[Patch]:
+    """Trainers that build logits: name -> (module, method, ours)."""
+    found = []
+    for trainer, (module, method, ours) in trainers.items():
+        found.append(Patch(f"{home}.{module}", f"{trainer}.__init__", _verifying))
+        found.append(Patch(f"{home}.{module}", f"{trainer}.{method}", _where_verified(ours)))
+    return found
+
+
+FUSED_HEAD = [
+    Patch("trl.trainer.utils", "_ChunkedLogProbFunction", _instead(TokenLogProbs)),
+    # on a CPU, too, only positions with a label are scored
+    Patch("trl.trainer.utils", "_use_triton", _instead(lambda device: True)),
+]
+EXPERIMENTAL = _paired(
+    "trl.experimental",
+    CPOTrainer=("cpo.cpo_trainer", "concatenated_forward", forwards.cpo_concatenated_forward),
+    ORPOTrainer=("orpo.orpo_trainer", "concatenated_forward", forwards.orpo_concatenated_forward),
+    OnlineDPOTrainer=("online_dpo.online_dpo_trainer", "_forward", forwards.online_dpo_forward),
+)
+TRL_0_24 = _paired(
+    "trl.trainer",
+    DPOTrainer=("dpo_trainer", "concatenated_forward", trl_0_24.concatenated_forward),
+    CPOTrainer=("cpo_trainer", "concatenated_forward", forwards.cpo_concatenated_forward),
+    ORPOTrainer=("orpo_trainer", "concatenated_forward", forwards.orpo_concatenated_forward),
+    OnlineDPOTrainer=("online_dpo_trainer", "_forward", forwards.online_dpo_forward),
+)
+VERSIONS = {"0.24": TRL_0_24, "1.8": EXPERIMENTAL, "1.16": FUSED_HEAD + EXPERIMENTAL}
+
+_originals: list[tuple[Any, str, Any]] = []
+
+
+def patches() -> list[Patch]:
+    """Those for the TRL that is installed.
+
+    Raises:
+        ImportError: none is.
+        RuntimeError: it is one that fastpref was not tried with.
+    """
+    try:
+        version = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError("fastpref.integrations.trl: TRL is not installed; run `pip install trl==1.16.0`") from error
+    known = VERSIONS.get(".".join(version.split(".")[:2]))
+    if known is None:
+        raise RuntimeError(f"trl: got version {version}, which fastpref does not know; want {_listed(VERSIONS)}")
+    if known[0] is FUSED_HEAD[0]:
+        fused = import_module("trl.kernels").ChunkedLogProbFunction.forward
+        arguments = tuple(inspect.signature(fused).parameters)[1:]
+        if arguments != ARGUMENTS:
+            raise RuntimeError(f"trl: got version {version} whose fused head takes {arguments}, want {ARGUMENTS}")
+    return known
+
+
+def _listed(versions: Any) -> str:
+    return ", ".join(f"{v}.x" for v in versions)
+
+
+def patch() -> None:
+    """Put fastpref's operators under TRL's trainers, for those that are built from now on. A second call does nothing.
+
+    Raises:
+        ImportError, RuntimeError: TRL is missing, or not of a version that fastpref knows; nothing is changed.
+    """
+    if _originals:
+        return
+    found = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*trl.experimental")
+        for entry in patches():
+            owner, name = entry.owner()
+            original = inspect.getattr_static(owner, name)
+            found.append((owner, name, original, entry.replacement(original)))
+    for owner, name, original, replacement in found:
+        _originals.append((owner, name, original))
+        setattr(owner, name, replacement)
+
+
+def unpatch() -> None:
+    """Leave TRL as it was. Trainers that are alive take up their original methods as well."""
+    while _originals:
+        setattr(*_originals.pop())
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """`patch()` for the time of a `with` block; a patch that was there before stays."""
+    before = bool(_originals)
+    patch()
+    try:
+        yield
+    finally:
+        if not before:
+            unpatch()

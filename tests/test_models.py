@@ -1,0 +1,187 @@
+"""Any causal language model as (hidden states, head): our log-probs against those of the model's own logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from support import DEVICE
+from torch import nn
+
+from fastpref import linear_token_logprobs, models
+
+SMALL = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+# class prefix -> what its tiny config has beyond SMALL, so that every transform of the logits does something
+FAMILIES = {
+    "Llama": {"tie_word_embeddings": True},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Mistral": {"sliding_window": 4},
+    "Mixtral": EXPERTS,
+    "Gemma": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8},
+    "Gemma3": {"head_dim": 8, "final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8},
+    "Phi": {},  # its head has a bias
+    "Phi3": {},
+    "Cohere": {"logit_scale": 0.25},
+    "Cohere2": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 3.0},
+    "GraniteMoe": {"logits_scaling": 3.0, **EXPERTS},
+    "FalconH1": {"lm_head_multiplier": 0.4, **MAMBA},
+    "MiniCPM3": {"dim_model_base": 8, "num_key_value_heads": 4, **LATENT},
+    "HyperCLOVAX": {"logits_scaling": 0.2},
+    "NanoChat": {"final_logit_softcapping": 0.5},
+    "GPT2": {},
+    "GPTNeoX": {},
+    "SmolLM3": {},
+    "Olmo": {},
+    "Olmo2": {},
+    "Olmo3": {},
+}
+RECENT = ("MiniCPM3", "HyperCLOVAX", "NanoChat", "Olmo3")  # later than transformers 5.10
+
+
+def model_of(family: str, **options) -> nn.Module:
+    """A tiny model with random weights, a head bias included, and logits of size 1."""
+    suffix = "Text" if family == "Gemma3" else ""
+    config = getattr(transformers, f"{family}{suffix}Config")(**{**SMALL, **FAMILIES[family], **options})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    layer = model.get_output_embeddings()
+    nn.init.normal_(layer.weight, std=0.3)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias, std=0.3)
+    return model.to(DEVICE)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = torch.randint(3, 61, (2, 9), device=DEVICE), torch.ones(2, 9, dtype=torch.long, device=DEVICE)
+    mask[1, -3:] = 0
+    return ids, mask
+
+
+def own_logps(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, **inputs) -> torch.Tensor:
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+
+
+def our_logps(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, **inputs) -> torch.Tensor:
+    hidden, head = models.hidden_and_head(model, ids, mask, **inputs)
+    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    return linear_token_logprobs(hidden[:, :-1], head.weight, labels, head.bias, **head.options())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_are_the_models_own(family, monkeypatch) -> None:
+    if family in RECENT and not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"this transformers has no {family}")
+    model, (ids, mask) = model_of(family), batch()
+    models.output_head(model)
+    wanted = own_logps(model, ids, mask)
+    monkeypatch.setattr(model.get_output_embeddings(), "forward", lambda *_: pytest.fail("the model's own head ran"))
+    found = our_logps(model, ids, mask)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi", "Granite"])
+def test_gradients_are_the_models_own(family) -> None:
+    model, (ids, mask) = model_of(family), batch()
+    gradients = []
+    for logps in (own_logps, our_logps):
+        model.zero_grad()
+        logps(model, ids, mask).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_more_inputs_reach_the_backbone() -> None:
+    model, (ids, mask) = model_of("GPT2"), batch()
+    positions = torch.arange(9, device=DEVICE).flip(0).expand(2, 9)
+    wanted = own_logps(model, ids, mask, position_ids=positions)
+    torch.testing.assert_close(our_logps(model, ids, mask, position_ids=positions), wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(our_logps(model, ids, mask), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Granite"])
+def test_half_precision_heads_are_verified_too(family, dtype) -> None:
+    model = model_of(family).to(dtype)
+    models.output_head(model)
+    layer = model.get_output_embeddings()
+    layer.register_forward_hook(lambda layer, inputs, output: output * 1.2)
+    with pytest.raises(ValueError, match="whose logits are not its hidden states times"):
+        models.output_head(model)
+
+
+def test_verification_needs_no_eval_mode_and_leaves_no_hook() -> None:
+    model = model_of("GPT2").train()
+    assert model.config.resid_pdrop > 0
+    models.output_head(model)
+    assert model.training and not model.base_model._forward_hooks
+
+
+def lora(model: nn.Module, **options) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
+    return peft.get_peft_model(model, config)
+
+
+def test_adapters_inside_the_layers() -> None:
+    model, (ids, mask) = lora(model_of("Llama")), batch()
+    head = models.output_head(model)
+    assert not head.weight.requires_grad
+    wanted = own_logps(model, ids, mask)
+    torch.testing.assert_close(our_logps(model, ids, mask), wanted, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        reference = own_logps(model, ids, mask)
+        torch.testing.assert_close(our_logps(model, ids, mask), reference, rtol=1e-5, atol=1e-5)
+    assert (wanted - reference).abs().max() > 1e-3
+
+
+def test_a_head_that_is_trained_beside_adapters_is_the_active_copy() -> None:
+    model, (ids, mask) = lora(model_of("Llama", tie_word_embeddings=False), modules_to_save=["lm_head"]), batch()
+    original = models.inner_model(model).lm_head.original_module.weight
+    trained = models.read_head(model).weight
+    assert trained.requires_grad and trained is not original
+    with torch.no_grad():
+        trained.add_(torch.randn_like(trained))
+    models.output_head(model)
+    torch.testing.assert_close(our_logps(model, ids, mask), own_logps(model, ids, mask), rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        assert models.read_head(model).weight is original
+        torch.testing.assert_close(our_logps(model, ids, mask), own_logps(model, ids, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_on_the_head_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(model_of("Llama", tie_word_embeddings=False), config)
+    for function in (models.output_head, models.read_head):
+        with pytest.raises(ValueError, match="model: got an adapter on the output head"):
+            function(model)
+
+
+def test_prompt_learning_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="model: got prompt learning"):
+        models.output_head(peft.get_peft_model(model_of("Llama"), config))
+
+
+def test_models_of_another_kind_are_refused() -> None:
+    config = transformers.LlamaConfig(**SMALL)
+    with pytest.raises(ValueError, match="got LlamaModel, which has no output embeddings"):
+        models.output_head(transformers.LlamaModel(config))
+    ids, mask = batch()
+    with pytest.raises(ValueError, match="got LlamaModel, want a transformers causal language model"):
+        models.hidden_states(transformers.LlamaModel(config), ids, mask)
+    small = transformers.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="got T5ForConditionalGeneration, want a transformers causal language model"):
+        models.hidden_states(transformers.T5ForConditionalGeneration(small), ids, mask)
