@@ -167,7 +167,9 @@ def by_varlen(
 
 def _can_varlen(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> bool:
     found = _varlen() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
-    if found is None or softcap is not None or dropout or query.shape[-1] > 256:
+    if found is None or softcap is not None or dropout or query.shape[-1] > 256 or query.shape[-1] % 8:
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
         return False
     return window is None or "window_size" in found[1]
 
@@ -185,6 +187,9 @@ def attention(
     unknown = [name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
     if unknown or attention_mask is not None:
         raise ValueError(f"{', '.join(unknown) or 'attention_mask'}: got one in packed attention, want none")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave fp32 queries and keys beside half values
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if _can_varlen(query, sliding_window, softcap, dropout):
         out = by_varlen(query, key, value, fastpref_segments, scaling, sliding_window)
     else:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from fastpref import models
+from fastpref import models, trainers
 from fastpref.data.pairs import sample_pairs
 
 QUIET = {
@@ -52,3 +52,31 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+METHODS = {
+    "dpo": (trainers.DPOTrainer, trainers.DPOConfig, {}),
+    "ipo": (trainers.IPOTrainer, trainers.IPOConfig, {}),
+    "kto": (trainers.KTOTrainer, trainers.KTOConfig, {}),
+    "orpo": (trainers.ORPOTrainer, trainers.ORPOConfig, {}),
+    "cpo": (trainers.CPOTrainer, trainers.CPOConfig, {}),
+    "simpo": (trainers.SimPOTrainer, trainers.SimPOConfig, {}),
+    "tr-dpo": (trainers.DPOTrainer, trainers.DPOConfig, {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+    "mpo": (trainers.DPOTrainer, trainers.DPOConfig, {"loss_type": ["sigmoid", "sft"]}),
+}
+
+
+def data_of(method: str) -> Dataset:
+    return responses() if method == "kto" else pairs()
+
+
+def run(method: str, tmp_path, dataset=None, peft_config=None, **options):
+    trainer_class, config_class, more = METHODS[method]
+    model, tokenizer = tiny()
+    torch.manual_seed(0)  # of new adapters
+    extra = {} if peft_config is None else {"peft_config": peft_config}
+    trainer = trainer_class(
+        model=model, args=config(config_class, tmp_path, **more, **options), train_dataset=dataset or data_of(method),
+        processing_class=tokenizer, **extra,
+    )  # fmt: skip
+    return trainer, train(trainer)

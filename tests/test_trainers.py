@@ -1,61 +1,28 @@
 """What the trainers promise beside TRL's losses: batches in any shape, resuming, cached references, adapters."""
 
+import traceback
+
 import pytest
 import torch
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref.trainers import (
-    CPOConfig,
-    CPOTrainer,
     DPOConfig,
     DPOTrainer,
-    IPOConfig,
-    IPOTrainer,
     KTOConfig,
     KTOTrainer,
-    ORPOConfig,
-    ORPOTrainer,
     PRMConfig,
     PRMTrainer,
     RewardConfig,
     RewardTrainer,
-    SimPOConfig,
-    SimPOTrainer,
 )
-from tests.support_trainers import config, furthest, pairs, responses, tiny, train, weights
-
-METHODS = {
-    "dpo": (DPOTrainer, DPOConfig, {}),
-    "ipo": (IPOTrainer, IPOConfig, {}),
-    "kto": (KTOTrainer, KTOConfig, {}),
-    "orpo": (ORPOTrainer, ORPOConfig, {}),
-    "cpo": (CPOTrainer, CPOConfig, {}),
-    "simpo": (SimPOTrainer, SimPOConfig, {}),
-    "tr-dpo": (DPOTrainer, DPOConfig, {"sync_ref_model": True, "ref_model_sync_steps": 2}),
-    "mpo": (DPOTrainer, DPOConfig, {"loss_type": ["sigmoid", "sft"]}),
-}
+from tests.support_trainers import METHODS, config, data_of, furthest, pairs, responses, run, tiny, train, weights
 
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def data_of(method: str) -> Dataset:
-    return responses() if method == "kto" else pairs()
-
-
-def run(method: str, tmp_path, dataset=None, peft_config=None, **options):
-    trainer_class, config_class, more = METHODS[method]
-    model, tokenizer = tiny()
-    torch.manual_seed(0)  # of new adapters
-    extra = {} if peft_config is None else {"peft_config": peft_config}
-    trainer = trainer_class(
-        model=model, args=config(config_class, tmp_path, **more, **options), train_dataset=dataset or data_of(method),
-        processing_class=tokenizer, **extra,
-    )  # fmt: skip
-    return trainer, train(trainer)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "cpo", "mpo"])
@@ -128,121 +95,6 @@ def test_a_truncated_checkpoint_is_never_used(tmp_path):
         train(trainer, resume_from_checkpoint=str(folder))
 
 
-class TestReference:
-    def count(self, monkeypatch) -> list[int]:
-        calls: list[int] = []
-        original = DPOTrainer._reference_of
-
-        def counted(self, model, examples):
-            calls.append(len(examples))
-            return original(self, model, examples)
-
-        monkeypatch.setattr(DPOTrainer, "_reference_of", counted)
-        return calls
-
-    def test_a_second_run_does_no_reference_forward(self, tmp_path, monkeypatch):
-        calls = self.count(monkeypatch)
-        _, first = run("dpo", tmp_path, max_steps=4)
-        assert sum(calls) == 16
-        _, second = run("dpo", tmp_path, max_steps=4)
-        assert sum(calls) == 16
-        assert [e["loss"] for e in first] == [e["loss"] for e in second]
-
-    @pytest.mark.parametrize("change", [{"max_length": 80}, {"ld_alpha": 0.5}, {"model": 1}, {"data": 15}])
-    def test_another_job_has_another_cache(self, tmp_path, monkeypatch, change):
-        calls = self.count(monkeypatch)
-        run("dpo", tmp_path, max_steps=4)
-        model, tokenizer = tiny(change.pop("model", 0))
-        dataset = pairs(change.pop("data", 16))
-        args = config(DPOConfig, tmp_path, max_steps=4, **change)
-        DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
-        assert sum(calls) > 16
-
-    def test_an_online_reference_gives_the_same_losses(self, tmp_path):
-        _, cached = run("dpo", tmp_path)
-        _, online = run("dpo", tmp_path, precompute_ref_log_probs=False)
-        assert [e["loss"] for e in online] == pytest.approx([e["loss"] for e in cached], abs=2e-6)
-
-    def test_an_explicit_reference_is_used(self, tmp_path):
-        model, tokenizer = tiny()
-        args = config(DPOConfig, tmp_path, max_steps=1)
-        losses = []
-        for reference in (None, tiny(5)[0]):
-            trainer = DPOTrainer(tiny()[0], reference, args=args, train_dataset=pairs(), processing_class=tokenizer)
-            losses.append(train(trainer)[0]["loss"])
-        assert losses[0] == pytest.approx(0.693147, abs=1e-5)  # policy and reference are the same
-        assert abs(losses[1] - losses[0]) > 1e-5
-        with pytest.raises(ValueError, match="ref_model: got the policy itself"):
-            DPOTrainer(model, model, args=args, train_dataset=pairs(), processing_class=tokenizer)
-
-    def test_tr_dpo_moves_the_reference(self, tmp_path):
-        model, tokenizer = tiny()
-        args = config(
-            DPOConfig, tmp_path, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25, max_steps=3
-        )
-        trainer = DPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer)
-        name = "model.layers.0.mlp.up_proj.weight"
-        before = model.get_parameter(name).detach().clone()
-        steps = []
-
-        class Watch(type(trainer.callback_handler.callbacks[0])):
-            def on_step_end(self, args, state, control, **kwargs):
-                steps.append(model.get_parameter(name).detach().clone())
-
-        trainer.callback_handler.callbacks.insert(0, Watch())
-        train(trainer)
-        wanted = 0.25 * steps[1] + 0.75 * before
-        torch.testing.assert_close(trainer.reference.own.get_parameter(name), wanted)
-
-    def test_a_damaged_cache_is_computed_again(self, tmp_path):
-        _, first = run("dpo", tmp_path, reference_cache=str(tmp_path / "refs"), max_steps=4)
-        (shard,) = (tmp_path / "refs").rglob("*.safetensors")
-        shard.write_bytes(shard.read_bytes()[:-5])
-        with pytest.warns(UserWarning, match="damaged"):
-            trainer_class, config_class, _ = METHODS["dpo"]
-            model, tokenizer = tiny()
-            args = config(config_class, tmp_path, reference_cache=str(tmp_path / "refs"), max_steps=4)
-            trainer = trainer_class(model, args=args, train_dataset=pairs(), processing_class=tokenizer)
-        assert [e["loss"] for e in train(trainer)] == [e["loss"] for e in first]
-
-
-class TestPeft:
-    def lora(self, **options):
-        peft = pytest.importorskip("peft")
-        return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
-
-    @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_the_reference_is_the_model_without_adapters(self, tmp_path, checkpointing):
-        options = {"peft_config": self.lora(), "gradient_checkpointing": checkpointing, "max_steps": 4}
-        cached, log = run("dpo", tmp_path, **options)
-        online, online_log = run("dpo", tmp_path, precompute_ref_log_probs=False, **options)
-        assert online.reference.own is None
-        assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-        assert [e["loss"] for e in online_log] == pytest.approx([e["loss"] for e in log], abs=2e-6)
-        assert all("lora" in name for name in weights(cached))
-
-    def test_a_trained_head_is_trained(self, tmp_path):
-        trainer, log = run("dpo", tmp_path, peft_config=self.lora(modules_to_save=["lm_head"]))
-        head = trainer.model.base_model.model.lm_head
-        assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-        assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
-
-    def test_an_adapter_on_the_head_is_refused(self, tmp_path):
-        peft = pytest.importorskip("peft")
-        with pytest.raises(ValueError, match="adapter on the output head"):
-            run("dpo", tmp_path, peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
-
-    def test_an_adapter_from_before_is_the_reference(self, tmp_path):
-        peft = pytest.importorskip("peft")
-        model, tokenizer = tiny()
-        model = peft.get_peft_model(model, self.lora(init_lora_weights=False))
-        args = config(DPOConfig, tmp_path)
-        trainer = DPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer)
-        log = train(trainer)
-        assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # not the model without adapters
-        assert log[-1]["loss"] != pytest.approx(0.693147, abs=1e-6)
-
-
 def steps_data() -> Dataset:
     rows = [
         {
@@ -297,31 +149,35 @@ class TestHeads:
             RewardTrainer(model, args=config(RewardConfig, tmp_path), train_dataset=pairs(), processing_class=tokenizer)
 
 
-class CountReads(TorchDispatchMode):
-    """Reads of a value on the host."""
+class HostSyncs(TorchDispatchMode):
+    """Operators that make the host wait for an accelerator, by the file that called them."""
+
+    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.lift_fresh")
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.callers: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            import traceback
-
-            self.found.append("".join(traceback.format_stack(limit=8)))
+        if str(func).startswith(self.WAITING):
+            frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
+            self.callers.append(f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}")
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("options", [{}, {"token_budget": 150}, {"precompute_ref_log_probs": False}])
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
-def test_metrics_are_read_once_when_they_are_logged(method, tmp_path):
-    trainer, _ = run(method, tmp_path, max_steps=1)
-    with CountReads() as reads:
-        for value in trainer._sums["train"]._sums.values():
-            assert value.shape == (2,)
-        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        trainer.training_step(trainer.model, batch)
-    ours = [stack for stack in reads.found if "fastpref/trainers" in stack.split("File ")[-2]]
-    assert not ours
+def test_a_step_of_the_trainers_own_code_waits_for_nothing(method, options, tmp_path):
+    if method == "orpo":
+        options = {name: value for name, value in options.items() if name == "token_budget"}
+    trainer, _ = run(method, tmp_path, max_steps=1, statistics="every", **options)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with HostSyncs() as syncs:
+        trainer.training_step(trainer.model, batch, trainer._items([batch]))
+    assert not [caller for caller in syncs.callers if "/fastpref/trainers/" in caller]
+    with HostSyncs() as syncs:  # and if it did wait, it would be seen
+        exec(compile("torch.ones(()).item()", "/somewhere/fastpref/trainers/base.py", "exec"))
+    assert [caller for caller in syncs.callers if "/fastpref/trainers/" in caller]
 
 
 class TestBadInput:
@@ -402,6 +258,22 @@ def test_evaluation_is_the_mean_over_examples(tmp_path):
         results.append(trainer.evaluate())
     for key in ("eval_loss", "eval_rewards/margins", "eval_entropy", "eval_logps/chosen"):
         assert [r[key] for r in results] == pytest.approx([results[0][key]] * 3, rel=1e-5), key
+
+
+def test_evaluating_other_data_by_name_is_evaluating_each(tmp_path):
+    """Each of them was prepared twice, and KTO's z0 was that of other completions."""
+    trainer, _ = run("kto", tmp_path, max_steps=1, max_length=90)
+    other = responses(8)
+    found = trainer.evaluate({"x": other})
+    model, tokenizer = tiny()
+    args = config(KTOConfig, tmp_path, max_steps=1, max_length=90)
+    given = KTOTrainer(
+        model, args=args, train_dataset=responses(), eval_dataset={"x": other}, processing_class=tokenizer
+    )
+    train(given)
+    wanted = given.evaluate()
+    for key in ("eval_x_loss", "eval_x_kl", "eval_x_rewards/chosen"):
+        assert found[key] == pytest.approx(wanted[key], abs=1e-5)
 
 
 def test_length_grouped_batches_are_reproducible(tmp_path):

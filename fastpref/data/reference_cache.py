@@ -7,7 +7,6 @@ name and renamed when complete, with a checksum of its own. What is missing or d
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 SHARD = 512  # examples
-VERSION = "1"  # of what is computed: raise it when the same fingerprint would mean other numbers
+VERSION = "2"  # of what is computed: raise it when the same fingerprint would mean other numbers
 
 
 class Fingerprint:
@@ -98,13 +97,12 @@ class ReferenceCache:
 
         values = values.detach().cpu().contiguous()
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        os.close(handle)
+        temporary = self.folder / f"{shard:06d}.{os.getpid()}.part"
         try:
             save_file({"values": values}, temporary, metadata=self._metadata(values))
             os.replace(temporary, self._path(shard))
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def load(self) -> Tensor:
         """All values `[examples, columns]`."""

@@ -26,10 +26,11 @@ class Items(NamedTuple):
     examples: float | Tensor
     tokens: float | Tensor  # scored in chosen responses: the denominator of an NLL term
 
-    def tokens_of(self, examples: int) -> float | Tensor:
-        """As many tokens as so many examples have on average. Weighted by its share of the examples, a sum divided by
-        these is weighted by its share of the tokens."""
-        return self.tokens * (examples / self.examples)
+    def tokens_tensor(self, examples: int, device: torch.device) -> Tensor:
+        """As many tokens as so many examples have on average, 0-d. Weighted by its share of the examples, a sum divided
+        by these is weighted by its share of the tokens."""
+        tokens = self.tokens * (examples / self.examples)
+        return tokens if isinstance(tokens, Tensor) else torch.full((), tokens, device=device)
 
 
 class PreferenceTrainer(Trainer):
@@ -57,6 +58,8 @@ class PreferenceTrainer(Trainer):
             if options.pop(name, None) is not None:
                 raise unsupported(name, "one", "there are no logits, and batches are packed; want None")
         refuse_router_loss(model, args)
+        if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
+            raise unsupported("device_map", "several devices", "want the whole model on one, or FSDP")
         if args.disable_dropout:
             disable_dropout(model)
         dispatch: Any = args.accelerator_config
@@ -72,6 +75,8 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this in place of loss_is_scaled_for_ga
         if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
+        if args.token_budget is not None and self.is_deepspeed_enabled:
+            raise unsupported("token_budget", args.token_budget, "DeepSpeed would take a step for every part")
         if args.n_gpu > 1:
             raise unsupported("nn.DataParallel", f"{args.n_gpu} GPUs in one process", "launch with torchrun")
         collator.pad_token_id = processing_class.pad_token_id
@@ -99,9 +104,19 @@ class PreferenceTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):
         """As `Trainer.evaluate`; a dataset given here is prepared as those given to the constructor."""
+        if isinstance(eval_dataset, Mapping) and not self._is_prepared(eval_dataset):
+            found: dict[str, float] = {}
+            for name, dataset in eval_dataset.items():
+                found |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
         if eval_dataset is not None and not isinstance(eval_dataset, str) and not self._is_prepared(eval_dataset):
             eval_dataset = self.ready_for_evaluation(self._prepared(eval_dataset, self.args, metric_key_prefix))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test"):
+        """Metrics only: there are no logits to return."""
+        dataset = self.ready_for_evaluation(self._prepared(test_dataset, self.args, metric_key_prefix))
+        return super().predict(dataset, ignore_keys, metric_key_prefix)
 
     def _is_prepared(self, dataset: Any) -> bool:
         own = [self.eval_dataset, self.train_dataset]
@@ -121,8 +136,8 @@ class PreferenceTrainer(Trainer):
         """DDP averages gradients over ranks, whose batches may hold more or less: no host sync."""
         if self.args.world_size == 1 or not self.args.average_tokens_across_devices:
             return items
-        numbers = torch.tensor(items, dtype=torch.float32, device=self.args.device)
-        return Items(*self.accelerator.reduce(numbers, "mean").unbind())
+        numbers = [torch.full((), float(n), device=self.args.device) for n in items]  # a kernel each, and no copy
+        return Items(*self.accelerator.reduce(torch.stack(numbers), "mean").unbind())
 
     def _items(self, batches: Sequence[Mapping[str, Any]]) -> Items:
         parts = [part for batch in batches for part in batch["parts"]]

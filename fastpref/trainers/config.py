@@ -43,7 +43,7 @@ class PreferenceConfig(TrainingArguments):
     max_length: int | None = option(1024, "Tokens in a sequence; longer ones are cut at the end (None: never).")
     truncation_mode: str = option("keep_start", "Only 'keep_start'.")
     padding_free: bool = option(True, "Kept for TRL's scripts: batches have no padding (see layout).")
-    pad_to_multiple_of: int | str | None = option("auto", "Kept for TRL's scripts; used by the padded layout only.")
+    pad_to_multiple_of: int | str | None = option("auto", "Kept for TRL's scripts: masked padding has no effect.")
     pad_token: str | None = option(None, "Used for padding, instead of the tokenizer's.")
     activation_offloading: bool = option(False, "Keep activations in CPU memory between forward and backward.")
     layout: str = option(
@@ -197,7 +197,7 @@ class ORPOConfig(ReferenceFreeConfig):
     """TRL 1.16's `ORPOConfig`."""
 
     beta: float = option(0.1, "Weight of the odds-ratio term.")
-    padding_value: int | None = option(None, "Kept for TRL's scripts; used by the padded layout only.")
+    padding_value: int | None = option(None, "Kept for TRL's scripts: masked padding has no effect.")
 
 
 @dataclass

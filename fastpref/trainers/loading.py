@@ -71,6 +71,11 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
         raise unsupported("peft_config", "prompt learning", "want adapters inside the layers, such as LoRA")
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        # bf16 adapters, as in QLoRA (arXiv 2305.14314, section 3); DoRA's magnitudes would not move in bf16 (TRL #7268)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 

@@ -56,7 +56,7 @@ class PairTraining(PolicyTrainer):
         """A part's loss is weighted by its share of the update's examples; its NLL must be by its share of tokens."""
         if isinstance(items.examples, int) and part["examples"] == items.examples:
             return None
-        return torch.as_tensor(items.tokens_of(part["examples"]), dtype=torch.float32, device=self.args.device)
+        return items.tokens_tensor(part["examples"], self.args.device)
 
     def add_pair_metrics(self, out: PreferenceOutput) -> None:
         for name in ("chosen", "rejected"):

@@ -81,11 +81,12 @@ class ReferencedTrainer(PolicyTrainer):
             model, args, collator, train_dataset, eval_dataset, processing_class, peft_config=peft_config, **options
         )
         policy = self.accelerator.unwrap_model(self.model)
-        if args.sync_ref_model and is_peft(policy) and ref_model is None:
-            raise ValueError("sync_ref_model: got True with adapters and no ref_model, want a reference of its own")
+        if args.sync_ref_model and is_peft(policy):
+            raise ValueError("sync_ref_model: got True with adapters, want False: a reference has other parameters")
         self.precomputes = self._precomputes()
         if ref_model is not None:
-            ready_reference(ref_model, collator.ours, args.disable_dropout)
+            ref_model = self._loaded_reference(ref_model)
+            ready_reference(ref_model, collator, args.disable_dropout)
         self.reference = Reference.of(
             policy, ref_model, fresh_adapters=peft_config is not None, keep_copy=not self.precomputes
         )
@@ -96,6 +97,15 @@ class ReferencedTrainer(PolicyTrainer):
         if self.precomputes:
             self.train_dataset = self.with_reference(self.train_dataset, "train")
             self.eval_dataset = self.with_reference(self.eval_dataset, "eval")
+
+    def _loaded_reference(self, ref_model: Any) -> Any:
+        if isinstance(ref_model, str):
+            from transformers import AutoModelForCausalLM
+
+            return loading.load_model(ref_model, self.args, AutoModelForCausalLM).to(self.args.device)
+        if not isinstance(ref_model, torch.nn.Module):
+            raise TypeError(f"ref_model: got {type(ref_model).__name__}, want a model, its name, or None")
+        return ref_model
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A reference that moves is part of what a run resumes from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fastpref import attention, models
+from fastpref import models
+from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import Fingerprint, ReferenceCache
 from fastpref.models import inner_model
+from fastpref.trainers.forward import choose_layout
 from fastpref.trainers.loading import disable_dropout, is_peft
 
 COPY = "ref"  # the adapter that keeps what a PeftModel's own adapter was before training
@@ -82,14 +85,13 @@ def _adapter(policy: Any) -> Iterator[None]:
         policy.set_adapter(active)
 
 
-def ready_reference(model: Any, ours: bool, disable: bool) -> Any:
-    """An explicit reference model, made to run the policy's batches."""
+def ready_reference(model: Any, collator: PackedCollator, disable: bool) -> None:
+    """An explicit reference model, tried on the policy's batches; where it cannot run them, both get padded ones."""
     if disable:
         disable_dropout(model)
-    if ours:
-        attention.enable(inner_model(model))
+    if choose_layout(model, collator.layout) != (collator.layout, collator.ours):
+        collator.layout, collator.ours = "padded", False
     models.output_head(inner_model(model))
-    return model
 
 
 class SyncReference(TrainerCallback):
@@ -111,8 +113,13 @@ def fingerprint(reference: Reference, dataset: Any, columns: Sequence[str], sett
     """Of all that a reference's log-probs depend on: its weights and config, the token ids (and so the tokenizer, the
     template, the data and its truncation), and `settings`."""
     found = Fingerprint().weights(reference.weights())
-    config = inner_model(reference.own or reference.policy).config.to_dict()
-    found.text(*sorted((k, v) for k, v in config.items() if isinstance(v, (int, float, str, bool)) and k[0] != "_"))
+    model = reference.own or reference.policy
+    config = inner_model(model).config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    found.text(json.dumps(config, sort_keys=True, default=str))
+    if is_peft(model) and COPY in model.peft_config:
+        found.text(json.dumps(model.peft_config[COPY].to_dict(), sort_keys=True, default=str))
     return found.text(*settings, *columns).rows(dataset.select_columns(list(columns)), columns).hexdigest()
 
 
@@ -121,7 +128,9 @@ def fill_cache(
     rank: int, world: int, progress: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Compute what is missing; the ranks share the shards. `compute(examples)` gives `[len(examples), columns]`."""
-    for shard, rows in list(cache.missing())[rank::world]:
+    for shard, rows in cache.missing():
+        if shard % world != rank:  # by its number: another rank may write while this one looks
+            continue
         examples = dataset.select(rows).to_list()
         lengths = [e["length"] for e in examples]
         order = sorted(range(len(examples)), key=lengths.__getitem__, reverse=True)  # the largest batch comes first

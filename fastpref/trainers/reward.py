@@ -161,5 +161,5 @@ class PRMTrainer(_HeadTrainer):
         self.metrics.add("accuracy", out.accuracies.sum(), float(steps))
         self.count_tokens(part)
         # the mean is over steps, and a part is weighted by its share of examples
-        tokens = torch.as_tensor(items.tokens_of(part["examples"]), dtype=torch.float32, device=hidden.device)
+        tokens = items.tokens_tensor(part["examples"], hidden.device)
         return out.loss * (steps / tokens.clamp(min=1e-9))
