@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # Everything that wants a CUDA device, from a checkout that need not be installed:
 #
-#   bash benchmarks/gpu.sh OUTDIR [all|validate|suites|experiments|tests]
+#   bash benchmarks/gpu.sh OUTDIR [all|validate|suites|experiments|tests|trainers]
 #
 # validate     every operator against fp64
 # suites       every benchmark suite at full size
 # experiments  benchmarks/experiments.py
 # tests        the numerics tests on the device (not part of all)
+# trainers     DPO training end to end beside TRL, two model sizes (not part of all; wants transformers, datasets, trl)
 #
 # Records (JSON), logs and report/report.html go to OUTDIR; all of it takes at most 9 minutes. A suite starts no case
 # that would not end in its time. A failed step does not stop the others; the exit status is 1 if any failed, 2 if
 # there is no CUDA device. REHEARSE=1 runs the same steps on the CPU with small sizes: it shows that they run.
 set -uo pipefail
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; }
-case "${2:-all}" in all | validate | suites | experiments | tests) part=${2:-all} ;; *) usage >&2; exit 64 ;; esac
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0"; }
+case "${2:-all}" in all | validate | suites | experiments | tests | trainers) part=${2:-all} ;; *) usage >&2; exit 64 ;; esac
 [ $# -ge 1 ] && [ $# -le 2 ] || { usage >&2; exit 64; }
 
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -47,7 +48,7 @@ step() {
     esac
     [ "$status" = 0 ] || failed=1
 }
-wants() { [ "$part" = "$1" ] || { [ "$part" = all ] && [ "$1" != tests ]; }; }
+wants() { [ "$part" = "$1" ] || { [ "$part" = all ] && [ "$1" != tests ] && [ "$1" != trainers ]; }; }
 
 # the limits of `all` add up to 540 s
 if wants validate; then
@@ -66,6 +67,16 @@ fi
 if wants tests; then
     step tests 480 "$python" -m pytest tests -q -p no:cacheprovider --maxfail=20 \
         --ignore=tests/test_benchmarks.py --ignore=tests/test_packaging.py --ignore=tests/test_aot.py
+fi
+if wants trainers; then
+    if [ "${REHEARSE:-0}" = 1 ]; then
+        step trainers-tiny 240 "$python" -m benchmarks.trainers --model tiny --steps 3 --max-length 128 --json "$out"
+    else
+        for model in llama-1b qwen-0.5b; do
+            step "trainers-$model" 280 "$python" -m benchmarks.trainers --device cuda --model "$model" --steps 12 \
+                --batch-size 8 --max-length 1024 --json "$out"
+        done
+    fi
 fi
 if wants suites; then
     step report 15 "$python" -m benchmarks.report "$out" --out "$out/report"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import fastpref
+from benchmarks import record, trainers
 from fastpref.losses import DPO_LOSS_TYPES
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -30,6 +31,15 @@ def test_every_objective_has_its_paper():
     assert len(objectives) >= 10
     for name in objectives + [f'"{loss}"' for loss in DPO_LOSS_TYPES]:
         assert name in papers, name
+
+
+def test_training_table_is_its_record():
+    name = re.search(r"`(benchmarks/results/[^`]+-trainers-[^`]+\.json)`", README)[1]
+    found = record.read(Path(__file__).parent.parent / name)
+    rows = [line for line in trainers.table(found).splitlines() if line.startswith("|")]
+    assert len(rows) == 6
+    for row in rows:
+        assert row in README, row
 
 
 def test_measured_table_is_the_record():

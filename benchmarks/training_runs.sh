@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Trains SmolLM2-135M-Instruct with five methods on the sample pairs that fastpref ships, one after the other:
+#
+#   bash benchmarks/training_runs.sh [OUTDIR]
+#
+# and leaves training.json and summary.png of each in OUTDIR/METHOD (default: benchmarks/results/training). Some 10
+# minutes on 2 CPU cores; the models go to build/training.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-benchmarks/results/training}
+common=(--model smollm2 --num_train_epochs 1 --max_length 512 --gradient_checkpointing False --save_strategy no)
+
+run() {
+    local method=$1
+    shift
+    fastpref train "$method" "${common[@]}" --output_dir "build/training/$method" "$@"
+    mkdir -p "$out/$method"
+    cp "build/training/$method/"{training.json,summary.png} "$out/$method/"
+    rm -rf "build/training/$method"
+}
+
+run reward --learning_rate 3e-5 --per_device_train_batch_size 4
+run dpo --learning_rate 2e-5 --per_device_train_batch_size 4
+run kto --learning_rate 2e-5 --per_device_train_batch_size 8
+run simpo --learning_rate 1e-5 --per_device_train_batch_size 4
+run orpo --learning_rate 2e-5 --per_device_train_batch_size 4
