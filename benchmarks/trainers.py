@@ -90,7 +90,7 @@ def child(args: argparse.Namespace) -> None:
         dataset = paired(load_records(args.data))
     wanted = args.steps * args.batch_size
     dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
-    dataset = dataset.select([i % len(dataset) for i in range(wanted + wanted // 2 + 8)])
+    dataset = dataset.select([i % len(dataset) for i in range(wanted + wanted // 2 + 2)])
 
     class Clock(TrainerCallback):
         begun: ClassVar[list[float]] = []

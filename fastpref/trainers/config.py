@@ -56,7 +56,7 @@ class PreferenceConfig(TrainingArguments):
         None, "Most tokens of one forward and backward. A batch that has more is run in parts, with the same result."
     )
     keep_freed_memory: bool = option(
-        True, "On a CPU: tell glibc to keep freed memory for this process (about 10 % faster steps than fresh pages)."
+        True, "On a CPU: tell glibc to keep freed memory for this process (steps were 2 to 9 % faster on 2 cores)."
     )
     statistics: str = option(
         "logging",
