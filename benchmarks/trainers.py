@@ -71,6 +71,7 @@ def child(args: argparse.Namespace) -> None:
     from fastpref.data.files import load_records
     from fastpref.data.formats import paired
     from fastpref.data.pairs import sample_pairs
+    from fastpref.memory import peak_bytes
 
     on_gpu = args.device == "cuda"
     if args.library == "trl":
@@ -119,17 +120,11 @@ def child(args: argparse.Namespace) -> None:
     trainer = DPOTrainer(args.model, None, config, None, dataset, processing_class=tokenizer, callbacks=[Clock()])
     ready = time.perf_counter()
     result = trainer.train()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _max_rss()
+    peak = peak_bytes(torch.device(args.device))
     print("RESULT " + json.dumps({
         "seconds": [b - a for a, b in zip(Clock.begun, Clock.ended, strict=True)][1:],  # the first one warms up
         "setup_seconds": ready - begin, "peak_bytes": peak, "loss": result.training_loss,
     }), flush=True)  # fmt: skip
-
-
-def _max_rss() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run_child(args: argparse.Namespace, library: str, precompute: bool, model: Path, scratch: str) -> dict[str, Any]:

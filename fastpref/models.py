@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -38,9 +39,13 @@ class Head(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def is_peft(model: Any) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
 def inner_model(model: Any) -> Any:
     """The transformers model itself, adapters of PEFT inside its layers."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return model.get_base_model() if is_peft(model) else model
 
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
@@ -107,8 +112,21 @@ def _has_adapter(layer: nn.Module) -> bool:
     return isinstance(layer, BaseTunerLayer)
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # a DTensor, imported in 1 s
+def _whole(parameter: Any) -> Tensor:
+    if hasattr(parameter, "ds_id"):  # DeepSpeed's stage 3 frees it again when the forward of its module is over
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.clone()
+    if not hasattr(parameter, "full_tensor"):  # a DTensor, imported in 1 s
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    # every rank has the gradient of its own data: what goes back to the shards is the mean over the ranks, as in FSDP
+    whole = parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / parameter.device_mesh.size())
+    return whole
 
 
 def _logit_transform(model: Any) -> tuple[float, float | None]:
@@ -150,24 +168,32 @@ def output_head(model: Any) -> Head:
     return head
 
 
-def run_inside(wrapped: nn.Module, model: nn.Module, function: Callable[[], Any]) -> Any:
-    """`function()` as if it were the forward of `model`, so that the hooks of what wraps it run around all of it.
+def unwrapped(model: Any) -> Any:
+    """The model itself, without DDP, FSDP or DeepSpeed around it."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
 
-    Accelerate's autocast is part of the forward that this replaces: enter `accelerator.autocast()` in the function.
-    """
-    own = model.__dict__.get("forward")
+
+def run_inside(wrapped: nn.Module, accelerator: Any, function: Callable[[Any], Any]) -> Any:
+    """`function(bare model)` as if it were the model's forward, so that the hooks of what wraps it (DDP, FSDP,
+    DeepSpeed) run around all of it; under Accelerate's autocast, which is part of the forward that this replaces.
+    Without an accelerator (None), under nothing but those hooks."""
+    bare = unwrapped(wrapped) if accelerator is None else accelerator.unwrap_model(wrapped)
+    own = bare.__dict__.get("forward")
 
     def restore() -> None:
         if own is None:
-            model.__dict__.pop("forward", None)
+            bare.__dict__.pop("forward", None)
         else:
-            model.forward = own
+            bare.forward = own
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         restore()
-        return function()
+        with contextlib.nullcontext() if accelerator is None else accelerator.autocast():
+            return function(bare)
 
-    model.forward = forward
+    bare.forward = forward
     try:
         return wrapped()
     finally:

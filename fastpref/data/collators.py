@@ -44,6 +44,8 @@ class PackedCollator:
         return self.pack(groups) | self.extras(examples) | {"examples": len(examples), "tokens": tokens}
 
     def split(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        if self.token_budget is None:
+            return [examples]
         ranges = split_by_tokens(self.groups(examples), self.layout, self.token_budget)
         return [examples[r.start : r.stop] for r in ranges]
 

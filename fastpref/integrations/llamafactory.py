@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fastpref import models
-from fastpref.integrations.trl_forwards import IGNORE, inside, mean_logit, token_logps
+from fastpref.integrations.trl_forwards import IGNORE, mean_logit, token_logps
 
 AVERAGED = ("ipo", "orpo", "simpo")
 
@@ -33,7 +33,7 @@ def concatenated_forward(
         means = [mean_logit(side, head) for side in (hidden[:pairs], hidden[pairs:])]
         return token_logps(hidden[:, :-1], head, labels), *means
 
-    logps, chosen_logit, rejected_logit = inside(self, model, forward)
+    logps, chosen_logit, rejected_logit = models.run_inside(model, self.accelerator, forward)
     mask = labels != IGNORE
     lengths = mask.sum(1)
     ld_alpha = None if is_ref_model else getattr(self, "ld_alpha", None)

@@ -46,24 +46,11 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in LOSS_INPUTS and name not in LABELS}
 
 
-def _inside(model: Any, accelerator: Any, function: Any) -> Any:
-    """`function(bare model)` where wrappers want it, and under Accelerate's autocast."""
-    if accelerator is None:
-        return function(model)
-    bare = accelerator.unwrap_model(model)
-
-    def forward() -> Any:
-        with accelerator.autocast():
-            return function(bare)
-
-    return models.run_inside(model, bare, forward)
-
-
 def batch_loss(loss_fn: Any, model: nn.Module, batch: Mapping[str, Any], accelerator: Any = None) -> Any:
     """`loss_fn.from_hidden` of a batch: the model's own head does not run, and there are no logits.
 
-    With an `accelerate.Accelerator`, `model` is what its `prepare` returned: DDP, FSDP and DeepSpeed reduce the
-    gradients as they do around the model's own forward. Without one, `model` is the model itself.
+    `model` is a model, or what DDP, `fully_shard` or DeepSpeed made of it: they gather weights and reduce gradients as
+    they do around the model's own forward. With an `accelerate.Accelerator`, it is what its `prepare` returned.
     """
 
     def forward(bare: Any) -> Any:
@@ -72,7 +59,7 @@ def batch_loss(loss_fn: Any, model: nn.Module, batch: Mapping[str, Any], acceler
         labels = shifted_labels(batch)
         return loss_fn.from_hidden(hidden, head.weight, labels, bias=head.bias, **given, **head.options())
 
-    return _inside(model, accelerator, forward)
+    return models.run_inside(model, accelerator, forward)
 
 
 @torch.no_grad()
@@ -86,7 +73,7 @@ def reference_logps(model: Any, batch: Mapping[str, Any], accelerator: Any = Non
             logps = linear_token_logprobs(hidden, head.weight, labels, head.bias, **head.options())
         return sequence_logprobs(logps, labels)
 
-    return _inside(model, accelerator, forward)
+    return models.run_inside(model, accelerator, forward)
 
 
 class PreferenceLossMixin(Trainer):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref import models
-from fastpref.integrations.trl_forwards import IGNORE, inside
+from fastpref.integrations.trl_forwards import IGNORE
 from fastpref.linear import linear_token_statistics
 
 
@@ -58,7 +58,7 @@ def concatenated_forward(
         assert found.mean_logit is not None
         return found.logps, found.mean_logit
 
-    logps, logits = inside(self, model, forward)
+    logps, logits = models.run_inside(model, self.accelerator, forward)
     sums = logps.sum(1)
     if "ipo" in self.loss_type:
         sums = sums / mask.sum(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,17 +25,6 @@ def text_only(kwargs: Mapping[str, Any], args: tuple[Any, ...]) -> bool:
     """Is there nothing but text in what a method was called with?"""
     mappings = [x for x in (*args, *kwargs.values()) if isinstance(x, Mapping)]
     return not any("pixel" in key or "image" in key for mapping in mappings for key in mapping)
-
-
-def inside(trainer: Any, model: Any, function: Callable[[Any], Any]) -> Any:
-    """`function(bare model)` inside the forward of `model`, as wrappers want it, under the trainer's autocast."""
-    bare = trainer.accelerator.unwrap_model(model)
-
-    def forward() -> Any:
-        with trainer.accelerator.autocast():
-            return function(bare)
-
-    return models.run_inside(model, bare, forward)
 
 
 def token_logps(hidden: Tensor, head: models.Head, labels: Tensor) -> Tensor:
@@ -87,7 +76,7 @@ def _reference_free(
         means = [mean_logit(side[:, :logits_end], head) for side in (hidden[:pairs], hidden[pairs:])]
         return token_logps(hidden[:, :-1], head, scored), *means
 
-    logps, chosen_logit, rejected_logit = inside(trainer, model, forward)
+    logps, chosen_logit, rejected_logit = models.run_inside(model, trainer.accelerator, forward)
     mask = completion != IGNORE
     sums = _mean(logps, mask) if average else (logps * mask).sum(-1)
     nll_mask = scored[:pairs] != IGNORE
@@ -128,4 +117,4 @@ def online_dpo_forward(
         hidden, head = models.hidden_and_head(bare, ids, mask)
         return token_logps(hidden[:, length - 1 : -1] if length else hidden, head, completion_ids)
 
-    return inside(self, model, forward)
+    return models.run_inside(model, self.accelerator, forward)

@@ -186,13 +186,8 @@ class PreferenceTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def inside(self, model: Any, function: Callable[[], Any]) -> Any:
-        """`function()` as the forward of `model`, wrapped or not; autocast is part of what that forward would do."""
-
-        def forward() -> Any:
-            with self.accelerator.autocast():
-                return function()
-
-        return run_inside(model, self.accelerator.unwrap_model(model), forward)
+        """`function()` as the forward of `model`, wrapped or not."""
+        return run_inside(model, self.accelerator, lambda bare: function())
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         """The mean loss of a part's examples; adds to `self.metrics`. Runs inside the model's forward."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpref.models import inner_model
+from fastpref.models import inner_model, is_peft
 from fastpref.trainers.config import PreferenceConfig, unsupported
 
 
@@ -49,10 +49,6 @@ def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig) ->
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = processing_class.pad_token_id
     return processing_class
-
-
-def is_peft(model: Any) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:

@@ -14,12 +14,12 @@ from fastpref import linear_token_logprobs, linear_token_statistics, models
 from fastpref.data.collate import IGNORE_INDEX
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import ReferenceCache
-from fastpref.models import inner_model
+from fastpref.models import inner_model, is_peft
 from fastpref.trainers import loading
 from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig
-from fastpref.trainers.forward import scored_hidden
-from fastpref.trainers.loading import is_peft, load_tokenizer, wrap_peft
+from fastpref.trainers.forward import scored_hidden, to_device
+from fastpref.trainers.loading import load_tokenizer, wrap_peft
 from fastpref.trainers.reference import Reference, SyncReference, fill_cache, fingerprint, ready_reference
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint
@@ -164,24 +164,22 @@ class ReferencedTrainer(PolicyTrainer):
         return self.data_collator.part(examples)
 
     def _reference_of(self, model: Any, examples: list[dict[str, Any]]) -> Tensor:
-        part = self._prepare_inputs(_on(self.reference_part(examples), self.args.device))
+        part = to_device(self.reference_part(examples), self.args.device)
         with self.accelerator.autocast():
             return self.reference_logps(model, part).float().view(len(self.reference_columns), -1).t()
 
     def _progress(self, name: str, total: int) -> Any:
         return _Progress(f"reference log-probs of the {name} data", total, disable=self.args.disable_tqdm)
 
-    def sequence_logps(self, token_logps: Tensor, part: Mapping[str, Any]) -> Tensor:
-        raise NotImplementedError
-
     def reference_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
-        return self.sequence_logps(self.token_logps(model, part), part)
+        """Log-probs of a part's sequences by any model, as the loss takes them."""
+        raise NotImplementedError
 
     def before_part(self, model: Any, part: dict[str, Any]) -> None:
         """The reference's log-probs of a part, where they are not in the cache: from a forward of it now."""
         if "ref_logps" in part:
             return
-        if self.precomputes and self.reference.own is None and not is_peft(self.reference.policy):
+        if self.precomputes and self.reference.is_lost_by_training:
             raise ValueError(
                 "eval_dataset: got one without reference log-probs after training began, want it given to the "
                 "constructor, or a ref_model, or precompute_ref_log_probs=False"
@@ -191,16 +189,12 @@ class ReferencedTrainer(PolicyTrainer):
             part["ref_logps"] = self.inside(wrapped, lambda: self.reference_logps(reference, part))
 
     def ready_for_evaluation(self, dataset: Any) -> Any:
-        changed = self.state.global_step > 0 and self.reference.own is None and not is_peft(self.reference.policy)
+        changed = self.state.global_step > 0 and self.reference.is_lost_by_training
         return dataset if changed or not self.precomputes else self.with_reference(dataset, "evaluation")
 
 
 def _datasets(given: Any) -> list[Any]:
     return list(given.values()) if isinstance(given, Mapping) else [given]
-
-
-def _on(part: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if hasattr(value, "to") else value for name, value in part.items()}
 
 
 class _Progress:

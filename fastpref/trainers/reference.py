@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,9 +16,9 @@ from transformers import TrainerCallback
 from fastpref import models
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import Fingerprint, ReferenceCache
-from fastpref.models import inner_model
+from fastpref.models import inner_model, is_peft
 from fastpref.trainers.forward import choose_layout
-from fastpref.trainers.loading import disable_dropout, is_peft
+from fastpref.trainers.loading import disable_dropout
 
 COPY = "ref"  # the adapter that keeps what a PeftModel's own adapter was before training
 
@@ -42,6 +43,11 @@ class Reference:
             ref_model.eval().requires_grad_(False)
         return cls(policy, ref_model)
 
+    @property
+    def is_lost_by_training(self) -> bool:
+        """Is it the policy's own weights, which training changes?"""
+        return self.own is None and not is_peft(self.policy)
+
     @contextlib.contextmanager
     def model(self) -> Iterator[Any]:
         """The model to run, under no_grad and in evaluation mode."""
@@ -62,6 +68,19 @@ class Reference:
             for name, value in model.state_dict().items():
                 if not is_peft(model) or "lora_" not in name or (copied and f".{COPY}." in name):
                     yield name, value
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of its weights and its config, as they are when first asked: hashed once for all data sets."""
+        found = Fingerprint().weights(self.weights())
+        model = self.own or self.policy
+        config = inner_model(model).config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        found.text(json.dumps(config, sort_keys=True, default=str))
+        if is_peft(model) and COPY in model.peft_config:
+            found.text(json.dumps(model.peft_config[COPY].to_dict(), sort_keys=True, default=str))
+        return found.hexdigest()
 
 
 def _copy_adapter(policy: Any) -> None:
@@ -110,17 +129,10 @@ class SyncReference(TrainerCallback):
 
 
 def fingerprint(reference: Reference, dataset: Any, columns: Sequence[str], settings: Sequence[Any]) -> str:
-    """Of all that a reference's log-probs depend on: its weights and config, the token ids (and so the tokenizer, the
-    template, the data and its truncation), and `settings`."""
-    found = Fingerprint().weights(reference.weights())
-    model = reference.own or reference.policy
-    config = inner_model(model).config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    found.text(json.dumps(config, sort_keys=True, default=str))
-    if is_peft(model) and COPY in model.peft_config:
-        found.text(json.dumps(model.peft_config[COPY].to_dict(), sort_keys=True, default=str))
-    return found.text(*settings, *columns).rows(dataset.select_columns(list(columns)), columns).hexdigest()
+    """Of all that a reference's log-probs depend on: the model, the token ids (and so the tokenizer, the template, the
+    data and its truncation), and `settings`."""
+    found = Fingerprint().text(reference.fingerprint, *settings, *columns)
+    return found.rows(dataset.select_columns(list(columns)), columns).hexdigest()
 
 
 def fill_cache(
