@@ -1,0 +1,283 @@
+"""A step of the trainers that people have, as it comes and with fastpref's one line: time, memory, the same gradients.
+
+    python -m benchmarks.hosts [--data pairs.json] [--model smollm2] [--json benchmarks/results]
+
+A step is the loss and its backward pass, references and metrics included, the optimizer left out. Both run in one
+process on the same trainer and batches, in turn, after their losses and gradients are compared. Memory is measured in
+a process of its own for each: the step's peak beyond the model, and the head's, which is that less the peak of the
+backbone's forward and backward pass alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("CI", "1")  # TRL: no telemetry
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import measure, record
+from benchmarks.measure import MIB
+from benchmarks.suite import relative_error
+from benchmarks.trainers import model_folder
+from fastpref import DPOLoss, models
+from fastpref.integrations import trl as fast_trl
+from fastpref.integrations.transformers import batch_loss, reference_logps
+
+OWN, FAST, BACKBONE = "own", "fastpref", "backbone"
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative; fp32 through 30 layers, summed in another order
+TRAINERS = {  # host -> (module, trainer, options)
+    "TRL DPOTrainer": ("trl", "DPOTrainer", {}),
+    "TRL KTOTrainer": ("trl", "KTOTrainer", {}),
+    "TRL SFTTrainer": ("trl", "SFTTrainer", {}),
+    "TRL CPOTrainer (SimPO)": ("trl.experimental.cpo", "CPOTrainer", {"loss_type": "simpo", "cpo_alpha": 0.0}),
+    "TRL ORPOTrainer": ("trl.experimental.orpo", "ORPOTrainer", {}),
+}
+LOOP = "plain PyTorch loop (DPO)"
+HOSTS = (*TRAINERS, LOOP)
+Step = Callable[[bool, int], Tensor]  # (with fastpref, number of the batch) -> loss; gradients in .grad
+
+
+def examples(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """`prompt`, `chosen`, `rejected`: those with room for a response, in the data's order."""
+    from fastpref.data.files import load_records
+    from fastpref.data.formats import paired
+    from fastpref.data.pairs import sample_pairs
+
+    if args.data is None:
+        return [pair._asdict() for pair in sample_pairs()[0]]
+    return paired(load_records(args.data)).select_columns(["prompt", "chosen", "rejected"]).to_list()
+
+
+def trainer_step(host: str, args: argparse.Namespace, folder: Path, scratch: str) -> tuple[Any, Step]:
+    """(model, step) of one of TRL's trainers, unmodified."""
+    import importlib
+
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    module, name, options = TRAINERS[host]
+    home, rows = importlib.import_module(module), examples(args)
+    config = getattr(home, name.replace("Trainer", "Config"))
+    size = args.pairs
+    if name == "KTOTrainer":
+        size *= 2
+        rows = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in rows for side in ("chosen", "rejected")
+        ]  # fmt: skip
+    elif name == "SFTTrainer":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    with fast_trl.patched(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = getattr(home, name)(
+            model=model, processing_class=AutoTokenizer.from_pretrained(folder), train_dataset=Dataset.from_list(rows),
+            args=config(
+                output_dir=scratch, per_device_train_batch_size=size, max_length=args.max_length, use_cpu=True,
+                bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+                train_sampling_strategy="sequential", **options,
+            ),
+        )  # fmt: skip
+    batches = list(itertools.islice(trainer.get_train_dataloader(), args.batches))
+    trainer.model.train()
+
+    def step(with_fastpref: bool, number: int) -> Tensor:
+        trainer.model.zero_grad()
+        with fast_trl.patched() if with_fastpref else contextlib.nullcontext():
+            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batches[number % len(batches)]))
+            loss.backward()
+        return loss.detach()
+
+    return trainer.model, step
+
+
+def loop_step(args: argparse.Namespace, folder: Path) -> tuple[Any, Step]:
+    """(model, step) of a loop over logits, and of the same loop with `batch_loss`."""
+    from fastpref.data.collate import tokenize_pairs
+    from fastpref.data.pairs import Pair
+    from fastpref.integrations.transformers import pair_batch
+
+    (model, tokenizer), (reference, _) = models.load(folder), models.load(folder)
+    pairs = tokenize_pairs([Pair(**row) for row in examples(args)], tokenizer, max_length=args.max_length)
+    pairs = [pairs[i % len(pairs)] for i in range(args.pairs * args.batches)]
+    batches = [
+        pair_batch(pairs[i : i + args.pairs], model.config.pad_token_id) for i in range(0, len(pairs), args.pairs)
+    ]
+    loss_fn = DPOLoss(beta=0.1)
+
+    def sums(of: Any, batch: dict[str, Tensor]) -> Tensor:
+        logits = of(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        labels = batch["shift_labels"]
+        logps = logits.log_softmax(-1)
+        del logits
+        return (logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)).sum(1)
+
+    def step(with_fastpref: bool, number: int) -> Tensor:
+        model.zero_grad()
+        batch = batches[number % len(batches)]
+        if with_fastpref:
+            loss = batch_loss(loss_fn, model, batch | {"ref_logps": reference_logps(reference, batch)}).loss
+        else:
+            with torch.no_grad():
+                wanted = sums(reference, batch)
+            chosen, rejected = (sums(model, batch) - wanted).chunk(2)
+            loss = -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+        loss.backward()
+        return loss.detach()
+
+    return model, step
+
+
+def prepare(host: str, args: argparse.Namespace, folder: Path, scratch: str) -> tuple[Any, Step]:
+    return loop_step(args, folder) if host == LOOP else trainer_step(host, args, folder, scratch)
+
+
+def check(model: Any, step: Step) -> dict[str, float]:
+    """Relative errors of fastpref's loss and gradients against the host's own."""
+    wanted = step(False, 0)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    loss = step(True, 0)
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    everything = torch.cat([g.flatten() for g in gradients.values()]).double()
+    return {"loss": abs(float(loss) / float(wanted) - 1), "gradients": relative_error(found, everything)}
+
+
+def seconds(step: Step, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Of every batch, `repeats` times, the two in turn."""
+    counts = {OWN: itertools.count(), FAST: itertools.count()}
+    runs = {name: lambda name=name: step(name == FAST, next(counts[name])) for name in counts}
+    return measure.interleave(runs, args.repeats * args.batches, torch.device("cpu"), warm_up=0)
+
+
+def peak(what: str, model: Any, step: Step) -> int:
+    """Of a step, or of the backbone's part in it."""
+    if what != BACKBONE:
+        return measure.peak_bytes(lambda: step(what == FAST, 0), torch.device("cpu"))
+    body, calls = models.backbone(models.inner_model(model)), []
+
+    def remember(module: Any, positional: tuple, named: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            calls.append((positional, named))
+
+    hook = body.register_forward_pre_hook(remember, with_kwargs=True)
+    step(True, 0)
+    hook.remove()
+    model.zero_grad()
+
+    def run() -> None:
+        model.zero_grad()
+        for positional, named in calls:
+            body(*positional, **named).last_hidden_state.sum().backward()
+
+    return measure.peak_bytes(run, torch.device("cpu"))
+
+
+def child(args: argparse.Namespace) -> None:
+    measure.return_freed_memory()
+    with tempfile.TemporaryDirectory() as scratch:
+        model, step = prepare(args.host, args, Path(args.model), scratch)
+        print("PEAK " + json.dumps(peak(args.child, model, step)), flush=True)
+
+
+def peak_in_process(what: str, host: str, args: argparse.Namespace, folder: Path) -> int:
+    command = [sys.executable, "-m", "benchmarks.hosts", "--child", what, "--host", host, "--model", str(folder)]
+    command += ["--pairs", str(args.pairs), "--max-length", str(args.max_length), "--batches", "1"]
+    command += ["--data", *args.data] if args.data else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(next(line for line in done.stdout.splitlines() if line.startswith("PEAK ")).removeprefix("PEAK "))
+
+
+def run(args: argparse.Namespace) -> record.Record:
+    rows, gate, targets = [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model_folder(args.model, Path(scratch))
+        for host in args.host or HOSTS:
+            model, step = prepare(host, args, folder, scratch)
+            errors = check(model, step)
+            passed = errors["loss"] <= LOSS_TOLERANCE and errors["gradients"] <= GRADIENT_TOLERANCE
+            gate.append({"case": host, "provider": FAST, "errors": errors, "passed": passed})
+            if not passed:
+                raise SystemExit(f"{host}: the errors are {errors}: not comparing the times")
+            times = seconds(step, args)
+            del model, step
+            body = peak_in_process(BACKBONE, host, args, folder)
+            for what in (OWN, FAST):
+                whole = peak_in_process(what, host, args, folder)
+                rows.append({"case": host, "provider": what, "seconds": times[what], "peak_bytes": whole,
+                             "head_bytes": whole - body})  # fmt: skip
+            print(f"{host}: {errors} {[statistics.median(t) for t in times.values()]}", flush=True)
+            targets += judge(rows[-2], rows[-1])
+    settings = {n: getattr(args, n) for n in ("model", "pairs", "max_length", "batches", "repeats")}
+    settings |= {"device": "cpu", "data": [Path(p).name for p in args.data] if args.data else "the sample"}
+    return record.new("hosts-cpu", settings=settings, rows=rows, gate=gate, targets=targets)
+
+
+def judge(own: record.Row, fast: record.Row) -> list[dict[str, Any]]:
+    """The project's target for TRL's DPO; the others' figures stand without one."""
+    if own["case"] != "TRL DPOTrainer":
+        return []
+    speed, best = sum(own["seconds"]) / sum(fast["seconds"]), min(own["seconds"]) / min(fast["seconds"])
+    memory = fast["head_bytes"] / own["head_bytes"]
+    return [
+        {"case": own["case"], "quantity": "time / time with fastpref", "limit": 1.5, "at_most": False,
+         "value": speed, "best": best, "met": speed >= 1.5},
+        {"case": own["case"], "quantity": "head's memory with fastpref / without", "limit": 0.5, "at_most": True,
+         "value": memory, "best": memory, "met": memory <= 0.5},
+    ]  # fmt: skip
+
+
+def table(found: record.Record) -> str:
+    """Markdown; times are means over all steps, since batches differ."""
+    lines = [
+        "| host | step, s | with fastpref | faster | head, MiB | with fastpref | step's peak, MiB | with fastpref |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for own, fast in zip(found["rows"][::2], found["rows"][1::2], strict=True):
+        a, b = (statistics.mean(row["seconds"]) for row in (own, fast))
+        memory = [f"{row[n] / MIB:,.0f}" for n in ("head_bytes", "peak_bytes") for row in (own, fast)]
+        lines.append(f"| {own['case']} | {a:.2f} | {b:.2f} | {a / b:.2f} | {' | '.join(memory)} |")
+    return "\n".join([*lines, "", *map(record._target_line, found["targets"]), "", record.provenance(found)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hosts", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", default="smollm2", help="smollm2, tiny, or a folder (default: %(default)s)")
+    add("--data", nargs="+", help="preference data in any format (default: the sample that fastpref ships)")
+    add("--host", action="append", choices=HOSTS, help="this one (may be repeated; default: all)")
+    add("--pairs", type=int, default=2, help="pairs in a batch")
+    add("--batches", type=int, default=3, help="different batches")
+    add("--repeats", type=int, default=1, help="rounds over the batches")
+    add("--max-length", type=int, default=512)
+    add("--json", type=Path, help="file or folder for the record")
+    add("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        args.host = args.host[0]
+        child(args)
+        return 0
+    found = run(args)
+    print("\n" + table(found))
+    if args.json is not None:
+        print(f"\n{record.write(found, args.json)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
