@@ -1,0 +1,57 @@
+"""The benchmark of hosts: the same step with and without fastpref, checked before it is timed."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from benchmarks import hosts
+
+ARGS = argparse.Namespace(model="tiny", data=None, host=None, pairs=1, batches=2, repeats=1, max_length=128, json=None)
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Peaks by hand: measuring them takes a process each."""
+    peaks = {hosts.BACKBONE: 100, hosts.OWN: 180, hosts.FAST: 120}
+    monkeypatch.setattr(hosts, "peak_in_process", lambda what, *_: peaks[what])
+
+
+def test_record_and_table(sizes, monkeypatch):
+    monkeypatch.setattr(ARGS, "host", ["TRL DPOTrainer", hosts.LOOP])
+    found = hosts.run(ARGS)
+    assert [(r["case"], r["provider"]) for r in found["rows"]] == [
+        (host, who) for host in ARGS.host for who in (hosts.OWN, hosts.FAST)
+    ]
+    assert all(len(r["seconds"]) == 2 and r["head_bytes"] == r["peak_bytes"] - 100 for r in found["rows"])
+    assert all(c["passed"] and 0 < c["errors"]["gradients"] < 1e-4 for c in found["gate"])
+    speed, memory = found["targets"]
+    assert memory["value"] == 0.25 and memory["met"] and speed["limit"] == 1.5
+    assert sum(line.startswith("| ") for line in hosts.table(found).splitlines()) == 3
+
+
+def test_wrong_gradients_are_not_timed(sizes, monkeypatch):
+    monkeypatch.setattr(ARGS, "host", [hosts.LOOP])
+    monkeypatch.setattr(hosts, "seconds", lambda *_: pytest.fail("timed"))
+    loss_of = hosts.batch_loss
+
+    def wrong(*args):
+        out = loss_of(*args)
+        return out._replace(loss=out.loss + 1e-3 * (out.loss - out.loss.detach()))
+
+    monkeypatch.setattr(hosts, "batch_loss", wrong)
+    with pytest.raises(SystemExit, match="not comparing the times"):
+        hosts.run(ARGS)
+
+
+def test_backbone_peak_runs_the_backbone_alone(monkeypatch, tmp_path):
+    model, step = hosts.prepare(hosts.LOOP, ARGS, hosts.model_folder("tiny", tmp_path), str(tmp_path))
+    monkeypatch.setattr(hosts.measure, "peak_bytes", lambda run, device: run() or 7)
+    head_ran = []
+    model.lm_head.register_forward_hook(lambda *_: head_ran.append(1))
+    assert hosts.peak(hosts.BACKBONE, model, step) == 7 and not head_ran
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
