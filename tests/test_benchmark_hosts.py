@@ -11,7 +11,9 @@ pytest.importorskip("trl")
 
 from benchmarks import hosts
 
-ARGS = argparse.Namespace(model="tiny", data=None, host=None, pairs=1, batches=2, repeats=1, max_length=128, json=None)
+ARGS = argparse.Namespace(
+    model="tiny", data=None, host=None, pairs=1, batches=2, repeats=1, max_length=128, device="cpu"
+)
 
 
 @pytest.fixture
@@ -53,5 +55,5 @@ def test_backbone_peak_runs_the_backbone_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(hosts.measure, "peak_bytes", lambda run, device: run() or 7)
     head_ran = []
     model.lm_head.register_forward_hook(lambda *_: head_ran.append(1))
-    assert hosts.peak(hosts.BACKBONE, model, step) == 7 and not head_ran
+    assert hosts.peak(hosts.BACKBONE, model, step, torch.device("cpu")) == 7 and not head_ran
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
