@@ -6,7 +6,13 @@
 
 From then on TRL's unmodified `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer` and `RLOOTrainer` take their
 log-probs, entropies and other token statistics from `fastpref.linear_token_statistics` (TRL 1.16), and `CPOTrainer`,
-`ORPOTrainer` and `OnlineDPOTrainer` form no logits. Arguments, losses, metrics and checkpoints stay TRL's.
+`ORPOTrainer` and `OnlineDPOTrainer` form no logits. TRL 1.8's `DPOTrainer` and `KTOTrainer` become like the subclasses
+below. Arguments, losses, metrics and checkpoints stay TRL's.
+
+    from fastpref.integrations.trl import DPOTrainer  # was: from trl import DPOTrainer
+
+`DPOTrainer`, `KTOTrainer` and `RewardTrainer` here are subclasses of TRL 1.16's that go further, without the patch:
+see `fastpref.integrations.trl_trainers`.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import functools
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -113,6 +119,16 @@ def _where_verified(ours: Callable) -> Callable[[Callable], Callable]:
     return replace
 
 
+def _packed(mixin: str) -> Callable[[Any], Any]:
+    """A constructor whose trainers take their losses from `fastpref.integrations.trl_trainers`."""
+
+    def replace(init: Callable) -> Callable:
+        trainers = import_module("fastpref.integrations.trl_trainers")
+        return trainers.packed(init, getattr(trainers, mixin))
+
+    return replace
+
+
 def _paired(home: str, **trainers: tuple[str, str, Callable]) -> list[Patch]:
     """Trainers that build logits: name -> (module, method, ours)."""
     found = []
@@ -140,7 +156,12 @@ TRL_0_24 = _paired(
     ORPOTrainer=("orpo_trainer", "concatenated_forward", forwards.orpo_concatenated_forward),
     OnlineDPOTrainer=("online_dpo_trainer", "_forward", forwards.online_dpo_forward),
 )
-VERSIONS = {"0.24": TRL_0_24, "1.8": EXPERIMENTAL, "1.16": FUSED_HEAD + EXPERIMENTAL}
+TRL_1_8 = [
+    Patch("trl.trainer.dpo_trainer", "DPOTrainer.__init__", _packed("PackedDPO")),
+    Patch("trl.trainer.kto_trainer", "KTOTrainer.__init__", _packed("PackedKTO")),
+]
+TRAINERS = {"1.16": ("DPOTrainer", "KTOTrainer", "RewardTrainer")}
+VERSIONS = {"0.24": TRL_0_24, "1.8": TRL_1_8 + EXPERIMENTAL, "1.16": FUSED_HEAD + EXPERIMENTAL}
 
 _originals: list[tuple[Any, str, Any]] = []
 
@@ -152,19 +173,33 @@ def patches() -> list[Patch]:
         ImportError: none is.
         RuntimeError: it is one that fastpref was not tried with.
     """
-    try:
-        version = importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError("fastpref.integrations.trl: TRL is not installed; run `pip install trl==1.16.0`") from error
-    known = VERSIONS.get(".".join(version.split(".")[:2]))
-    if known is None:
-        raise RuntimeError(f"trl: got version {version}, which fastpref does not know; want {_listed(VERSIONS)}")
+    version, known = _installed(VERSIONS)
     if known[0] is FUSED_HEAD[0]:
         fused = import_module("trl.kernels").ChunkedLogProbFunction.forward
         arguments = tuple(inspect.signature(fused).parameters)[1:]
         if arguments != ARGUMENTS:
             raise RuntimeError(f"trl: got version {version} whose fused head takes {arguments}, want {ARGUMENTS}")
     return known
+
+
+def _installed(versions: Mapping[str, Any]) -> tuple[str, Any]:
+    """(TRL's version, what `versions` has for it)"""
+    try:
+        version = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError("fastpref.integrations.trl: TRL is not installed; run `pip install trl==1.16.0`") from error
+    known = versions.get(".".join(version.split(".")[:2]))
+    if known is None:
+        raise RuntimeError(f"trl: got version {version}, which fastpref does not know; want {_listed(versions)}")
+    return version, known
+
+
+def __getattr__(name: str) -> Any:
+    """The subclasses of TRL's trainers; TRL is imported when one of them is asked for."""
+    if name not in TRAINERS["1.16"]:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _installed(TRAINERS)
+    return getattr(import_module("fastpref.integrations.trl_trainers"), name)
 
 
 def _listed(versions: Any) -> str:
@@ -192,7 +227,8 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Leave TRL as it was. Trainers that are alive take up their original methods as well."""
+    """Leave TRL as it was. Trainers that are alive take up their original methods as well, but for the DPO and KTO
+    trainers of TRL 1.8, whose class is another since they were built."""
     while _originals:
         setattr(*_originals.pop())
 

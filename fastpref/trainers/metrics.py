@@ -29,13 +29,19 @@ class MetricSums:
         self._totals.add(name)
         self.add(name, total, 0.0)
 
+    def take(self) -> tuple[list[str], Tensor]:
+        """(names, the sum and the count of each `[K, 2]`), which are forgotten; there must be some."""
+        names = list(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        self._sums.clear()
+        return names, sums
+
     def flush(self, accelerator: Any) -> dict[str, float]:
         """The means over all ranks: one reduction, one copy to the host. What has no values is left out."""
         if not self._sums:
             return {}
-        names = list(self._sums)
-        sums = accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
-        self._sums.clear()
+        names, sums = self.take()
+        sums = accelerator.reduce(sums, "sum")
         pairs = dict(zip(names, sums.tolist(), strict=True))
         found = {name: total / count for name, (total, count) in pairs.items() if count}
         return found | {name: pairs[name][0] for name in self._totals if name in pairs}

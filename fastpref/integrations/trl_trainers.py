@@ -1,0 +1,313 @@
+"""TRL 1.16's `DPOTrainer`, `KTOTrainer` and `RewardTrainer` with the losses of `fastpref.trainers`.
+
+    from fastpref.integrations.trl import DPOTrainer  # was: from trl import DPOTrainer
+
+Real subclasses: configurations, data preparation, collators, callbacks, metrics and checkpoints stay TRL's. Batches are
+packed without padding, a pair's prompt once, where the model can run that; the head's products are those of
+`fastpref.losses`; metrics stay on the device until they are logged. Import them from `fastpref.integrations.trl`,
+which looks at TRL's version first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from fastpref import models
+from fastpref.integrations.trl_batches import KEY, PackingCollator, PackingUnpaired
+from fastpref.losses import DPOLoss
+from fastpref.models import is_peft, run_inside
+from fastpref.trainers import paired, reward, unpaired
+from fastpref.trainers.base import Items, PreferenceTrainer
+from fastpref.trainers.forward import choose_layout, to_device
+from fastpref.trainers.metrics import MetricSums
+from fastpref.trainers.policy import PolicyTrainer
+from fastpref.trainers.reference import ready_reference
+from fastpref.unpaired import KTOLoss, kto_kl
+
+SMOOTHED = frozenset(("exo_pair", "robust", "aot", "aot_unpaired"))  # by TRL; it leaves `sigmoid` as it is
+EXTREMES = {"min_reward": Tensor.amin, "max_reward": Tensor.amax}  # over ranks
+
+
+_Trainer: Any = object  # a class of TRL's comes after it
+
+
+class _Packed(_Trainer):
+    """What the trainers share. A batch's loss and metrics are `part_loss`, which the trainers of fastpref lend."""
+
+    # 'every' step measures entropies and the like, at the price of one more product: means over the steps between two
+    # logs, as TRL's. By default those of the logged step; 'never' leaves them out
+    statistics: str = "logging"
+    collator_class: type[PackingCollator] = PackingCollator
+    count_tokens: Any = PreferenceTrainer.count_tokens
+    inner: Any = PreferenceTrainer.inner
+    derived_metrics: Any = PreferenceTrainer.derived_metrics
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pack_batches()
+
+    def _pack_batches(self: Any) -> None:
+        if self.packing is not None:
+            self.data_collator = self.packing
+
+    @functools.cached_property
+    def _steps(self) -> list[tuple[str, list[str], Tensor]]:
+        """(mode, names, their sums and counts) of each batch since the last log."""
+        return []
+
+    @functools.cached_property
+    def packing(self: Any) -> PackingCollator | None:
+        """How batches are packed; None, with a warning, where TRL's own code has to run. Precomputing a reference asks
+        for it inside of TRL's constructor."""
+        try:
+            self._refuse()
+            self._prepare_loss()
+        except ValueError as error:
+            warnings.warn(f"{type(self).__name__} computes losses as TRL does, without fastpref: {error}", stacklevel=4)
+            return None
+        pad = self.processing_class.pad_token_id
+        packing = self.collator_class(pad, *choose_layout(self.inner, "auto"), collator=self.data_collator)
+        if getattr(self, "ref_model", None) is not None:
+            ready_reference(self.accelerator.unwrap_model(self.ref_model), packing, False)
+        return packing
+
+    def _refuse(self: Any) -> None:
+        for name in ("_is_vlm", "aux_loss_enabled", "is_fsdp_enabled", "is_deepspeed_enabled", "use_liger_kernel"):
+            if getattr(self, name, False):
+                raise ValueError(f"{name.removeprefix('_')}: got True, want False")
+        if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:
+            raise ValueError("device_map: got several devices, want the whole model on one")
+
+    def _prepare_loss(self: Any) -> None:
+        """Sets `loss_fn`.
+
+        Raises:
+            ValueError: it is not TRL's, or the model's head is not known.
+        """
+        raise NotImplementedError
+
+    # the loss of a batch
+
+    def _part(self: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        if KEY in inputs:
+            return dict(inputs[KEY])
+        return to_device(self.packing.packed(inputs), self.accelerator.device)  # not through our collator
+
+    def _before(self: Any, model: Any, inputs: Mapping[str, Any], part: dict[str, Any]) -> None:
+        """What a part's loss needs from outside of the model's forward."""
+
+    def _packed_loss(self: Any, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        part, self.metrics = self._part(inputs), MetricSums()
+        self._before(model, inputs, part)
+        loss = run_inside(model, self.accelerator, lambda bare: self.part_loss(part, Items(part["examples"], 0)))
+        self._steps.append(("train" if self.model.training else "eval", *self.metrics.take()))
+        return loss
+
+    def measuring(self: Any) -> bool:
+        if self.statistics != "logging" or not self.model.training:
+            return self.statistics != "never"
+        step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps or 1))
+        return step % every == 0 or step == self.state.max_steps or (self.args.logging_first_step and step == 1)
+
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self._read_metrics()
+        super().log(logs, *args, **kwargs)
+
+    def _read_metrics(self: Any) -> None:
+        """The steps' metrics of all ranks, as TRL would have noted them: one collective, one copy to the host."""
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        sums = self.accelerator.gather(torch.cat([found for *_, found in steps])[None]).cpu()
+        for (mode, names, _), by_name in zip(steps, sums.split([len(names) for _, names, _ in steps], 1), strict=True):
+            found = {}
+            for name, by_rank in zip(names, by_name.unbind(1), strict=True):
+                total, count = by_rank.sum(0).tolist()
+                if name == "num_tokens":
+                    self._total_train_tokens += int(total) // getattr(self, "_tp_size", 1)
+                elif name in EXTREMES:
+                    found[name] = EXTREMES[name](by_rank[:, 0]).item()
+                elif count:
+                    found[name] = total / count
+            for name, value in self.derived_metrics(found).items():
+                self._metrics[mode][name].append(value)
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+class _Policy(_Packed):
+    """With a language model's head, and a reference."""
+
+    head: Any = PolicyTrainer.head
+    add_token_metrics: Any = PolicyTrainer.add_token_metrics
+    token_logps: Any = PolicyTrainer.token_logps
+    reference_logps: Any
+    _references: Any
+
+    def _compute_loss(self: Any, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+        if self.packing is None or return_outputs:  # the outputs are logits
+            return super()._compute_loss(model, _padded(inputs), return_outputs)
+        return self._packed_loss(model, inputs)
+
+    def compute_ref_log_probs(self: Any, *args: Any) -> Any:
+        """Of a batch, the last argument; before it TRL 1.16 gives the model."""
+        *model, inputs = args
+        if self.packing is None:
+            return super().compute_ref_log_probs(*model, _padded(inputs))
+        return self._references(self._part(inputs), *model)
+
+    def _reference(self: Any, part: dict[str, Any], model: Any = None) -> Tensor:
+        """Log-probs of a part's sequences by `ref_model`, or by the policy without its adapters."""
+        if model is None:
+            model = self.model if self.ref_model is None else self.ref_model
+        adapter: Any = contextlib.nullcontext()
+        if self.ref_model is None and is_peft(self.model):
+            policy = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+        unchecked = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), unchecked, adapter:
+            return run_inside(model, self.accelerator, lambda bare: self.reference_logps(bare, part))
+
+
+def _padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != KEY}
+
+
+class PackedDPO(_Policy):
+    """`label_smoothing` leaves `sigmoid` alone, as in TRL."""
+
+    part_loss: Any = paired.PairTraining.part_loss
+    loss_options: Any = paired.PairTraining.loss_options
+    add_pair_metrics: Any = paired.PairTraining.add_pair_metrics
+    add_method_metrics: Any = paired.PairTraining.add_method_metrics
+    reference_logps: Any = paired.DPOTrainer.reference_logps
+    _denominator: Any = paired.PairTraining._denominator
+
+    def _prepare_loss(self: Any) -> None:
+        losses, smoothing = set(self.loss_types), self.label_smoothing
+        if smoothing and "sigmoid" in losses and losses & SMOOTHED:
+            raise ValueError(
+                f"label_smoothing: got {smoothing} with {self.loss_types}, want 0.0: TRL smooths only some"
+            )
+        if self.args.truncation_mode == "keep_end" and losses & {"ipo", "sigmoid_norm"}:  # TRL counts one token more
+            raise ValueError(f"truncation_mode: got 'keep_end' with loss_type {self.loss_types}, want 'keep_start'")
+        self.loss_fn = DPOLoss(
+            self.beta, self.loss_types, smoothing if losses & SMOOTHED else 0.0, self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef, loss_weights=self.loss_weights,
+            discopop_tau=self.args.discopop_tau, ld_alpha=self.ld_alpha, use_weighting=self.use_weighting,
+        )  # fmt: skip
+        models.output_head(self.accelerator.unwrap_model(self.model))
+
+    def _references(self: Any, part: dict[str, Any], *model: Any) -> tuple[Tensor, ...]:
+        return self._reference(part, *model).chunk(2)
+
+    def _before(self: Any, model: Any, inputs: Mapping[str, Any], part: dict[str, Any]) -> None:
+        if self.precompute_ref_logps:
+            part["ref_logps"] = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            part["ref_logps"] = torch.cat(self._references(part))
+
+
+class PackedKTO(_Policy):
+    """The reference scores matched and mismatched completions at once."""
+
+    collator_class = PackingUnpaired
+    part_loss: Any = unpaired.KTOTrainer.part_loss
+    reference_logps: Any = unpaired.KTOTrainer.reference_logps
+    _add_class_metrics: Any = unpaired.KTOTrainer._add_class_metrics
+
+    def _prepare_loss(self: Any) -> None:
+        self.loss_fn = KTOLoss(self.beta, self.desirable_weight, self.undesirable_weight, self.loss_type)
+        models.output_head(self.accelerator.unwrap_model(self.model))
+
+    def derived_metrics(self: Any, found: dict[str, float]) -> dict[str, float]:
+        found.pop("mean_token_accuracy", None)  # our trainer's, not TRL's
+        return unpaired.KTOTrainer.derived_metrics(self, found)
+
+    def _references(self: Any, part: dict[str, Any], *model: Any) -> tuple[Tensor, Tensor | None]:
+        logps = self._reference(part["reference_part"], *model)
+        return logps.chunk(2) if self.calculate_KL else (logps, None)
+
+    def _before(self: Any, model: Any, inputs: Mapping[str, Any], part: dict[str, Any]) -> None:
+        if self.precompute_ref_logps:
+            part["ref_logps"], mismatched = inputs["ref_logps"], inputs.get("ref_KL_logps")
+        else:
+            part["ref_logps"], mismatched = self._references(part)
+        kl = torch.zeros((), device=self.accelerator.device)
+        if self.calculate_KL:
+            assert mismatched is not None
+            with torch.no_grad():
+                logps = run_inside(model, self.accelerator, lambda bare: self.reference_logps(bare, part["kl_part"]))
+            kl = kto_kl(logps, mismatched)
+        part["kl"] = kl
+        self.metrics.add("kl", kl)
+
+
+class PackedReward(_Packed):
+    """With the head that a model for sequence classification has."""
+
+    part_loss: Any = reward.RewardTrainer.part_loss
+    score_head: Any = reward.RewardTrainer.score_head
+
+    def _prepare_loss(self: Any) -> None:
+        self.loss_fn = reward.BradleyTerryLoss(self.args.center_rewards_coefficient or 0.0)
+        models.backbone(self.accelerator.unwrap_model(self.model))
+        self.score_head()
+
+    def _before(self: Any, model: Any, inputs: Mapping[str, Any], part: dict[str, Any]) -> None:
+        if "margin" in inputs:
+            part["margin"] = inputs["margin"]
+
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.packing is None or return_outputs:
+            return super().compute_loss(model, _padded(inputs), return_outputs, num_items_in_batch)
+        return self._packed_loss(model, inputs)
+
+    def prediction_step(
+        self: Any, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():  # Trainer would ask for outputs and drop them
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+class DPOTrainer(PackedDPO, trl.DPOTrainer):
+    """`trl.DPOTrainer` with `fastpref.DPOLoss`."""
+
+
+class KTOTrainer(PackedKTO, trl.KTOTrainer):
+    """`trl.KTOTrainer` with `fastpref.KTOLoss`."""
+
+
+class RewardTrainer(PackedReward, trl.RewardTrainer):
+    """`trl.RewardTrainer` with `fastpref.BradleyTerryLoss`: rewards are formed in fp32."""
+
+
+def packed(init: Any, mixin: type[_Packed]) -> Any:
+    """The constructor of a class of TRL's, and of what others derived from it, that makes its trainer a `mixin` too.
+
+    The trainer's own class changes before TRL's constructor, which may already ask it for reference log-probs.
+    """
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self, mixin):  # ours, which packs its batches itself
+            return init(self, *args, **kwargs)
+        cls = type(self)
+        self.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "statistics": "every"})
+        init(self, *args, **kwargs)
+        self._pack_batches()
+
+    return __init__
