@@ -101,7 +101,7 @@ def read_head(model: Any) -> Head:
             "target_modules without it (modules_to_save may name it)"
         )
     bias = getattr(layer, "bias", None)
-    return Head(_whole(layer.weight), None if bias is None else _whole(bias), *_logit_transform(model))
+    return Head(whole(layer.weight), None if bias is None else whole(bias), *_logit_transform(model))
 
 
 def _has_adapter(layer: nn.Module) -> bool:
@@ -112,21 +112,44 @@ def _has_adapter(layer: nn.Module) -> bool:
     return isinstance(layer, BaseTunerLayer)
 
 
-def _whole(parameter: Any) -> Tensor:
+def whole(parameter: Any) -> Tensor:
+    """All of a parameter of which FSDP or DeepSpeed left a rank its share; gradients go back to the shares."""
     if hasattr(parameter, "ds_id"):  # DeepSpeed's stage 3 frees it again when the forward of its module is over
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        with GatheredParameters([parameter]):
+        there = parameter.ds_status.name == "AVAILABLE"  # gathered for an embedding that is tied to it
+        with contextlib.nullcontext() if there else GatheredParameters([parameter]):
             return parameter.clone()
     if not hasattr(parameter, "full_tensor"):  # a DTensor, imported in 1 s
         return parameter
     from torch.distributed.tensor import Partial
 
     # every rank has the gradient of its own data: what goes back to the shards is the mean over the ranks, as in FSDP
-    whole = parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / parameter.device_mesh.size())
-    return whole
+    full = parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / parameter.device_mesh.size())
+    return full
+
+
+def reshard(model: nn.Module) -> None:
+    """Parameters as shards again: after a forward without a backward, FSDP2 leaves those of its root whole."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def sharded_like(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's share of a value that all ranks have, where the parameter is a DTensor; else the value."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _logit_transform(model: Any) -> tuple[float, float | None]:

@@ -1,5 +1,9 @@
-"""Two processes give what one process with their batches gives."""
+"""Two processes give what one process with their batches gives: losses and gradients, however they are wrapped."""
 
+from __future__ import annotations
+
+import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -8,58 +12,106 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support_trainers import config, furthest, pairs, responses, tiny, train, weights
+pytest.importorskip("trl")
+from tests import support_distributed as support
+from tests import trl_hosts
 
-METHODS = {"dpo": "DPO", "apo": "KTO", "reward": "Reward", "orpo": "ORPO"}
-STEPS = 3
-
-
-def run(method: str, folder: str, batch: int):
-    """Train, on as many processes as there are; rank 0 leaves losses and weights in the folder."""
-    import transformers
-
-    from fastpref import trainers
-
-    model, tokenizer = tiny()
-    if method == "reward":
-        model.config.num_labels = 1
-        torch.manual_seed(3)
-        model = transformers.AutoModelForSequenceClassification.from_config(model.config)
-    # one shuffle for all, so that two ranks' batches are one process's batch; SGD: Adam would blow up rounding
-    options = {"optim": "sgd", "learning_rate": 0.05, "per_device_train_batch_size": batch, "max_steps": STEPS}
-    options |= {"ddp_find_unused_parameters": False, "max_length": 256, "train_sampling_strategy": "sequential"}
-    if method == "apo":  # without z0, whose mismatched pairs depend on the batch size
-        options["loss_type"] = "apo_zero_unpaired"
-    args = config(getattr(trainers, f"{METHODS[method]}Config"), Path(folder), **options)
-    data = responses() if method == "apo" else pairs()
-    trainer = getattr(trainers, f"{METHODS[method]}Trainer")(
-        model=model, args=args, train_dataset=data, processing_class=tokenizer
-    )
-    log = train(trainer)
-    if args.process_index == 0:
-        torch.save({"log": log, "weights": weights(trainer)}, os.path.join(folder, "found.pt"))
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
+SHARDING = ("fsdp2", "zero3")
+NAMES = [
+    *(f"loop:{case}" for case in support.LOOPS),
+    *(f"ours:{case}" for case in support.OURS),
+    *("trl:dpo", "trl:apo", "trl:reward", "resumed:tr-dpo", "evaluated:lora-dpo"),
+]
+# z0 of TRL's KTO depends on how batches are cut: two patched ranks are two unpatched ones
+ALIKE = [f"{wrapper}/{kind}:kto" for wrapper in ("ddp", "fsdp2") for kind in ("trl", "unpatched")]
+CASES = [f"{wrapper}/{name}" for wrapper, name in itertools.product(("ddp", "fsdp2"), NAMES)]
+BUGS = {  # found by these cases
+    "fsdp2/loop:head-dpo": "a-head-sharded-on-its-own-gets-the-mean-gradient",
+    "fsdp2/loop:plain-dpo": "fully_shard-gathers-without-an-accelerator",
+    "fsdp2/ours:tr-dpo": "a-moving-reference-is-sharded-like-the-policy",
+    "fsdp2/resumed:tr-dpo": "a-sharded-reference-is-saved-and-resumed-from",
+    "fsdp2/evaluated:lora-dpo": "ranks-do-not-fill-a-cache-with-a-sharded-reference",
+}
+DEEPSPEED = [
+    f"{wrapper}/{name}"
+    for wrapper in ("zero2", "zero3")
+    for name in ("ours:dpo", "ours:online-dpo", "ours:untied-dpo", "ours:apo", "ours:reward", "trl:dpo", "trl:apo")
+]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_are_one_process(method, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = {}
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        batch = 4 // ranks
-        code = f"from tests.test_trainers_distributed import run; run({method!r}, {str(folder)!r}, {batch})"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        (folder / "run.py").write_text(code)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), "TRITON_INTERPRET": "1"}
-        done = subprocess.run(
-            [*command, str(folder / "run.py")], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[ranks] = torch.load(folder / "found.pt")
-    one, two = found[1], found[2]
-    keys = {"reward": ("margin", "mean_reward")}.get(method, ("rewards/chosen", "logps/rejected", "entropy"))
-    assert furthest(one["weights"], two["weights"]) < 2e-6
-    for a, b in zip(one["log"], two["log"], strict=True):
-        for key in ("num_tokens", *keys):
-            assert b[key] == pytest.approx(a[key], rel=2e-5, abs=2e-6), key
+def launch(folder: Path, cases: list[str], **environment: str) -> dict:
+    """All cases in one pair of processes: starting them takes longer than running them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    checkpoints = os.pathsep.join(trl_hosts.checkpoint(seed) for seed in (0, 1))
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), trl_hosts.CHECKPOINTS: checkpoints}
+    done = subprocess.run(
+        [*command, "-m", "tests.support_distributed", str(folder), str(support.EXAMPLES // 2), *cases],
+        env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return torch.load(folder / "found.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> dict:
+    return launch(tmp_path_factory.mktemp("ranks"), CASES + ALIKE)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """What one process gives, by name."""
+    known: dict[str, dict] = {}
+
+    def measured(name: str) -> dict:
+        if name not in known:
+            known[name] = support.measure(name, "one", support.EXAMPLES, tmp_path_factory.mktemp("one"))
+        return known[name]
+
+    return measured
+
+
+def difference(found: dict, wanted: dict) -> float:
+    """Relative, over all parameters together."""
+    assert found.keys() == wanted.keys()
+    error = sum(float((found[name].double() - value.double()).square().sum()) for name, value in wanted.items())
+    return (error / sum(float(value.double().square().sum()) for value in wanted.values())) ** 0.5
+
+
+def assert_alike(found: dict, wanted: dict) -> None:
+    assert [log["loss"] for log in found["logs"]] == pytest.approx([log["loss"] for log in wanted["logs"]], rel=1e-6)
+    for a, b in zip(found["gradients"], wanted["gradients"], strict=bool(found["gradients"])):
+        assert difference(a, b) < 1e-6
+    # what SGD added in the last bits of weights a hundred times larger
+    assert difference(found["update"], {n: wanted["update"][n] for n in found["update"]}) < 2e-6
+    for a, b in zip(found["logs"], wanted["logs"], strict=True):
+        for key in a.keys() & {"num_tokens", "rewards/chosen", "logps/rejected", "entropy", "margin", "mean_reward"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-5, abs=2e-6), key
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: BUGS.get(case, case))
+def test_two_ranks_are_one_process(case, ranks, one):
+    wrapper, _, name = case.partition("/")
+    found, wanted = ranks[case], one(name)
+    assert found["wrapped"].startswith(WRAPPERS[wrapper]) and bool(found["sharded"]) == (wrapper in SHARDING)
+    assert_alike(found, wanted)
+    if "saved" in wanted:
+        assert difference(found["saved"], wanted["saved"]) < 2e-6
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_the_patch_changes_nothing_on_two_ranks(wrapper, ranks):
+    assert_alike(ranks[f"{wrapper}/trl:kto"], ranks[f"{wrapper}/unpatched:kto"])
+
+
+def test_sharding_changes_nothing(ranks):
+    assert_alike(ranks["fsdp2/trl:kto"], ranks["ddp/trl:kto"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed(tmp_path, one):
+    found = launch(tmp_path, DEEPSPEED, DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
+    for case in DEEPSPEED:
+        wrapper, _, name = case.partition("/")
+        assert found[case]["wrapped"] == WRAPPERS[wrapper] and bool(found[case]["sharded"]) == (wrapper in SHARDING)
+        assert_alike(found[case], one(name))

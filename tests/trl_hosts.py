@@ -28,6 +28,7 @@ GOOD = ["Blue", "Four", "Six", "Hello world"]
 BAD = ["Blue or red", "Five", "I know", "Bye"]
 TEXTS = QUESTIONS + GOOD + BAD
 WIDTH = 64  # of models.tiny
+CHECKPOINTS = "TRL_HOSTS_CHECKPOINTS"  # of seeds 0 and 1, for ranks: only the first of them would save its own
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
 
 
@@ -61,7 +62,7 @@ def trainer_class(method: str) -> tuple[Any, Any]:
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
         return OnlineDPOTrainer, OnlineDPOConfig
-    name = method.upper()
+    name = "Reward" if method == "reward" else method.upper()
     return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
 
 
@@ -78,6 +79,8 @@ DEFAULTS = {
 @functools.cache
 def checkpoint(seed: int = 0) -> str:
     """A folder with `models.tiny`: trainers load their references from where the model came from."""
+    if CHECKPOINTS in os.environ:
+        return os.environ[CHECKPOINTS].split(os.pathsep)[seed]
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for part in models.tiny(TEXTS, seed):

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpref import linear_token_logprobs, linear_token_statistics, models
 from fastpref.data.collate import IGNORE_INDEX
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import ReferenceCache
-from fastpref.models import inner_model, is_peft
+from fastpref.models import inner_model, is_peft, sharded_like, whole
 from fastpref.trainers import loading
 from fastpref.trainers.base import PreferenceTrainer
-from fastpref.trainers.config import PreferenceConfig
+from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.forward import scored_hidden, to_device
 from fastpref.trainers.loading import load_tokenizer, wrap_peft
 from fastpref.trainers.reference import Reference, SyncReference, fill_cache, fingerprint, ready_reference
@@ -83,6 +83,10 @@ class ReferencedTrainer(PolicyTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         if args.sync_ref_model and is_peft(policy):
             raise ValueError("sync_ref_model: got True with adapters, want False: a reference has other parameters")
+        if args.sync_ref_model and (
+            self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
+        ):
+            raise unsupported("sync_ref_model", True, "want DDP or FSDP2: elsewhere it would not be resumed from")
         self.precomputes = self._precomputes()
         if ref_model is not None:
             ref_model = self._loaded_reference(ref_model)
@@ -91,12 +95,22 @@ class ReferencedTrainer(PolicyTrainer):
             policy, ref_model, fresh_adapters=peft_config is not None, keep_copy=not self.precomputes
         )
         if self.reference.own is not None:
-            self.reference.own = self.accelerator.prepare_model(self.reference.own, evaluation_mode=True)
+            self.reference.own = self._placed(self.reference.own)
         if args.sync_ref_model:
             self.add_callback(SyncReference(self.reference.own, self.accelerator.unwrap_model))
         if self.precomputes:
             self.train_dataset = self.with_reference(self.train_dataset, "train")
             self.eval_dataset = self.with_reference(self.eval_dataset, "eval")
+
+    def _placed(self, reference: Any) -> Any:
+        """A reference that runs in every step is sharded like the policy; one that runs only now is whole."""
+        if not self.is_fsdp_enabled:
+            return self.accelerator.prepare_model(reference, evaluation_mode=True)
+        if self.precomputes or not self.accelerator.is_fsdp2:
+            return reference.to(self.args.device)
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(self.accelerator, reference)
 
     def _loaded_reference(self, ref_model: Any) -> Any:
         if isinstance(ref_model, str):
@@ -110,15 +124,22 @@ class ReferencedTrainer(PolicyTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A reference that moves is part of what a run resumes from."""
         super()._save_checkpoint(model, trial)
-        if self.args.sync_ref_model and self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            save_model(self.accelerator.unwrap_model(self.reference.own), str(folder / REFERENCE_FILE))
+        if self.args.sync_ref_model:
+            own = self.accelerator.unwrap_model(self.reference.own)
+            models.reshard(own)
+            weights = {name: whole(value).detach().cpu() for name, value in own.named_parameters()}  # on every rank
+            if self.args.should_save:
+                save_file(weights, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / REFERENCE_FILE)
 
+    @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.sync_ref_model:
             own = self.accelerator.unwrap_model(self.reference.own)
-            load_model(own, str(Path(resume_from_checkpoint) / REFERENCE_FILE))
+            models.reshard(own)
+            found = load_file(Path(resume_from_checkpoint) / REFERENCE_FILE)
+            for name, value in own.named_parameters():
+                value.copy_(sharded_like(value, found[name].to(value.device)))
 
     def _precomputes(self) -> bool:
         wanted, args = self.args.precompute_ref_log_probs, self.args
@@ -126,10 +147,16 @@ class ReferencedTrainer(PolicyTrainer):
         possible = all(d is None or hasattr(d, "select") for d in datasets)
         if wanted and not possible:
             raise ValueError("precompute_ref_log_probs: got True with an IterableDataset, want False or a Dataset")
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if wanted and self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "precompute_ref_log_probs: got True with cpu_ram_efficient_loading, want one of them: only rank 0 has "
+                "the weights before training"
+            )
         if wanted is not None:
             return wanted
-        if not possible or args.sync_ref_model or self.is_deepspeed_enabled or self.train_dataset is None:
-            return False
+        if not possible or args.sync_ref_model or sharded or self.train_dataset is None:
+            return False  # of a sharded model, a rank may not hold all
         per_epoch = len(self.train_dataset) / (args.train_batch_size * args.gradient_accumulation_steps)
         return args.max_steps <= 0 or args.max_steps * args.world_size >= per_epoch
 
@@ -146,6 +173,7 @@ class ReferencedTrainer(PolicyTrainer):
         folder = self.args.reference_cache or models.cache_folder() / "reference"
         cache = ReferenceCache(folder, key, len(dataset), len(self.reference_columns))
         with self._progress(name, len(dataset)) as advance, self.reference.model() as model:
+            model.to(self.args.device)  # where FSDP would bring it only for training
             fill_cache(
                 cache, dataset, lambda examples: self._reference_of(model, examples), tokens=self.args.reference_tokens,
                 rank=self.args.process_index, world=self.args.world_size, progress=advance,
@@ -189,8 +217,12 @@ class ReferencedTrainer(PolicyTrainer):
             part["ref_logps"] = self.inside(wrapped, lambda: self.reference_logps(reference, part))
 
     def ready_for_evaluation(self, dataset: Any) -> Any:
+        """Its reference's log-probs come from a forward in every step where the reference is lost, or sharded: the
+        ranks have different numbers of batches to fill a cache with."""
         changed = self.state.global_step > 0 and self.reference.is_lost_by_training
-        return dataset if changed or not self.precomputes else self.with_reference(dataset, "evaluation")
+        if changed or not self.precomputes or models.is_sharded(self.reference.own or self.reference.policy):
+            return dataset
+        return self.with_reference(dataset, "evaluation")
 
 
 def _datasets(given: Any) -> list[Any]:

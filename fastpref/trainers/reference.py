@@ -123,6 +123,7 @@ class SyncReference(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % args.ref_model_sync_steps:
             return
+        models.reshard(self.reference)
         policy = dict(self.unwrap(model).named_parameters())
         for name, value in self.reference.named_parameters():
             value.lerp_(policy[name].to(value.device, value.dtype), args.ref_model_mixup_alpha)

@@ -1,0 +1,340 @@
+"""What every rank of the distributed tests runs: a few updates, and their losses and gradients, whole.
+
+As a program (under torchrun): `python -m tests.support_distributed FOLDER BATCH WRAPPER CASE ...`; rank 0 leaves what
+it found in `FOLDER/found.pt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainerCallback
+
+import fastpref
+from fastpref import models, trainers
+from fastpref.data.collate import tokenize_pairs
+from fastpref.data.pairs import Pair
+from fastpref.integrations import trl as fast_trl
+from fastpref.integrations.transformers import batch_loss, pair_batch, reference_logps
+from tests import trl_hosts
+
+EXAMPLES, STEPS, LEARNING_RATE = 4, 2, 0.05
+PATIENCE = 150  # seconds
+LAYER = "LlamaDecoderLayer"
+ZERO = {"zero2": 2, "zero3": 3}
+
+
+def _shard_on_cpu_too(init: Callable) -> Callable:
+    """Accelerate takes an FSDP plugin only on accelerators; all that follows from it runs on a CPU as well."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    return __init__
+
+
+@contextlib.contextmanager
+def fresh(wrapper: str):
+    """Without what Accelerate remembers of the case before."""
+    if wrapper == "one":  # in the tests' own process
+        yield
+        return
+    AcceleratorState._reset_state()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    init = AcceleratorState.__init__
+    AcceleratorState.__init__ = _shard_on_cpu_too(init)
+    backend = PartialState._prepare_backend
+    if wrapper in ZERO:  # which Accelerate refuses where it is told to use a CPU, and has no backend where it is not
+        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__, PartialState._prepare_backend = init, backend
+        if wrapper == "fsdp2" and PartialState._shared_state:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+def whole(value: Tensor) -> Tensor:
+    value = value.detach()
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+
+
+def tiny(seed: int = 0, tied: bool = True) -> tuple[Any, Any]:
+    model, tokenizer = models.tiny(trl_hosts.TEXTS, seed)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
+    return model, tokenizer
+
+
+def classifier(seed: int = 3) -> Any:
+    config = tiny()[0].config
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+class Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients.append({n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
+
+
+def options(wrapper: str, batch: int, **more: Any) -> dict[str, Any]:
+    """Training arguments: no clipping, so that gradients are the loss's own; SGD, so that they stay alike."""
+    found = {
+        "per_device_train_batch_size": batch, "max_steps": STEPS, "optim": "sgd", "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1, "report_to": "none", "bf16": False,
+        "save_strategy": "no", "disable_tqdm": True, "use_cpu": wrapper not in ZERO, "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential", "max_length": 64,
+    }  # fmt: skip
+    if wrapper == "ddp":
+        found["ddp_find_unused_parameters"] = False
+    if wrapper == "fsdp2":
+        found |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": LAYER}}
+    if wrapper in ZERO:
+        found["deepspeed"] = {
+            "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+            "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": ZERO[wrapper], "stage3_gather_16bit_weights_on_model_save": True},
+        }  # fmt: skip
+    return found | more
+
+
+def trained(trainer: Any, wrapper: str, **how: Any) -> dict[str, Any]:
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    before = {n: whole(p) for n, p in trainer.model.named_parameters()}
+    trainer.train(**how)
+    named = list(trainer.model.named_parameters())
+    sharded = {n for n, p in named if hasattr(p, "full_tensor") or hasattr(p, "ds_id")}
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if wrapper in ZERO else None
+    return {
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        # under DeepSpeed an engine has them: there, what SGD made of them
+        "gradients": recorder.gradients if state is None else [],
+        "update": {n: (whole(p) if state is None else state[n]) - before[n] for n, p in named},
+        "sharded": sharded,
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }
+
+
+# our trainers
+
+OURS = {
+    "dpo": ("DPO", {"precompute_ref_log_probs": True}),
+    "online-dpo": ("DPO", {"precompute_ref_log_probs": False}),
+    "untied-dpo": ("DPO", {"precompute_ref_log_probs": True}),
+    "accumulated-dpo": ("DPO", {"precompute_ref_log_probs": False, "gradient_accumulation_steps": 2}),
+    "budget-dpo": ("DPO", {"token_budget": 8}),
+    "tr-dpo": ("DPO", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+    "apo": ("KTO", {"loss_type": "apo_zero_unpaired"}),
+    "kto": ("KTO", {}),
+    "reward": ("Reward", {}),
+    "orpo": ("ORPO", {}),
+}
+
+
+class SameBlocksKTO(trainers.KTOTrainer):
+    """Mismatched within pairs of examples, however large the batches are: those of two ranks are one process's."""
+
+    def _tokenized(self, dataset: Any, name: str, args: Any) -> Any:
+        size, args.per_device_train_batch_size = args.per_device_train_batch_size, 2
+        try:
+            return super()._tokenized(dataset, name, args)
+        finally:
+            args.per_device_train_batch_size = size
+
+
+def ours(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    name, more = OURS[case]
+    if more.get("gradient_accumulation_steps"):
+        batch //= 2
+    model, tokenizer = tiny(tied=case != "untied-dpo")
+    if case == "reward":
+        model = classifier()
+    trainer_class = SameBlocksKTO if case == "kto" else getattr(trainers, f"{name}Trainer")
+    args = getattr(trainers, f"{name}Config")(
+        output_dir=str(folder), **options(wrapper, batch, reference_cache=str(folder / "reference"), **more)
+        if name in ("DPO", "KTO")
+        else options(wrapper, batch, **more),
+    )  # fmt: skip
+    extra = {"ref_model": tiny(seed=1)[0]} if name in ("DPO", "KTO") and case not in ("tr-dpo", "untied-dpo") else {}
+    trainer = trainer_class(
+        model=model, args=args, train_dataset=trl_hosts.dataset(name.lower()), processing_class=tokenizer, **extra
+    )
+    return trained(trainer, wrapper)
+
+
+def resumed(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    """TR-DPO whose second step is another trainer's, from a checkpoint of the first."""
+    found: dict[str, Any] = {}
+    for steps in (1, STEPS):
+        model, tokenizer = tiny()
+        more = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1, "sync_ref_model": True}
+        # torch cannot load the state of an optimizer that has none; this Adam does not blow up rounding
+        more |= {"optim": "adamw_torch", "adam_epsilon": 1.0}
+        args = trainers.DPOConfig(output_dir=str(folder), **options(wrapper, batch, ref_model_sync_steps=1, **more))
+        trainer = trainers.DPOTrainer(
+            model=model, args=args, train_dataset=trl_hosts.dataset("dpo"), processing_class=tokenizer
+        )
+        found = trained(trainer, wrapper, resume_from_checkpoint=str(folder / "checkpoint-1") if steps > 1 else None)
+        trainer.save_model(str(folder / "saved"))
+    torch.distributed.barrier() if wrapper != "one" else None
+    saved = transformers.AutoModelForCausalLM.from_pretrained(folder / "saved")
+    before = dict(tiny()[0].named_parameters())
+    found["saved"] = {n: (p - before[n]).detach() for n, p in saved.named_parameters()}
+    return found
+
+
+def evaluated(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    """Adapters whose reference is precomputed, then an evaluation of data that the constructor did not see: fewer
+    batches than ranks to compute a reference with."""
+    from peft import LoraConfig
+
+    model, tokenizer = tiny()
+    more = options(wrapper, batch, precompute_ref_log_probs=True, reference_cache=str(folder / "reference"))
+    args = trainers.DPOConfig(output_dir=str(folder), per_device_eval_batch_size=batch, **more)
+    torch.manual_seed(0)
+    trainer = trainers.DPOTrainer(
+        model=model, args=args, train_dataset=trl_hosts.dataset("dpo"), processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )  # fmt: skip
+    found = trained(trainer, wrapper)
+    data = trl_hosts.dataset("dpo").select(range(3, -1, -1))
+    return found | {"logs": [*found["logs"], {"loss": trainer.evaluate(data)["eval_loss"]}]}
+
+
+# TRL's
+
+TRL = {"dpo": {}, "apo": {"loss_type": "apo_zero_unpaired"}, "kto": {}, "reward": {}}
+
+
+def trl(case: str, wrapper: str, batch: int, folder: Path, patch: Any = fast_trl.patched) -> dict[str, Any]:
+    method = "kto" if case == "apo" else case
+    with patch():
+        more = options(wrapper, batch, **TRL[case])
+        model = classifier() if case == "reward" else None
+        return trained(trl_hosts.build(method, folder, model=model, **more), wrapper)
+
+
+# loops
+
+
+def pairs(tokenizer: Any) -> list:
+    def message(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows = zip(trl_hosts.QUESTIONS, trl_hosts.GOOD, trl_hosts.BAD, strict=True)
+    found = [Pair(message("user", q), message("assistant", g), message("assistant", b)) for q, g, b in rows]
+    return tokenize_pairs(found, tokenizer, max_length=64)
+
+
+def loop(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    """One loop of one's own over DPO, KTO or reward; on ranks, each has its share of the examples."""
+    kind, _, objective = case.partition("-")
+    model, tokenizer = tiny(tied=kind != "head")
+    reference = tiny(seed=1)[0]
+    data = pairs(tokenizer)
+    rank = torch.distributed.get_rank() if wrapper != "one" else 0
+    inputs = pair_batch(data[rank * batch : (rank + 1) * batch], tokenizer.pad_token_id)
+    inputs["ref_logps"] = reference_logps(reference, inputs)
+    loss_fn = {"dpo": fastpref.DPOLoss(), "kto": fastpref.KTOLoss()}[objective]
+    if objective == "kto":
+        inputs["desirable"] = torch.arange(2 * batch) < batch
+        inputs["kl"] = torch.tensor(0.1)
+    models.output_head(model)
+    before = {n: whole(p) for n, p in model.named_parameters()}
+    optimizer, accelerator = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE), None
+    if wrapper != "one" and kind == "accelerate":
+        plugin = None
+        if wrapper == "fsdp2":
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[LAYER]
+            )
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    elif wrapper == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif wrapper == "fsdp2":
+        units = [*model.model.layers, *([model.lm_head] if kind == "head" else [])]
+        for unit in (*units, model):
+            fully_shard(unit)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    losses, gradients = [], []
+    for _ in range(STEPS):
+        loss = batch_loss(loss_fn, model, inputs, accelerator).loss
+        loss.backward() if accelerator is None else accelerator.backward(loss)
+        named = models.unwrapped(model).named_parameters()
+        gradients.append({name: whole(p.grad) for name, p in named})
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if wrapper != "one":
+            torch.distributed.all_reduce(mean)
+            mean /= torch.distributed.get_world_size()
+        losses.append({"loss": float(mean)})
+    parameters = dict(models.unwrapped(model).named_parameters())
+    return {
+        "logs": losses, "gradients": gradients, "update": {n: whole(p) - before[n] for n, p in parameters.items()},
+        "sharded": {n for n, p in parameters.items() if hasattr(p, "full_tensor")},
+        "wrapped": type(model).__name__,
+    }  # fmt: skip
+
+
+LOOPS = ("plain-dpo", "plain-kto", "head-dpo", "accelerate-dpo", "accelerate-kto")
+KINDS: dict[str, Callable] = {
+    "ours": ours, "trl": trl, "unpatched": functools.partial(trl, patch=contextlib.nullcontext), "loop": loop,
+    "resumed": resumed, "evaluated": evaluated,
+}  # fmt: skip
+
+
+def measure(name: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    """`name` is a kind and a case of it, such as `ours:dpo`."""
+    kind, case = name.split(":")
+    with fresh(wrapper), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return KINDS[kind](case, wrapper, batch, folder / f"{kind}-{case}-{wrapper}")
+
+
+def main(folder: str, batch: str, *cases: str) -> None:
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # a rank that waits for the other shows where
+    if cases[0].split("/")[0] in ZERO:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of C++ to make gloo faster
+    torch.distributed.init_process_group("gloo")
+    found = {}
+    for entry in cases:
+        wrapper, _, name = entry.partition("/")
+        print(entry, flush=True)  # the last one is where it failed
+        found[entry] = measure(name, wrapper, int(batch), Path(folder))
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
