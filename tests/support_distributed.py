@@ -227,6 +227,21 @@ def evaluated(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, An
     return found | {"logs": [*found["logs"], {"loss": trainer.evaluate(data)["eval_loss"]}]}
 
 
+def refused(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    """What sharding cannot give, as the error's text."""
+    more = options(wrapper, batch, precompute_ref_log_probs=True)
+    more["fsdp_config"] |= {"cpu_ram_efficient_loading": True}
+    model, tokenizer = tiny()
+    args = trainers.DPOConfig(output_dir=str(folder), **more)
+    try:
+        trainers.DPOTrainer(model=model, args=args, train_dataset=trl_hosts.dataset("dpo"), processing_class=tokenizer)
+    except ValueError as error:
+        return {"error": str(error)}
+    finally:
+        os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return {"error": None}
+
+
 # TRL's
 
 TRL = {"dpo": {}, "apo": {"loss_type": "apo_zero_unpaired"}, "kto": {}, "reward": {}}
@@ -307,7 +322,7 @@ def loop(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
 LOOPS = ("plain-dpo", "plain-kto", "head-dpo", "accelerate-dpo", "accelerate-kto")
 KINDS: dict[str, Callable] = {
     "ours": ours, "trl": trl, "unpatched": functools.partial(trl, patch=contextlib.nullcontext), "loop": loop,
-    "resumed": resumed, "evaluated": evaluated,
+    "resumed": resumed, "evaluated": evaluated, "refused": refused,
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ BUGS = {  # found by these cases
     "fsdp2/resumed:tr-dpo": "a-sharded-reference-is-saved-and-resumed-from",
     "fsdp2/evaluated:lora-dpo": "ranks-do-not-fill-a-cache-with-a-sharded-reference",
 }
+REFUSED = "fsdp2/refused:precompute"
 DEEPSPEED = [
     f"{wrapper}/{name}"
     for wrapper in ("zero2", "zero3")
@@ -55,7 +56,7 @@ def launch(folder: Path, cases: list[str], **environment: str) -> dict:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> dict:
-    return launch(tmp_path_factory.mktemp("ranks"), CASES + ALIKE)
+    return launch(tmp_path_factory.mktemp("ranks"), [*CASES, *ALIKE, REFUSED])
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,10 @@ def test_the_patch_changes_nothing_on_two_ranks(wrapper, ranks):
 
 def test_sharding_changes_nothing(ranks):
     assert_alike(ranks["fsdp2/trl:kto"], ranks["ddp/trl:kto"])
+
+
+def test_weights_that_only_rank_0_has_are_not_precomputed_from(ranks):
+    assert "precompute_ref_log_probs: got True with cpu_ram_efficient_loading" in ranks[REFUSED]["error"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
