@@ -1,4 +1,4 @@
-"""What a GPU must answer before the kernels are tuned: five small experiments, each a set of rows in one record.
+"""What a GPU must answer before the kernels are tuned: six small experiments, each a set of rows in one record.
 
     python -m benchmarks.experiments --device cuda --json FOLDER
     python -m benchmarks.experiments --quick            tiny sizes on the CPU, to see that everything runs
@@ -8,6 +8,7 @@ rows        row kernels over BLOCK x warps: forward, forward with U in place, gr
 rounding    a product stored as the compute dtype against one stored in fp32
 accumulate  a product added to an fp32 gradient against one that overwrites it
 operand     dW = U^T H with U contiguous against U with a padded row stride
+epilogue    log-probs without gradients: cuBLAS and the row kernel against a product that takes the log-sum-exp itself
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure, record
-from fastpref import backends
+from fastpref import backends, linear_token_logprobs
 from fastpref.plans import _matmul_into
 from fastpref.reference import LogitTransform
 
@@ -36,11 +37,12 @@ class Sizes(NamedTuple):
     d: int
     vocab: int
     tiles: tuple[int, ...]  # rows of one product
+    narrow: int  # d of a small model: Qwen2.5-0.5B
     copy_bytes: int
 
 
-FULL = Sizes(8192, 4096, 128256, (2048, 4096, 8192), 4 << 30)
-QUICK = Sizes(16, 32, 512, (8, 16), 1 << 20)
+FULL = Sizes(8192, 4096, 128256, (2048, 4096, 8192), 896, 4 << 30)
+QUICK = Sizes(16, 32, 512, (8, 16), 16, 1 << 20)
 BLOCKS = (1024, 2048, 4096, 8192, 16384)
 WARPS = (4, 8, 16)
 AS_LAUNCHED = "as launched"
@@ -94,7 +96,7 @@ def rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run
         launcher = importlib.import_module("fastpref_kernels.row_logprob")
 
         def run() -> object:
-            with mock.patch.object(launcher, "row_block", lambda columns: (block, warps)):
+            with mock.patch.object(launcher, "row_block", lambda *_: (block, warps)):
                 return call()
 
         return run
@@ -147,12 +149,34 @@ def operand(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[
         yield Run(f"dW, row stride V + {padding}", call, flops=flops)
 
 
+def epilogue(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
+    """At a large head and at a narrow one, where the elementwise pass weighs most; after a check against fp64."""
+    from benchmarks import linear_lse
+
+    triton = backends.choose(device).name == "triton"
+    for n, d in ((sizes.rows, sizes.d), (sizes.rows, sizes.narrow), (max(1, sizes.tiles[0] // 8), sizes.d)):
+        hidden, weight = _operands(sizes._replace(d=d), n, device, dtype)
+        labels = torch.randint(sizes.vocab, (n,), device=device)
+        name, flops = f"{n} rows, d = {d}", measure.matmul_flops(n, d, sizes.vocab, 1)
+        plan = functools.partial(linear_token_logprobs, hidden, weight, labels)
+        yield Run(f"plan no_grad, {name}", plan, flops=flops)
+        for tiles in linear_lse.CANDIDATES if triton else ():
+            candidate = functools.partial(linear_lse.linear_logprobs, hidden, weight, labels, tiles)
+            few = slice(0, 64)
+            wanted = (hidden[few].double() @ weight.double().T).log_softmax(-1).gather(1, labels[few, None])[:, 0]
+            error = float((candidate()[few] - wanted).norm() / wanted.norm())
+            if not error <= 1e-4:
+                raise ValueError(f"epilogue: got an error of {error} with {tiles}, want less than 1e-4")
+            yield Run(f"tiles {tiles.rows} x {tiles.vocab}, stages {tiles.num_stages}, {name}", candidate, flops=flops)
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "bandwidth": bandwidth,
     "rows": rows,
     "rounding": rounding,
     "accumulate": accumulate,
     "operand": operand,
+    "epilogue": epilogue,
 }
 ROW_KERNEL_SHARE = 0.93  # of the measured copy bandwidth
 

@@ -7,14 +7,15 @@
 # suites       every benchmark suite at full size
 # experiments  benchmarks/experiments.py
 # tests        the numerics tests on the device (not part of all)
-# trainers     DPO training end to end beside TRL, two model sizes (not part of all; wants transformers, datasets, trl)
+# trainers     DPO training end to end beside TRL, two model sizes, and a step of each host (not part of all; wants
+#              transformers, datasets, trl)
 #
 # Records (JSON), logs and report/report.html go to OUTDIR; all of it takes at most 9 minutes. A suite starts no case
 # that would not end in its time. A failed step does not stop the others; the exit status is 1 if any failed, 2 if
 # there is no CUDA device. REHEARSE=1 runs the same steps on the CPU with small sizes: it shows that they run.
 set -uo pipefail
 
-usage() { sed -n '2,16s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$0"; }
 case "${2:-all}" in all | validate | suites | experiments | tests | trainers) part=${2:-all} ;; *) usage >&2; exit 64 ;; esac
 [ $# -ge 1 ] && [ $# -le 2 ] || { usage >&2; exit 64; }
 
@@ -62,7 +63,10 @@ if wants suites; then
     done
 fi
 if wants experiments; then
-    step experiments 115 "$python" -m benchmarks.experiments "${device[@]}" --repeats "${REPEATS:-10}" --json "$out"
+    step experiments 105 "$python" -m benchmarks.experiments "${device[@]}" --repeats "${REPEATS:-10}" --json "$out"
+    if records=$(ls -t "$out"/*-experiments-cuda-*.json 2>/dev/null); then # tile sizes for the kernels' configs/
+        step tune 10 "$python" -m benchmarks.tune "${records%%$'\n'*}" --out "$out"
+    fi
 fi
 if wants tests; then
     step tests 480 "$python" -m pytest tests -q -p no:cacheprovider --maxfail=20 \
@@ -71,11 +75,13 @@ fi
 if wants trainers; then
     if [ "${REHEARSE:-0}" = 1 ]; then
         step trainers-tiny 240 "$python" -m benchmarks.trainers --model tiny --steps 3 --max-length 128 --json "$out"
+        step hosts-tiny 240 "$python" -m benchmarks.hosts --model tiny --host "TRL DPOTrainer" --batches 1 --max-length 128 --json "$out"
     else
         for model in llama-1b qwen-0.5b; do
             step "trainers-$model" 280 "$python" -m benchmarks.trainers --device cuda --model "$model" --steps 12 \
                 --batch-size 8 --max-length 1024 --json "$out"
         done
+        step hosts 420 "$python" -m benchmarks.hosts --device cuda --model qwen-0.5b --pairs 8 --max-length 1024 --json "$out"
     fi
 fi
 if wants suites; then

@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import linear_lse
 from benchmarks.launches import CASES, DTYPES, TARGETS, Case
 
 POINTERS = {
@@ -170,6 +171,26 @@ def measure(case: Case) -> Resources:
     return Resources(name, case.variant.name, case.dtype, case.target, shared=binary.metadata.shared, **found)
 
 
+def measure_candidate(tiles: linear_lse.Tiles) -> dict[str, Any]:
+    """The product with a log-sum-exp in its epilogue, in bf16 for Hopper."""
+    kernel = linear_lse.tile_lse_kernel
+    signature = {
+        "hidden": f"tensordesc<bf16[{tiles.rows},{tiles.d}]>", "weight": f"tensordesc<bf16[{tiles.vocab},{tiles.d}]>",
+        "max_ptr": "*fp32", "sum_ptr": "*fp32", **dict.fromkeys(("ROWS", "VOCAB", "D"), "constexpr"),
+    }  # fmt: skip
+    signature = {name: signature.get(name, "i32") for name in kernel.arg_names}
+    at = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    constants = {at["ROWS"]: tiles.rows, at["VOCAB"]: tiles.vocab, at["D"]: tiles.d}
+    attributes = {at[name]: [["tt.divisibility", 16]] for name in ("max_ptr", "sum_ptr", "d")}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=TARGETS["sm_90"], options=options)
+    found = {name: _nvidia(binary.asm["cubin"])[name] for name in ("registers", "spills", "stack")}
+    instructions = {"wgmma": "wgmma.mma_async", "tma": "cp.async.bulk.tensor"}
+    used = {name: text in binary.asm["ptx"] for name, text in instructions.items()}
+    return {"tiles": tiles, **found, "shared": binary.metadata.shared, **used}
+
+
 def measure_all(cases: list[Case], workers: int = 2) -> list[Resources]:
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(measure, cases, chunksize=4))
@@ -197,7 +218,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it to compile them")
     results = measure_all(CASES)
     if as_json:
-        print(json.dumps({"triton": triton.__version__, "kernels": [r._asdict() for r in results]}, indent=1))
+        candidates = [measure_candidate(tiles) for tiles in linear_lse.CANDIDATES]
+        kernels = [r._asdict() for r in results]
+        print(json.dumps({"triton": triton.__version__, "kernels": kernels, "candidates": candidates}, indent=1))
     else:
         print(table(results))
     return 0

@@ -43,10 +43,16 @@ kernels = get_kernel("USER/{name}", version={version})
 
 
 def sources() -> list[Path]:
-    """The kernels' Python files."""
+    """The kernels' Python files, and the tile sizes of GPUs."""
     spec = importlib.util.find_spec(PACKAGE)
     assert spec is not None and spec.origin is not None  # a part of fastpref
-    return sorted(Path(spec.origin).parent.glob("*.py"))
+    folder = Path(spec.origin).parent
+    return sorted([*folder.glob("*.py"), *folder.glob("configs/*.json")])
+
+
+def _place(file: Path) -> Path:
+    """Where a source file belongs in the package."""
+    return Path(file.name) if file.suffix == ".py" else Path(file.parent.name, file.name)
 
 
 def export(folder: str | Path, backends: Sequence[str] = BACKENDS[:3]) -> Path:
@@ -63,9 +69,9 @@ def export(folder: str | Path, backends: Sequence[str] = BACKENDS[:3]) -> Path:
     files = sources()
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:7]
     for place in ("torch-ext/" + PACKAGE, *(f"build/torch-{backend}" for backend in backends)):
-        (folder / place).mkdir(parents=True)
+        (folder / place / "configs").mkdir(parents=True)
         for file in files:
-            shutil.copyfile(file, folder / place / file.name)
+            shutil.copyfile(file, folder / place / _place(file))
     for backend in backends:
         metadata = {
             "id": f"_{PACKAGE}_{backend}_{digest}", "name": NAME, "version": VERSION, "license": "Apache-2.0",

@@ -23,7 +23,7 @@ SHARED_BYTES = 8192
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[dict]:
+def compiled() -> dict:
     pytest.importorskip("triton", reason="Triton exists for Linux only")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -34,7 +34,12 @@ def kernels() -> list[dict]:
         text=True,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout)["kernels"]
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled) -> list[dict]:
+    return compiled["kernels"]
 
 
 def _name(kernel: dict) -> str:
@@ -94,3 +99,11 @@ def test_both_rows_of_an_exact_kl_are_read_16_bytes_at_a_time(kernels):
 def test_shared_memory_is_for_reductions_alone(kernels):
     """48 KiB is what a launch gets without opting in; far less than that never limits how many programs fit."""
     assert {_name(k): k["shared"] for k in kernels if k["shared"] > SHARED_BYTES} == {}
+
+
+def test_the_candidate_product_fits_hopper(compiled):
+    """benchmarks/linear_lse.py: tensor cores fed by TMA, nothing spilled, within an SM's 227 KiB."""
+    assert len(compiled["candidates"]) >= 3
+    for candidate in compiled["candidates"]:
+        assert candidate["wgmma"] and candidate["tma"], candidate
+        assert (candidate["spills"], candidate["stack"]) == (0, 0) and candidate["shared"] <= 227 * 1024, candidate

@@ -61,6 +61,7 @@ def wheel(tmp_path_factory) -> set[str]:
 
 def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel):
     assert {"fastpref/data/sample_train.jsonl", "fastpref/data/sample_heldout.jsonl"} <= wheel
+    assert "fastpref_kernels/configs/default.json" in wheel
     assert wheel == installed_names("*")
 
 

@@ -151,7 +151,7 @@ def row_scores(
     if sequences == 0:
         return scores
     limit, stride_seq, stride_row = _addresses(hidden, layout)
-    block, warps = row_block(d)
+    block, warps = row_block(d, "row_scores", hidden.device)
     with on_device_of(hidden):
         _row_scores_kernel[(sequences,)](
             hidden, weight.contiguous(), bias, index.contiguous(), scores,

@@ -265,7 +265,7 @@ def row_logprob(
     if n == 0:
         return out
     temperature, logit_scale, softcap = transform
-    block, warps = row_block(vocab)
+    block, warps = row_block(vocab, "row_logprob", logits.device)
     with on_device_of(logits):
         _row_logprob_kernel[(n,)](
             logits, labels, target_logits,
@@ -295,7 +295,7 @@ def row_gradient(
     if n == 0 or vocab == 0:
         return
     temperature, logit_scale, softcap = transform
-    block, warps = row_block(vocab)
+    block, warps = row_block(vocab, "row_gradient", logits.device)
     with on_device_of(logits):
         _row_gradient_kernel[(n, triton.cdiv(vocab, block))](
             logits, labels, logps, lse, entropy, grad_logps, grad_entropy, out,

@@ -222,9 +222,9 @@ def _token_kl_gradient_kernel(
         tl.store(out_ptr + cols, g * k, mask=cols < V)
 
 
-def _pair_block(columns: int) -> tuple[int, int]:
+def _pair_block(columns: int, device: torch.device) -> tuple[int, int]:
     """Two rows at once: half of what a thread holds of one."""
-    block, warps = row_block(columns)
+    block, warps = row_block(columns, "token_kl", device)
     return min(block, 2048), warps
 
 
@@ -247,7 +247,7 @@ def token_kl(
         return out
     inner, *strides = _row_strides(policy)
     temperature, logit_scale, softcap = transform
-    block, warps = _pair_block(vocab)
+    block, warps = _pair_block(vocab, policy.device)
     with on_device_of(policy):
         _token_kl_kernel[(n,)](
             policy, ref, mask, labels, target_logits, ref_target_logits,
@@ -272,7 +272,7 @@ def token_kl_gradient(
         return
     inner, *strides = _row_strides(policy)
     temperature, logit_scale, softcap = transform
-    block, warps = _pair_block(vocab)
+    block, warps = _pair_block(vocab, policy.device)
     with on_device_of(policy):
         _token_kl_gradient_kernel[(n, triton.cdiv(vocab, block))](
             policy, ref, mask, kl, lse, ref_lse, grad, out,
