@@ -24,9 +24,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-os.environ.setdefault("CI", "1")  # TRL: no telemetry
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -292,6 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=Path, help="file or folder for the record")
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("CI", "1")  # TRL: no telemetry
     if args.child:
         args.host = args.host[0]
         child(args)
