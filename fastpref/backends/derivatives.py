@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,12 +11,18 @@ import torch
 from torch import Tensor
 
 
+@functools.cache
+def _worker(process: int, threads: int) -> ThreadPoolExecutor:
+    """A thread that is kept: a new one a call would also start a new OpenMP team. A fork has none of its parent's
+    threads, and a thread keeps the number of threads that PyTorch had when it began."""
+    return ThreadPoolExecutor(1, "fastpref-derivatives")
+
+
 def value_and_gradients(formula: Callable[..., Tensor], *arguments: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A scalar formula and its gradient in each argument, all detached.
 
-    On a thread of its own, about 0.1 ms: inside an operator autograd is off, torch.func refuses to run under
-    saved-tensor hooks (checkpointing, offloading) or a dispatch mode (FLOP counters), and all of these are a
-    thread's own state.
+    On another thread: inside an operator autograd is off, torch.func refuses to run under saved-tensor hooks
+    (checkpointing, offloading) or a dispatch mode (FLOP counters), and all of these are a thread's own state.
     """
 
     device = arguments[0].device
@@ -26,5 +34,4 @@ def value_and_gradients(formula: Callable[..., Tensor], *arguments: Tensor) -> t
             value = formula(*leaves)
             return value.detach(), torch.autograd.grad(value, leaves, materialize_grads=True)
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(differentiate).result()
+    return _worker(os.getpid(), torch.get_num_threads()).submit(differentiate).result()
