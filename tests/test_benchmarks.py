@@ -319,6 +319,30 @@ def test_every_experiment_runs_and_the_sweep_sets_the_block():
     assert copy["bytes"] == 1 << 16
 
 
+def test_a_run_that_the_device_refuses_costs_that_run_alone(monkeypatch):
+    class OutOfResources(Exception):  # as Triton's: no RuntimeError
+        pass
+
+    def refuse():
+        raise OutOfResources("out of resource: shared memory")
+
+    def wrong(found):
+        raise ValueError("got a relative error of 1")
+
+    def broken(*_):
+        yield experiments.Run("one", int)
+        raise OutOfResources("no memory")
+
+    runs = [experiments.Run("a", int), experiments.Run("b", refuse), experiments.Run("c", int, check=wrong)]
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"x": lambda *_: iter(runs), "y": broken})
+    found = experiments.run(["x", "y"], experiments.QUICK, CPU, torch.float32, 1)
+    assert [(r["case"], r["provider"]) for r in found["rows"]] == [("x", "a")]
+    assert found["absent"] == {
+        "x, b": "OutOfResources: out of resource: shared memory", "x, c": "ValueError: got a relative error of 1",
+        "y": "OutOfResources: no memory",
+    }  # fmt: skip
+
+
 def gpu_script(out: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     command = ["bash", str(ROOT / "benchmarks/gpu.sh"), str(out), *arguments]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable} | variables
