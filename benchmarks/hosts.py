@@ -39,15 +39,12 @@ from fastpref.integrations.transformers import batch_loss, reference_logps
 OWN, FAST, BACKBONE = "own", "fastpref", "backbone"
 # (loss, gradients), relative: fp32 through 30 layers, summed in another order; bf16, where hosts round their logits
 TOLERANCES = {"cpu": (1e-5, 1e-4), "cuda": (2e-3, 5e-2)}
-SUBCLASSES = "fastpref.integrations.trl"
 TRAINERS = {  # host -> (module, trainer, options)
     "TRL DPOTrainer": ("trl", "DPOTrainer", {}),
     "TRL KTOTrainer": ("trl", "KTOTrainer", {}),
     "TRL SFTTrainer": ("trl", "SFTTrainer", {}),
     "TRL CPOTrainer (SimPO)": ("trl.experimental.cpo", "CPOTrainer", {"loss_type": "simpo", "cpo_alpha": 0.0}),
     "TRL ORPOTrainer": ("trl.experimental.orpo", "ORPOTrainer", {}),
-    "TRL DPOTrainer, subclass": (SUBCLASSES, "DPOTrainer", {}),
-    "TRL KTOTrainer, subclass": (SUBCLASSES, "KTOTrainer", {}),
 }
 LOOP = "plain PyTorch loop (DPO)"
 HOSTS = (*TRAINERS, LOOP)
@@ -66,7 +63,7 @@ def examples(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def trainer_step(host: str, args: argparse.Namespace, folder: Path, scratch: str) -> tuple[Any, Step]:
-    """(model, step) of one of TRL's trainers, under the patch or not, or of a subclass beside its base class."""
+    """(model, step) of one of TRL's trainers, built under the patch and then run under it or not."""
     import importlib
 
     from datasets import Dataset
@@ -74,9 +71,7 @@ def trainer_step(host: str, args: argparse.Namespace, folder: Path, scratch: str
 
     module, name, options = TRAINERS[host]
     home, rows = importlib.import_module(module), examples(args)
-    config = getattr(
-        importlib.import_module("trl") if module == SUBCLASSES else home, name.replace("Trainer", "Config")
-    )
+    config = getattr(home, name.replace("Trainer", "Config"))
     size = args.pairs
     if name == "KTOTrainer":
         size *= 2
@@ -104,9 +99,9 @@ def trainer_step(host: str, args: argparse.Namespace, folder: Path, scratch: str
 
     def step(with_fastpref: bool, number: int) -> Tensor:
         trainer.model.zero_grad()
-        if module == SUBCLASSES:
-            trainer.packing = packing if with_fastpref else None  # without, the loss is its base class's
-        with fast_trl.patched() if with_fastpref and module != SUBCLASSES else contextlib.nullcontext():
+        if packing is not None:
+            trainer.packing = packing if with_fastpref else None  # without, the loss is TRL's
+        with fast_trl.patched() if with_fastpref else contextlib.nullcontext():
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batches[number % len(batches)]))
             loss.backward()
         return loss.detach()

@@ -164,11 +164,30 @@ class PairedLoss(nn.Module):
         return self._from_tokens(tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, nll_tokens=nll_tokens)
 
     @property
-    def _statistics(self) -> tuple[str, ...]:
+    def statistics(self) -> tuple[str, ...]:
+        """What it needs of each token beside the log-prob, as `linear_token_statistics` names it."""
         return ("log_sum_sq",) if self.use_weighting else ()
 
+    def from_tokens(
+        self,
+        tokens: TokenStatistics,
+        labels: Tensor,
+        ref_logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        nll_tokens: Tensor | None = None,
+    ) -> PreferenceOutput:
+        """From what `linear_token_statistics` returns, with at least `self.statistics`: for those who want entropies
+        and the like as well, at no further product."""
+        missing = [name for name in self.statistics if getattr(tokens, name) is None]
+        if missing:
+            raise ValueError(f"tokens: got no {', '.join(missing)}, want statistics={self.statistics} (use_weighting)")
+        pairs = checks.num_pairs(labels, cu_seqlens)
+        return self._from_tokens(tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, nll_tokens=nll_tokens)
+
     def _token_statistics(self, logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform):
-        return token_statistics(logits, labels, self._statistics, ignore_index=ignore_index, **transform._asdict())
+        return token_statistics(logits, labels, self.statistics, ignore_index=ignore_index, **transform._asdict())
 
     def _from_tokens(
         self, tokens: TokenStatistics, labels, ref_logps, cu_seqlens, pairs: int, ignore_index,
@@ -178,7 +197,8 @@ class PairedLoss(nn.Module):
         if weights is None:
             weights = self.token_weights(labels, cu_seqlens, ignore_index)
         pair_weights = None
-        if tokens.log_sum_sq is not None:
+        if self.use_weighting:
+            assert tokens.log_sum_sq is not None
             values = (tokens.logps.detach(), tokens.log_sum_sq, torch.ones_like(tokens.logps))
             layout = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
             pair_weights = pair_confidence(*(sequence_logprobs(v, labels, **layout) for v in values))
@@ -237,7 +257,7 @@ class PairedLoss(nn.Module):
         chosen = choose_plan(inputs, plan, workspace_bytes, paired=True, ignore_index=ignore_index).plan
         if chosen != "pair":
             tokens = linear_token_statistics(
-                hidden, weight, labels, bias, self._statistics, ignore_index=ignore_index, plan=chosen,
+                hidden, weight, labels, bias, self.statistics, ignore_index=ignore_index, plan=chosen,
                 workspace_bytes=workspace_bytes, **transform._asdict(),
             )  # fmt: skip
             return self._from_tokens(

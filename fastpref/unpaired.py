@@ -168,14 +168,22 @@ class UnpairedLoss(nn.Module):
 
         return self._loss(logps.reshape(-1), batch, self._shift(point, batch, summed, logps))
 
+    def from_tokens(
+        self, logps: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor | None = None,
+        point: Tensor | None = None, cu_seqlens: Tensor | None = None, *, ignore_index: int = -100,
+    ) -> UnpairedOutput:  # fmt: skip
+        """From differentiable token log-probs, shaped as `labels`; `point` is what rewards are compared with (KTO's
+        `kl`)."""
+        sequences = checks.num_sequences(labels, cu_seqlens)
+        batch = self._batch(labels.reshape(-1), cu_seqlens, ignore_index, desirable, ref_logps, sequences, logps)
+        return self._from_tokens(logps, labels, batch, point)
+
     def _from_logits(
         self, logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor | None,
         ignore_index: int, transform: LogitTransform, point,
     ) -> UnpairedOutput:  # fmt: skip
         logps = token_logprobs(logits, labels, ignore_index=ignore_index, **transform._asdict())
-        sequences = checks.num_sequences(labels, cu_seqlens)
-        batch = self._batch(labels.reshape(-1), cu_seqlens, ignore_index, desirable, ref_logps, sequences, logps)
-        return self._from_tokens(logps, labels, batch, point)
+        return self.from_tokens(logps, labels, desirable, ref_logps, point, cu_seqlens, ignore_index=ignore_index)
 
     def _from_hidden(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, desirable: Tensor, bias: Tensor | None,

@@ -24,7 +24,7 @@ def sizes(monkeypatch):
 
 
 def test_record_and_table(sizes, monkeypatch):
-    monkeypatch.setattr(ARGS, "host", ["TRL DPOTrainer", "TRL KTOTrainer, subclass", hosts.LOOP])
+    monkeypatch.setattr(ARGS, "host", ["TRL DPOTrainer", "TRL KTOTrainer", hosts.LOOP])
     found = hosts.run(ARGS)
     assert [(r["case"], r["provider"]) for r in found["rows"]] == [
         (host, who) for host in ARGS.host for who in (hosts.OWN, hosts.FAST)

@@ -19,7 +19,7 @@ from support import (
     random_leaf,
 )
 
-from fastpref import DPOLoss, reference
+from fastpref import DPOLoss, reference, token_statistics
 from fastpref.losses import DPO_LOSS_TYPES, WITH_DIVERGENCE
 from fastpref.reference import F_DIVERGENCES
 
@@ -290,3 +290,21 @@ def test_another_ignore_index(backend, ignore_index):
         got = from_hidden(DPOLoss(), batch._replace(labels=renamed), plan=plan, ignore_index=ignore_index)
         got.loss.backward()
         assert torch.equal(got.loss, want.loss) and torch.equal(batch.hidden.grad, gradient)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_weighting": True}, {"ld_alpha": 0.5}, {"loss_type": ["sigmoid", "sft"]}])
+def test_from_tokens_is_from_logits(options):
+    """For those who want statistics beside the loss: the same loss and gradient, from one pass over the logits."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 6, 31, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    labels, ref_logps = torch.randint(31, (4, 6), device=DEVICE), torch.randn(4, dtype=torch.float64, device=DEVICE)
+    labels[:, :2] = IGNORE
+    loss_fn = DPOLoss(**options)
+    tokens = token_statistics(logits, labels, ("entropy", *loss_fn.statistics))
+    outs = (loss_fn.from_tokens(tokens, labels, ref_logps), loss_fn.from_logits(logits, labels, ref_logps))
+    gradients = [torch.autograd.grad(out.loss, logits)[0] for out in outs]
+    torch.testing.assert_close(outs[0].loss, outs[1].loss)
+    torch.testing.assert_close(*gradients)
+    if options.get("use_weighting"):
+        with pytest.raises(ValueError, match=r"tokens: got no log_sum_sq, want statistics=\('log_sum_sq',\)"):
+            loss_fn.from_tokens(token_statistics(logits, labels, ("entropy",)), labels, ref_logps)

@@ -156,12 +156,12 @@ TRL_0_24 = _paired(
     ORPOTrainer=("orpo_trainer", "concatenated_forward", forwards.orpo_concatenated_forward),
     OnlineDPOTrainer=("online_dpo_trainer", "_forward", forwards.online_dpo_forward),
 )
-TRL_1_8 = [
+PACKED = [
     Patch("trl.trainer.dpo_trainer", "DPOTrainer.__init__", _packed("PackedDPO")),
     Patch("trl.trainer.kto_trainer", "KTOTrainer.__init__", _packed("PackedKTO")),
 ]
 TRAINERS = {"1.16": ("DPOTrainer", "KTOTrainer", "RewardTrainer")}
-VERSIONS = {"0.24": TRL_0_24, "1.8": TRL_1_8 + EXPERIMENTAL, "1.16": FUSED_HEAD + EXPERIMENTAL}
+VERSIONS = {"0.24": TRL_0_24, "1.8": PACKED + EXPERIMENTAL, "1.16": FUSED_HEAD + PACKED + EXPERIMENTAL}
 
 _originals: list[tuple[Any, str, Any]] = []
 

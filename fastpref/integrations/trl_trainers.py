@@ -149,6 +149,7 @@ class _Policy(_Packed):
 
     head: Any = PolicyTrainer.head
     add_token_metrics: Any = PolicyTrainer.add_token_metrics
+    measured: Any = PolicyTrainer.measured
     token_logps: Any = PolicyTrainer.token_logps
     reference_logps: Any
     _references: Any

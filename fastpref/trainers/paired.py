@@ -31,13 +31,18 @@ class PairTraining(PolicyTrainer):
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         hidden, head = scored_hidden(self.inner, part), self.head()
-        denominator = self._denominator(part, items)
-        out = self.loss_fn.from_hidden(
-            hidden, head.weight, part["labels"], head.bias, part.get("ref_logps"), part["cu_seqlens"],
-            nll_tokens=denominator, **head.options(), **self.loss_options(part),
-        )  # fmt: skip
+        denominator, options = self._denominator(part, items), self.loss_options(part)
+        tokens = self.measured(hidden, part, differentiable=not options)
+        labels, ref_logps, edges = part["labels"], part.get("ref_logps"), part["cu_seqlens"]
+        if tokens is None or options:
+            out = self.loss_fn.from_hidden(
+                hidden, head.weight, labels, head.bias, ref_logps, edges, nll_tokens=denominator, **head.options(),
+                **options,
+            )  # fmt: skip
+        else:
+            out = self.loss_fn.from_tokens(tokens, labels, ref_logps, edges, nll_tokens=denominator)
         chosen = torch.arange(len(part["rows"]), device=hidden.device) < part["cu_seqlens"][part["examples"]]
-        self.add_token_metrics(hidden, part, chosen)
+        self.add_token_metrics(tokens, part, chosen)
         self.add_pair_metrics(out)
         self.add_method_metrics(out, part, part["chosen_rows"] if denominator is None else denominator)
         self.count_tokens(part)

@@ -15,6 +15,7 @@ from fastpref.data.collate import IGNORE_INDEX
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import ReferenceCache
 from fastpref.models import inner_model, is_peft, sharded_like, whole
+from fastpref.reference import TokenStatistics
 from fastpref.trainers import loading
 from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig, unsupported
@@ -28,6 +29,8 @@ MEASURED = ("entropy", "mean_logit", "is_top1")
 
 class PolicyTrainer(PreferenceTrainer):
     """Trains a causal language model; its logits are never built."""
+
+    loss_fn: Any  # one of fastpref's
 
     def __init__(
         self, model: Any, args: PreferenceConfig, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
@@ -45,16 +48,23 @@ class PolicyTrainer(PreferenceTrainer):
     def head(self) -> models.Head:
         return models.read_head(self.inner)
 
-    def add_token_metrics(self, hidden: Tensor, part: Mapping[str, Any], chosen: Tensor) -> None:
-        """On the steps that measure, at the price of one more product: entropy over all scored tokens, mean logits of
-        chosen and rejected ones, accuracy on the chosen; `chosen` `[M]` marks the rows of desirable responses."""
+    def measured(self, hidden: Tensor, part: Mapping[str, Any], differentiable: bool = True) -> TokenStatistics | None:
+        """On the steps that measure: the scored tokens' log-probs, of which a loss can be taken, and their statistics.
+        All from one product; its logits are kept for the loss's backward, if they fit the memory."""
         if not self.measuring():
+            return None
+        head, wanted = self.head(), (*MEASURED, *getattr(self.loss_fn, "statistics", ()))
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            return linear_token_statistics(hidden, head.weight, part["labels"], head.bias, wanted, **head.options())
+
+    def add_token_metrics(self, tokens: TokenStatistics | None, part: Mapping[str, Any], chosen: Tensor) -> None:
+        """Entropy over all scored tokens, mean logits of chosen and rejected ones, accuracy on the chosen; `chosen`
+        `[M]` marks the rows of desirable responses."""
+        if tokens is None:
             return
-        head, scored = self.head(), part["labels"] != IGNORE_INDEX
-        with torch.no_grad():
-            tokens = linear_token_statistics(hidden, head.weight, part["labels"], head.bias, MEASURED, **head.options())
+        scored = part["labels"] != IGNORE_INDEX
         assert tokens.entropy is not None and tokens.mean_logit is not None and tokens.is_top1 is not None
-        self.metrics.add("entropy", tokens.entropy.sum(), scored.sum())
+        self.metrics.add("entropy", tokens.entropy.detach().sum(), scored.sum())
         for name, rows in (("chosen", scored & chosen), ("rejected", scored & ~chosen)):
             self.metrics.add(f"logits/{name}", (tokens.mean_logit * rows).sum(), rows.sum())
         rows = scored & chosen

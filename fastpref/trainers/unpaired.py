@@ -91,13 +91,15 @@ class KTOTrainer(ReferencedTrainer):
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         hidden, head = scored_hidden(self.inner, part), self.head()
-        out = self.loss_fn.from_hidden(
-            hidden, head.weight, part["labels"], part["desirable"], head.bias, part["ref_logps"], part.get("kl"),
-            part["cu_seqlens"], **head.options(),
-        )  # fmt: skip
+        tokens, labels, desirable = self.measured(hidden, part), part["labels"], part["desirable"]
+        given = (part["ref_logps"], part.get("kl"), part["cu_seqlens"])
+        if tokens is None:
+            out = self.loss_fn.from_hidden(hidden, head.weight, labels, desirable, head.bias, *given, **head.options())
+        else:
+            out = self.loss_fn.from_tokens(tokens.logps, labels, desirable, *given)
         sizes = part["cu_seqlens"].diff()
-        chosen = part["desirable"].repeat_interleave(sizes, output_size=hidden.shape[0])
-        self.add_token_metrics(hidden, part, chosen)
+        chosen = desirable.repeat_interleave(sizes, output_size=hidden.shape[0])
+        self.add_token_metrics(tokens, part, chosen)
         self._add_class_metrics(out)
         self.count_tokens(part)
         return out.loss
