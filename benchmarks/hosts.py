@@ -36,7 +36,7 @@ from fastpref import DPOLoss, models
 from fastpref.integrations import trl as fast_trl
 from fastpref.integrations.transformers import batch_loss, reference_logps
 
-OWN, FAST, BACKBONE = "own", "fastpref", "backbone"
+OWN, FAST, BACKBONE = "own", "fastpref", " backbone"  # the last one behind one of the others
 # (loss, gradients), relative: fp32 through 30 layers, summed in another order; bf16, where hosts round their logits
 TOLERANCES = {"cpu": (1e-5, 1e-4), "cuda": (2e-3, 5e-2)}
 TRAINERS = {  # host -> (module, trainer, options)
@@ -172,9 +172,10 @@ def seconds(step: Step, args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def peak(what: str, model: Any, step: Step, device: torch.device) -> int:
-    """Of a step, or of the backbone's part in it."""
-    if what != BACKBONE:
-        return measure.peak_bytes(lambda: step(what == FAST, 0), device)
+    """Of a step, or of the backbone's part in it: packed batches are a matter of the backbone, not of the head."""
+    with_fastpref = what.startswith(FAST)
+    if not what.endswith(BACKBONE):
+        return measure.peak_bytes(lambda: step(with_fastpref, 0), device)
     body, calls = models.backbone(models.inner_model(model)), []
 
     def remember(module: Any, positional: tuple, named: dict[str, Any]) -> None:
@@ -182,7 +183,7 @@ def peak(what: str, model: Any, step: Step, device: torch.device) -> int:
             calls.append((positional, named))
 
     hook = body.register_forward_pre_hook(remember, with_kwargs=True)
-    step(True, 0)
+    step(with_fastpref, 0)
     hook.remove()
     model.zero_grad()
 
@@ -231,9 +232,8 @@ def run(args: argparse.Namespace) -> record.Record:
                 raise SystemExit(f"{host}: the errors are {errors}: not comparing the times")
             times = seconds(step, args)
             del model, step
-            body = peak_in_process(BACKBONE, host, args, folder)
             for what in (OWN, FAST):
-                whole = peak_in_process(what, host, args, folder)
+                whole, body = (peak_in_process(what + part, host, args, folder) for part in ("", BACKBONE))
                 rows.append({"case": host, "provider": what, "seconds": times[what], "peak_bytes": whole,
                              "head_bytes": whole - body})  # fmt: skip
             print(f"{host}: {errors} {[statistics.median(t) for t in times.values()]}", flush=True)

@@ -19,7 +19,7 @@ ARGS = argparse.Namespace(
 @pytest.fixture
 def sizes(monkeypatch):
     """Peaks by hand: measuring them takes a process each."""
-    peaks = {hosts.BACKBONE: 100, hosts.OWN: 180, hosts.FAST: 120}
+    peaks = {"own": 180, "fastpref": 110, "own backbone": 100, "fastpref backbone": 90}
     monkeypatch.setattr(hosts, "peak_in_process", lambda what, *_: peaks[what])
 
 
@@ -29,7 +29,7 @@ def test_record_and_table(sizes, monkeypatch):
     assert [(r["case"], r["provider"]) for r in found["rows"]] == [
         (host, who) for host in ARGS.host for who in (hosts.OWN, hosts.FAST)
     ]
-    assert all(len(r["seconds"]) == 2 and r["head_bytes"] == r["peak_bytes"] - 100 for r in found["rows"])
+    assert all(len(r["seconds"]) == 2 and r["head_bytes"] in (80, 20) for r in found["rows"])
     assert all(c["passed"] and 0 < c["errors"]["gradients"] < 1e-4 for c in found["gate"])
     speed, memory = found["targets"]  # of the first
     assert memory["value"] == 0.25 and memory["met"] and speed["limit"] == 1.5
@@ -55,5 +55,5 @@ def test_backbone_peak_runs_the_backbone_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(hosts.measure, "peak_bytes", lambda run, device: run() or 7)
     head_ran = []
     model.lm_head.register_forward_hook(lambda *_: head_ran.append(1))
-    assert hosts.peak(hosts.BACKBONE, model, step, torch.device("cpu")) == 7 and not head_ran
+    assert hosts.peak("fastpref backbone", model, step, torch.device("cpu")) == 7 and not head_ran
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
