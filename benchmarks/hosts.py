@@ -33,6 +33,7 @@ from benchmarks.measure import MIB
 from benchmarks.suite import relative_error
 from benchmarks.trainers import model_folder
 from fastpref import DPOLoss, models
+from fastpref.attention import KWARG, packed_rows
 from fastpref.integrations import trl as fast_trl
 from fastpref.integrations.transformers import batch_loss, reference_logps
 
@@ -190,7 +191,8 @@ def peak(what: str, model: Any, step: Step, device: torch.device) -> int:
     def run() -> None:
         model.zero_grad()
         for positional, named in calls:
-            body(*positional, **named).last_hidden_state.sum().backward()
+            with packed_rows() if KWARG in named else contextlib.nullcontext():
+                body(*positional, **named).last_hidden_state.sum().backward()
 
     return measure.peak_bytes(run, device)
 

@@ -50,10 +50,13 @@ def test_wrong_gradients_are_not_timed(sizes, monkeypatch):
         hosts.run(ARGS)
 
 
-def test_backbone_peak_runs_the_backbone_alone(monkeypatch, tmp_path):
-    model, step = hosts.prepare(hosts.LOOP, ARGS, hosts.model_folder("tiny", tmp_path), str(tmp_path))
+@pytest.mark.parametrize("host", ["TRL DPOTrainer", hosts.LOOP])  # packed, and padded
+@pytest.mark.parametrize("what", ["fastpref backbone", "own backbone"])
+def test_backbone_peak_runs_the_backbone_alone(host, what, monkeypatch, tmp_path):
+    model, step = hosts.prepare(host, ARGS, hosts.model_folder("tiny", tmp_path), str(tmp_path))
     monkeypatch.setattr(hosts.measure, "peak_bytes", lambda run, device: run() or 7)
     head_ran = []
     model.lm_head.register_forward_hook(lambda *_: head_ran.append(1))
-    assert hosts.peak("fastpref backbone", model, step, torch.device("cpu")) == 7 and not head_ran
+    assert hosts.peak(what, model, step, torch.device("cpu")) == 7
+    assert what == "own backbone" or not head_ran
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
