@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ from torch import Tensor
 from benchmarks import measure, record
 from benchmarks.measure import MIB
 from benchmarks.suite import relative_error
-from benchmarks.trainers import model_folder
+from benchmarks.trainers import model_folder, pairs_of
 from fastpref import DPOLoss, models
 from fastpref.attention import KWARG, packed_rows
 from fastpref.integrations import trl as fast_trl
@@ -52,26 +53,13 @@ HOSTS = (*TRAINERS, LOOP)
 Step = Callable[[bool, int], Tensor]  # (with fastpref, number of the batch) -> loss; gradients in .grad
 
 
-def examples(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """`prompt`, `chosen`, `rejected`: those with room for a response, in the data's order."""
-    from fastpref.data.files import load_records
-    from fastpref.data.formats import paired
-    from fastpref.data.pairs import sample_pairs
-
-    if args.data is None:
-        return [pair._asdict() for pair in sample_pairs()[0]]
-    return paired(load_records(args.data)).select_columns(["prompt", "chosen", "rejected"]).to_list()
-
-
 def trainer_step(host: str, args: argparse.Namespace, folder: Path, scratch: str) -> tuple[Any, Step]:
     """(model, step) of one of TRL's trainers, built under the patch and then run under it or not."""
-    import importlib
-
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     module, name, options = TRAINERS[host]
-    home, rows = importlib.import_module(module), examples(args)
+    home, rows = importlib.import_module(module), pairs_of(args.data).to_list()
     config = getattr(home, name.replace("Trainer", "Config"))
     size = args.pairs
     if name == "KTOTrainer":
@@ -119,7 +107,9 @@ def loop_step(args: argparse.Namespace, folder: Path) -> tuple[Any, Step]:
     (model, tokenizer), (reference, _) = models.load(folder), models.load(folder)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model.to(args.device, dtype), reference.to(args.device, dtype)
-    pairs = tokenize_pairs([Pair(**row) for row in examples(args)], tokenizer, max_length=args.max_length)
+    pairs = tokenize_pairs(
+        [Pair(**row) for row in pairs_of(args.data).to_list()], tokenizer, max_length=args.max_length
+    )
     pairs = [pairs[i % len(pairs)] for i in range(args.pairs * args.batches)]
     parts = [pairs[i : i + args.pairs] for i in range(0, len(pairs), args.pairs)]
     batches = [

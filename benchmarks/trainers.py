@@ -63,14 +63,24 @@ def model_folder(name: str, folder: Path) -> Path:
     return target
 
 
+def pairs_of(files: list[str] | None) -> Any:
+    """`prompt`, `chosen`, `rejected` of preference data in any format, in its order; of the sample without files."""
+    from datasets import Dataset
+
+    from fastpref.data.files import load_records
+    from fastpref.data.formats import paired
+    from fastpref.data.pairs import sample_pairs
+
+    if files is None:
+        return Dataset.from_list([pair._asdict() for pair in sample_pairs()[0]])
+    return paired(load_records(files)).select_columns(["prompt", "chosen", "rejected"])
+
+
 def child(args: argparse.Namespace) -> None:
     """One run of one library; prints a JSON line."""
     import torch
     from transformers import AutoTokenizer, TrainerCallback
 
-    from fastpref.data.files import load_records
-    from fastpref.data.formats import paired
-    from fastpref.data.pairs import sample_pairs
     from fastpref.memory import peak_bytes
 
     on_gpu = args.device == "cuda"
@@ -83,14 +93,8 @@ def child(args: argparse.Namespace) -> None:
         from fastpref.trainers import DPOConfig, DPOTrainer  # type: ignore[assignment]
 
         extra = {"reference_cache": args.scratch}
-    if args.data is None:
-        from datasets import Dataset
-
-        dataset = Dataset.from_list([pair._asdict() for pair in sample_pairs()[0]])
-    else:
-        dataset = paired(load_records(args.data))
+    dataset = pairs_of(args.data)
     wanted = args.steps * args.batch_size
-    dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
     dataset = dataset.select([i % len(dataset) for i in range(wanted + wanted // 2 + 2)])
 
     class Clock(TrainerCallback):

@@ -4,10 +4,10 @@
 
     fast_trl.patch()  # once, before trainers are built
 
-From then on TRL's unmodified `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer` and `RLOOTrainer` take their
-log-probs, entropies and other token statistics from `fastpref.linear_token_statistics` (TRL 1.16), and `CPOTrainer`,
-`ORPOTrainer` and `OnlineDPOTrainer` form no logits. TRL 1.8's `DPOTrainer` and `KTOTrainer` become like the subclasses
-below. Arguments, losses, metrics and checkpoints stay TRL's.
+From then on TRL's unmodified `DPOTrainer` and `KTOTrainer` (1.16, 1.8) run packed batches like the subclasses below;
+`SFTTrainer`, `GRPOTrainer` and `RLOOTrainer`, and those two where packing is not possible, take their log-probs,
+entropies and other token statistics from `fastpref.linear_token_statistics` (TRL 1.16); `CPOTrainer`, `ORPOTrainer` and
+`OnlineDPOTrainer` form no logits. Arguments, losses, metrics and checkpoints stay TRL's.
 
     from fastpref.integrations.trl import DPOTrainer  # was: from trl import DPOTrainer
 
@@ -227,8 +227,8 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Leave TRL as it was. Trainers that are alive take up their original methods as well, but for the DPO and KTO
-    trainers of TRL 1.8, whose class is another since they were built."""
+    """Leave TRL as it was. Trainers that are alive take up their original methods as well, but for packed DPO and
+    KTO trainers, whose class is another since they were built."""
     while _originals:
         setattr(*_originals.pop())
 

@@ -32,7 +32,7 @@ class PairTraining(PolicyTrainer):
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         hidden, head = scored_hidden(self.inner, part), self.head()
         denominator, options = self._denominator(part, items), self.loss_options(part)
-        tokens = self.measured(hidden, part, differentiable=not options)
+        tokens = self.measured(hidden, head, part, differentiable=not options)
         labels, ref_logps, edges = part["labels"], part.get("ref_logps"), part["cu_seqlens"]
         if tokens is None or options:
             out = self.loss_fn.from_hidden(

@@ -48,12 +48,14 @@ class PolicyTrainer(PreferenceTrainer):
     def head(self) -> models.Head:
         return models.read_head(self.inner)
 
-    def measured(self, hidden: Tensor, part: Mapping[str, Any], differentiable: bool = True) -> TokenStatistics | None:
+    def measured(
+        self, hidden: Tensor, head: models.Head, part: Mapping[str, Any], differentiable: bool = True
+    ) -> TokenStatistics | None:
         """On the steps that measure: the scored tokens' log-probs, of which a loss can be taken, and their statistics.
         All from one product; its logits are kept for the loss's backward, if they fit the memory."""
         if not self.measuring():
             return None
-        head, wanted = self.head(), (*MEASURED, *getattr(self.loss_fn, "statistics", ()))
+        wanted = (*MEASURED, *getattr(self.loss_fn, "statistics", ()))
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             return linear_token_statistics(hidden, head.weight, part["labels"], head.bias, wanted, **head.options())
 

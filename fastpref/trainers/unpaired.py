@@ -91,7 +91,7 @@ class KTOTrainer(ReferencedTrainer):
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         hidden, head = scored_hidden(self.inner, part), self.head()
-        tokens, labels, desirable = self.measured(hidden, part), part["labels"], part["desirable"]
+        tokens, labels, desirable = self.measured(hidden, head, part), part["labels"], part["desirable"]
         given = (part["ref_logps"], part.get("kl"), part["cu_seqlens"])
         if tokens is None:
             out = self.loss_fn.from_hidden(hidden, head.weight, labels, desirable, head.bias, *given, **head.options())
