@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from fastpref.comparison import GradientErrors, Measurement
@@ -47,6 +48,18 @@ class Progress:
             self._bar.update(self._task, advance=1, description=text)
         elif self._done == self._total or self._done % max(1, self._total // LINES) == 0:
             print(f"  step {self._done:4d}/{self._total}  {text}", flush=True)
+
+
+def hide_library_bars() -> None:
+    """Of transformers, whose weights load in seconds, and where there is no terminal of `datasets` too."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if not sys.stderr.isatty():
+        with suppress(ImportError):
+            from datasets import disable_progress_bars
+
+            disable_progress_bars()
 
 
 def live_bar() -> Any:

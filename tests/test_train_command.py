@@ -2,7 +2,10 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -133,6 +136,14 @@ def test_resuming_gives_the_same_weights(base, files, tmp_path, without_plots):
     assert all(torch.equal(one[name], other[name]) for name in one)
     history = json.loads((parted / "training.json").read_text())["history"]
     assert [e["step"] for e in history if "loss" in e] == [1, 2]
+
+
+def test_bars_of_datasets_were_printed_before_an_error(base, files, tmp_path, capsys, monkeypatch):
+    new = tmp_path / "steps.jsonl"  # not in the cache of `datasets`, which reads it with a bar
+    new.write_text(Path(files["steps"]).read_text())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    datasets.enable_progress_bars()
+    assert "want one of" in refused(capsys, "dpo", "--model", base, "--data", new, "--use_cpu")
 
 
 def test_errors_are_one_line(base, files, tmp_path, capsys, monkeypatch):

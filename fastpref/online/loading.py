@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastpref import checks, models
+from fastpref.report import hide_library_bars
 from fastpref.reward import RewardHead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +41,7 @@ def load_policy(name: str | os.PathLike[str], device: str | None = None, dtype: 
     """(language model in eval mode, tokenizer) of a folder, a hub id, an adapter's folder (with peft), or smollm2."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _quiet()
+    hide_library_bars()
     where = default_device(device)
     model: Any = AutoModelForCausalLM.from_pretrained(_folder(name), dtype=default_dtype(dtype, where))
     return model.to(where).eval(), AutoTokenizer.from_pretrained(_folder(name))
@@ -52,16 +53,10 @@ def load_reward_model(
     """(reward model in eval mode, tokenizer) of what `AutoModelForSequenceClassification` reads with one label."""
     from transformers import AutoTokenizer
 
-    _quiet()
+    hide_library_bars()
     where = default_device(device)
     model = RewardHead.from_pretrained(_folder(name), dtype=default_dtype(dtype, where))
     return model.to(where).eval(), AutoTokenizer.from_pretrained(_folder(name))
-
-
-def _quiet() -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
 
 def fingerprint(model: torch.nn.Module) -> str:

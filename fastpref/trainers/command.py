@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastpref import memory, models, trainers
+from fastpref import memory, models, report, trainers
 from fastpref.data import formats, pairs
 from fastpref.data.files import load_records
 from fastpref.trainers import summary
@@ -67,9 +67,8 @@ def prepare(method: str, argv: Sequence[str]) -> Job:
         ImportError: names the package that is missing.
     """
     from transformers import PrinterCallback, ProgressCallback
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    report.hide_library_bars()
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     options, fields = read_options(method, METHODS[method].config, argv)
     train, heldout = load_data(method, options)
