@@ -80,3 +80,23 @@ def test_callers_on_many_threads():
     for caller in callers:
         caller.join(60)
     assert not failed and not any(caller.is_alive() for caller in callers)
+
+
+def test_waiting_for_the_thread_that_waits_for_us_was_a_hang():
+    """A checkpoint runs its forward again on autograd's thread of the device; here one that stands for a GPU's."""
+
+    class Within(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, device):
+            ctx.device = device
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return value_and_gradients(cube, torch.full((2,), 3.0, device=ctx.device))[1][0], None
+
+    x = torch.ones(2, requires_grad=True)
+    Within.apply(x, "cpu").sum().backward()  # its nodes run on the thread that asks
+    assert x.grad.tolist() == [27.0, 27.0]
+    with pytest.raises(RuntimeError, match="want the loss outside of the checkpointed part"):
+        Within.apply(x, "meta").sum().backward()

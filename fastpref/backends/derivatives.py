@@ -23,9 +23,17 @@ def value_and_gradients(formula: Callable[..., Tensor], *arguments: Tensor) -> t
 
     On another thread: inside an operator autograd is off, torch.func refuses to run under saved-tensor hooks
     (checkpointing, offloading) or a dispatch mode (FLOP counters), and all of these are a thread's own state.
-    """
 
+    Raises:
+        RuntimeError: called out of a backward on a device: autograd has one thread a device, that thread would wait
+            here, and the formula's own backward needs it.
+    """
     device = arguments[0].device
+    if device.type != "cpu" and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"backend: got 'portable' on {device} in a forward that a backward runs again, want the loss outside of "
+            "the checkpointed part, or backend='triton'"
+        )
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def differentiate() -> tuple[Tensor, tuple[Tensor, ...]]:
