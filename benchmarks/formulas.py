@@ -32,7 +32,7 @@ def plan_peak(
     """
     (vocab, d), element = weight.shape, weight.element_size()
     head = plans.Head(weight, None, LogitTransform(), -100)
-    row = plans.padded_vocab(head) * element
+    row = plans.row_stride(head.vocab, head.weight) * element
     tile = plans.tile_rows(head, scored, workspace_bytes) * row
     numbers = rows * d + (vocab * d if trainable else 0)
     gradients, wide_gradients = numbers * element, numbers * WIDE

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import memory, plans
+from fastpref import plans
 from fastpref.backends import backend_for
 from fastpref.precision import wide
 
@@ -65,15 +65,14 @@ def forward(
     unit_hidden = torch.zeros_like(hidden) if plan == "frozen" else None
     k = plans.logits_buffer(head, n) if plan == "store" else None
     step = _tile_rows(head, n, workspace_bytes)
-    width = plans.padded_vocab(head)
     with (
-        memory.borrowed(0 if k is not None else step, width, like=head.weight) as scratch,
-        memory.borrowed(step, width, like=ref_head.weight) as ref_scratch,
+        plans.borrowed_logits(0 if k is not None else step, head.vocab, head.weight) as scratch,
+        plans.borrowed_logits(step, head.vocab, ref_head.weight) as ref_scratch,
     ):
         for part in plans._chunks(n, step):
             size = part.stop - part.start
-            tile = scratch[:size, : head.vocab] if k is None else k[part]
-            ref_tile = ref_scratch[:size, : head.vocab]
+            tile = scratch[:size] if k is None else k[part]
+            ref_tile = ref_scratch[:size]
             h, ref_h = hidden.index_select(0, rows[part]), ref_hidden.index_select(0, rows[part])
             y = None if labels is None else labels[part]
             plans._project(h, head.weight, head.bias, tile)
@@ -107,8 +106,8 @@ def backward_recompute(
     d_hidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
     backend = backend_for(hidden)
     with (
-        memory.borrowed(n, width, like=head.weight) as tile,
-        memory.borrowed(n, width, like=ref_head.weight) as ref_tile,
+        plans.borrowed_logits(n, width, head.weight) as tile,
+        plans.borrowed_logits(n, width, ref_head.weight) as ref_tile,
     ):
         for part in plans._chunks(head.vocab, width):
             size, weight = part.stop - part.start, head.weight[part]

@@ -19,6 +19,7 @@ place of U, and `frozen` recomputes them if a gradient of the entropy arrives (4
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -95,15 +96,21 @@ def _chunks(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def padded_vocab(head: Head) -> int:
-    """Row stride of the logits that we allocate: rows start where wide loads can reach them."""
-    alignment = backend_for(head.weight).ROW_ALIGNMENT
-    return math.ceil(head.vocab / alignment) * alignment
+def row_stride(columns: int, like: Tensor) -> int:
+    """Elements from one row to the next in logits that we allocate: their backend says where rows should start."""
+    return backend_for(like).row_stride(columns, like.element_size())
 
 
 def logits_buffer(head: Head, rows: int) -> Tensor:
     """An uninitialised `[rows, V]` in the compute dtype."""
-    return head.weight.new_empty(rows, padded_vocab(head))[:, : head.vocab]
+    return head.weight.new_empty(rows, row_stride(head.vocab, head.weight))[:, : head.vocab]
+
+
+@contextlib.contextmanager
+def borrowed_logits(rows: int, columns: int, like: Tensor) -> Iterator[Tensor]:
+    """The same as scratch, for the duration of a `with` block."""
+    with memory.borrowed(rows, row_stride(columns, like), like=like) as buffer:
+        yield buffer[:, :columns]
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -196,9 +203,9 @@ def forward(
     unit_hidden = torch.zeros_like(hidden) if plan == "frozen" else None
     u = logits_buffer(head, n) if plan == "store" else None
     write_u = plan == "frozen" or (plan == "store" and not keep_logits and "entropy" not in statistics)
-    with memory.borrowed(0 if u is not None else step, padded_vocab(head), like=head.weight) as scratch:
+    with borrowed_logits(0 if u is not None else step, head.vocab, head.weight) as scratch:
         for part in _chunks(n, step):
-            tile = scratch[: part.stop - part.start, : head.vocab] if u is None else u[part]
+            tile = scratch[: part.stop - part.start] if u is None else u[part]
             h = hidden.index_select(0, rows[part])
             folded = fold(tile, h, labels[part], head, write_u=write_u, statistics=statistics)
             for result, name in zip(results, ("logps", "lse", *statistics), strict=True):
@@ -262,7 +269,7 @@ def backward_recompute(
     d_hidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
     scale, grad_logps, grad_entropy = upstream.split()
     backend = backend_for(hidden)
-    with memory.borrowed(n, width, like=hidden) as tile:
+    with borrowed_logits(n, width, hidden) as tile:
         for part in _chunks(head.vocab, width):
             weight = head.weight[part]
             u = tile[:, : part.stop - part.start]
@@ -308,14 +315,14 @@ def forward_units(
     d_hidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
     parameters = ParameterGradients(head, needs, wide(hidden.dtype))
     losses, metrics = [], []
-    with memory.borrowed(kept_rows, padded_vocab(head), like=head.weight) as scratch:
+    with borrowed_logits(kept_rows, head.vocab, head.weight) as scratch:
         for first, last in groups:
             at = units.of(first, last)
             rows, y = units.rows[at], labels[at]
             h = hidden.index_select(0, rows)
             edges = units.cu_seqlens(first, last)
             if at.numel() <= max_rows:
-                u = scratch[: at.numel(), : head.vocab]
+                u = scratch[: at.numel()]
                 folded = fold(u, h, y, head, write_u=True, statistics=statistics)
                 extra = {name: folded[name] for name in statistics}
                 loss, metric, coefs = group_loss(folded["logps"], edges, rows, first, last, **extra)
@@ -353,9 +360,9 @@ def forward_tokens(
     parameters = ParameterGradients(head, needs, dtype)
     losses = [hidden.new_zeros((), dtype=dtype)]
     step = tile_rows(head, n, workspace_bytes)
-    with memory.borrowed(step, padded_vocab(head), like=head.weight) as scratch:
+    with borrowed_logits(step, head.vocab, head.weight) as scratch:
         for part in list(_chunks(n, step)) or [slice(0, 0)]:  # without rows, zero gradients all the same
-            tile = scratch[: part.stop - part.start, : head.vocab]
+            tile = scratch[: part.stop - part.start]
             h, y = hidden.index_select(0, rows[part]), labels[part]
             folded = fold(tile, h, y, head, write_u=False, statistics=("entropy",))
             logps, entropy = folded["logps"], folded["entropy"]

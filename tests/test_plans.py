@@ -19,7 +19,9 @@ from support import (
 )
 
 from fastpref import DPOLoss, linear_token_logprobs, linear_token_statistics, plans, reference
+from fastpref.backends import portable
 from fastpref.losses import DPO_LOSS_TYPES
+from fastpref.reference import LogitTransform
 
 DTYPES = (torch.float32, torch.float64)
 VOCAB, WIDTH = 257, 8  # odd, and three slices of the narrowest width that `recompute` takes, 128
@@ -309,3 +311,22 @@ def test_pairs_alone_in_their_group_read_their_own_references(backend):
     got = check_pairs(DPOLoss(beta=1e-3), batch, workspace_bytes=workspace(7))
     want = 1e-3 * (got.chosen_logps - batch.ref_logps[:3])
     torch.testing.assert_close(got.chosen_rewards, want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("columns", [5, 96, 512, 32_000, 49_152, 50_257, 128_256, 151_665])
+@pytest.mark.parametrize("element", [2, 4, 8])
+def test_rows_a_multiple_of_2048_bytes_apart_slowed_the_products(columns, element):
+    """They compete for the same sets of a cache: 7 % of the three products at V = 49152."""
+    stride = portable.row_stride(columns, element)
+    assert columns <= stride <= columns + 2 * 64 // element
+    assert stride * element % 64 == 0 and stride * element % 2048
+
+
+def test_scratch_and_kept_logits_have_the_backends_row_stride(monkeypatch):
+    monkeypatch.setattr(portable, "row_stride", lambda columns, element: columns + 7)
+    like = torch.zeros(32, 3)
+    head = plans.Head(like, None, LogitTransform(), -100)
+    with plans.borrowed_logits(4, 32, like) as scratch:
+        assert (scratch.shape, scratch.stride()) == ((4, 32), (39, 1))
+    kept = plans.logits_buffer(head, 4)
+    assert (kept.shape, kept.stride()) == ((4, 32), (39, 1))

@@ -1,7 +1,6 @@
 """Two implementations of one contract, and the choice between them.
 
-A backend is a module with the functions of `fastpref_kernels`, of the same signatures and meaning, and
-`ROW_ALIGNMENT`.
+A backend is a module with the functions of `fastpref_kernels`, of the same signatures and meaning, and `row_stride`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ each direction however many elementwise passes are made over it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,15 @@ from fastpref.backends.rows import blocks, transform_slope
 from fastpref.precision import wide
 from fastpref.segments import segment_sums
 
-ROW_ALIGNMENT = 1
+CACHE_LINE = 64
+SAME_SETS = 2048  # bytes: rows that begin a multiple of it apart compete for the same sets of a cache
+
+
+def row_stride(columns: int, element_size: int) -> int:
+    """On 2 cores, d = 576, the three products with U of 480 rows at V = 49152 took 497 ms, and 463 with 64 bytes
+    between its rows; at V = 50257, where rows did not begin on cache lines, 539 and 484."""
+    stride = math.ceil(columns * element_size / CACHE_LINE) * CACHE_LINE
+    return (stride if stride % SAME_SETS else stride + CACHE_LINE) // element_size
 
 
 def row_logprob(

@@ -17,12 +17,14 @@ from fastpref_kernels import (
     unpaired_loss,
 )
 
-# Rows of buffers that we allocate start 16 elements apart at least: an odd V (50257) would otherwise put every
-# row at a 2-byte boundary, where 16-byte loads are impossible.
-ROW_ALIGNMENT = 16
+
+def row_stride(columns: int, element_size: int) -> int:
+    """A multiple of 16 elements: an odd V (50257) would otherwise put every row at a 2-byte boundary, where 16-byte
+    loads are impossible."""
+    return (columns + 15) // 16 * 16
+
 
 __all__ = [
-    "ROW_ALIGNMENT",
     "bradley_terry",
     "kl_estimate",
     "paired_loss",
@@ -33,6 +35,7 @@ __all__ = [
     "row_logprob",
     "row_scores",
     "row_scores_gradient",
+    "row_stride",
     "target_logits",
     "token_kl",
     "token_kl_gradient",
