@@ -206,16 +206,8 @@ def child(args: argparse.Namespace) -> None:
 
 def peak_in_process(what: str, host: str, args: argparse.Namespace, folder: Path) -> int:
     command = [sys.executable, "-m", "benchmarks.hosts", "--child", what, "--host", host, "--model", str(folder)]
-    command += [
-        "--pairs",
-        str(args.pairs),
-        "--max-length",
-        str(args.max_length),
-        "--batches",
-        "1",
-        "--device",
-        args.device,
-    ]
+    command += ["--pairs", str(args.pairs), "--max-length", str(args.max_length), "--batches", "1"]
+    command += ["--device", args.device]
     command += ["--data", *args.data] if args.data else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(next(line for line in done.stdout.splitlines() if line.startswith("PEAK ")).removeprefix("PEAK "))
@@ -272,7 +264,7 @@ def table(found: record.Record) -> str:
         memory = [f"{row[n] / MIB:,.0f}" for n in ("head_bytes", "peak_bytes") for row in (own, fast)]
         lines.append(f"| {own['case']} | {a:.2f} | {b:.2f} | {a / b:.2f} | {' | '.join(memory)} |")
     lines += ["", *(f"- absent: {host}: {why}" for host, why in found["absent"].items())] if found["absent"] else []
-    return "\n".join([*lines, "", *map(record._target_line, found["targets"]), "", record.provenance(found)])
+    return "\n".join([*lines, "", *map(record.target_line, found["targets"]), "", record.provenance(found)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -213,7 +213,7 @@ def _cells(record: Record, row: Row) -> dict[str, str]:
     }
 
 
-def _target_line(target: dict[str, Any]) -> str:
+def target_line(target: dict[str, Any]) -> str:
     sign = "at most" if target["at_most"] else "at least"
     name = f"{target['case']}: {target['quantity']} {sign} {target['limit']}"
     if target["value"] is None:
@@ -229,7 +229,7 @@ def table(record: Record) -> str:
     columns = [name for name in (cells[0] if cells else {}) if any(c[name] for c in cells)]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)] if columns else []
     lines += [f"| {' | '.join(c[name] for name in columns)} |" for c in cells]
-    lines += ["", *map(_target_line, record["targets"])] if record["targets"] else []
+    lines += ["", *map(target_line, record["targets"])] if record["targets"] else []
     lines += ["", *(f"- absent: {name}: {why}" for name, why in record["absent"].items())] if record["absent"] else []
     return "\n".join([*lines, "", provenance(record)])
 

@@ -205,7 +205,7 @@ def table(found: record.Record) -> str:
             f"| {row['case'].removesuffix(' reference')} | {row['provider']} | {pairs / mean:.3f} | {spread} | "
             f"{row['peak_bytes'] / MIB:,.0f} | {setup:.1f} |"
         )
-    return "\n".join([*lines, "", *map(record._target_line, found["targets"]), "", record.provenance(found)])
+    return "\n".join([*lines, "", *map(record.target_line, found["targets"]), "", record.provenance(found)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
