@@ -176,3 +176,17 @@ def test_columns_that_are_not_understood(name) -> None:
 def test_wrong_records_are_named(record, message) -> None:
     with pytest.raises(ValueError, match=f"dataset, record 1: {message}"):
         formats.paired(dataset(record | {"rejected": "c"}))
+
+
+def test_a_copy_of_the_conversation_was_taken_for_the_prompt() -> None:
+    """UltraFeedback binarized: `messages` is the chosen conversation, `prompt` the text of its question."""
+    record = {"prompt": "Two?", "messages": [user("Two?"), assistant("Four.")],
+              "chosen": [user("Two?"), assistant("Four.")], "rejected": [user("Two?"), assistant("Five.")]}  # fmt: skip
+    wanted = {"prompt": [user("Two?")], "chosen": [assistant("Four.")], "rejected": [assistant("Five.")]}
+    without = {name: value for name, value in record.items() if name != "prompt"}
+    for given in (record, without):
+        assert list(formats.paired(dataset(given))) == [wanted]
+        assert list(formats.prompts(dataset(given))) == [{"prompt": wanted["prompt"]}]
+    texts = {"prompt": "Two?", "messages": record["messages"], "chosen": "Four.", "rejected": "Five."}
+    (found,) = formats.paired(dataset(texts))
+    assert {name: found[name] for name in wanted} == {name: texts[name] for name in wanted}

@@ -5,7 +5,8 @@ Responses and prompts are texts, or lists of messages `{"role", "content"}` (con
     prompt, chosen, rejected                     TRL, explicit prompt
     chosen, rejected                             TRL, implicit prompt: what both begin with
     conversations, chosen, rejected              LLaMA-Factory: turns {"from", "value"}, responses as turns or texts
-    messages, chosen, rejected                   the same with messages
+    messages, chosen, rejected                   the same with messages; beside a `prompt`, or responses that are
+                                                 whole conversations, these columns are passed over
     instruction, chosen, rejected                Alpaca, with `input`, `system` and `history` where there are such
     prompt_ids, chosen_ids, rejected_ids         token ids (reward models: whole sequences, without prompt_ids)
 
@@ -70,14 +71,19 @@ def paired(dataset: Any, num_proc: int | None = None) -> Any:
 
 
 def _pair_converter(columns: set[str], first: Record) -> Callable[[Record], Record] | None:
-    if columns & {"conversations", "messages"}:
-        return _pair_of_turns
     if "prompt" not in columns:
+        if columns & {"conversations", "messages"} and not _begins_before_the_response(first["chosen"]):
+            return _pair_of_turns
         return _pair_of_instruction if "instruction" in columns else _pair_with_implicit_prompt
     prompt, response = is_conversational(first["prompt"]), is_conversational(first["chosen"])
     if response and not prompt:  # a copy of the question, which the messages begin with
         return _pair_with_implicit_prompt
     return _pair_of_messages if prompt and not response else None
+
+
+def _begins_before_the_response(value: Any) -> bool:
+    """Is it a whole conversation? Then `messages` beside it are a copy of one, as in UltraFeedback binarized."""
+    return is_conversational(value) and value[0]["role"] != "assistant"
 
 
 def _pair_of_turns(example: Record) -> Record:
@@ -161,11 +167,13 @@ def prompts(dataset: Any, num_proc: int | None = None) -> Any:
     columns, _ = peek(dataset)
     if {"chosen", "rejected"} <= columns:
         dataset = paired(dataset, num_proc)
+    elif "prompt" in columns:
+        pass
     elif columns & {"conversations", "messages"}:
         dataset = _map(dataset, _prompt_of_turns, columns, num_proc)
-    elif "prompt" not in columns and "instruction" in columns:
+    elif "instruction" in columns:
         dataset = _map(dataset, _prompt_of_instruction, columns, num_proc)
-    elif "prompt" not in columns:
+    else:
         raise _not_understood(columns, PROMPTS + PAIRED[:-2])
     return dataset.select_columns(["prompt"])
 
