@@ -249,6 +249,13 @@ def test_another_run_is_refused(policy, tmp_path) -> None:
     assert generate_file(*policy, changed, out, HOW, overwrite=True) == 2
 
 
+def test_responses_with_other_ends_were_taken_for_these(policy, tmp_path, monkeypatch) -> None:
+    generate_file(*policy, PROMPTS[:2], tmp_path / "out.jsonl", HOW)
+    monkeypatch.setattr(policy[0].generation_config, "eos_token_id", [5, 6])
+    with pytest.raises(ValueError, match=r"end_tokens \[.*5, 6"):
+        generate_file(*policy, PROMPTS[:2], tmp_path / "out.jsonl", HOW)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

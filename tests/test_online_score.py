@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from support_online import PROMPTS, PowerCut, stop_at, tiny, write_lines
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastpref import RewardHead, cli
 from fastpref.online import (
@@ -201,6 +201,22 @@ def test_the_command_with_a_reward_model(policy, reward_model, tmp_path, capsys)
     assert "record 0: the judge raised TypeError" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite", "--implicit"]) == 2
     assert "--implicit: got no --model or no --reference, want both" in capsys.readouterr().err
+
+
+def test_scores_of_another_template_were_taken_for_these(policy, reward_model, tmp_path, capsys) -> None:
+    folder = tmp_path / "reward"
+    reward_model.save_pretrained(folder)
+    policy[1].save_pretrained(folder)
+    responses = write_lines(tmp_path / "in.jsonl", RECORDS)
+    command = ["score", "--responses", str(responses), "--output", str(tmp_path / "out.jsonl")]
+    command += ["--reward-model", str(folder)]
+    assert cli.main(command) == 0 and cli.main(command) == 0
+    assert "0 prompts scored now" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+    tokenizer.save_pretrained(folder)
+    assert cli.main(command) == 2
+    assert "tokens '" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ name and renamed when complete, with a checksum of its own. What is missing or d
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +38,13 @@ class Fingerprint:
             self.text(name, tuple(value.shape), value.dtype)
             self._hash.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return self
+
+    def config(self, config: Any) -> Fingerprint:
+        """Of a transformers model, wherever it was loaded from."""
+        found = config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            found.pop(name, None)
+        return self.text(json.dumps(found, sort_keys=True, default=str))
 
     def rows(self, examples: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> Fingerprint:
         """Lists of token ids, with their lengths: `[1], [2]` is not `[1, 2], []`."""

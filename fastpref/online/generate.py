@@ -12,7 +12,7 @@ from fastpref.online import loading, sequences
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.prompts import read_prompts
 from fastpref.online.records import Journal, Record
-from fastpref.online.sampling import Sampling, sample_responses
+from fastpref.online.sampling import Sampling, end_tokens, sample_responses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +68,7 @@ def generate_file(
     settings = asdict(how) | {
         "model": loading.fingerprint(model),
         "prompts": _fingerprint(ids, prompts),
+        "end_tokens": end_tokens(model, tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     journal = Journal(output, len(prompts), settings, overwrite)

@@ -60,7 +60,7 @@ def load_reward_model(
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the weights: the same path can hold another model in the next round."""
+    """A hash of weights and config: the same path can hold another model in the next round."""
     from fastpref.data.reference_cache import Fingerprint
 
-    return Fingerprint().weights(model.state_dict().items()).hexdigest()
+    return Fingerprint().weights(model.state_dict().items()).config(models.inner_model(model).config).hexdigest()

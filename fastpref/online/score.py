@@ -13,6 +13,7 @@ from fastpref.online.command import Progress, at_least, command
 from fastpref.online.judges import Scorer
 from fastpref.online.prompts import checked_prompt, checked_responses
 from fastpref.online.records import Journal, Record, read_records, to_line
+from fastpref.online.sequences import TokenSequence, sequence_ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @command("score")
 def run(args: argparse.Namespace) -> int:
     records = read_records(args.responses)
-    scorer, settings = _scorer(args)
+    scorer, settings = _scorer(args, records)
     done = score_file(records, args.output, scorer, settings, name=args.name, overwrite=args.overwrite, progress=True)
     print(f"{args.output}: {done} prompts scored now, {len(records)} in all")
     return 0
 
 
-def _scorer(args: argparse.Namespace) -> tuple[Scorer, dict[str, Any]]:
-    """And what it depends on."""
+def _scorer(args: argparse.Namespace, records: Sequence[Record]) -> tuple[Scorer, dict[str, Any]]:
+    """And what its scores of the records depend on."""
     options = {"batch_size": args.batch_size, "max_length": args.max_length}
     if args.function is not None:
         function = judges.load_function(args.function)
@@ -54,6 +55,7 @@ def _scorer(args: argparse.Namespace) -> tuple[Scorer, dict[str, Any]]:
     if args.reward_model is not None:
         model, tokenizer = loading.load_reward_model(args.reward_model, args.device, args.dtype)
         settings = {"reward_model": loading.fingerprint(model), "max_length": args.max_length}
+        settings["tokens"] = _fingerprint(records, tokenizer)
         return judges.reward_model_scorer(model, tokenizer, **options), settings
     if args.model is None or args.reference is None:
         raise ValueError("--implicit: got no --model or no --reference, want both")
@@ -63,8 +65,22 @@ def _scorer(args: argparse.Namespace) -> tuple[Scorer, dict[str, Any]]:
         "implicit": [loading.fingerprint(policy), loading.fingerprint(reference)],
         "beta": args.beta,
         "max_length": args.max_length,
+        "tokens": _fingerprint(records, tokenizer),
     }
     return judges.implicit_reward_scorer(policy, reference, tokenizer, args.beta, **options), settings
+
+
+def _fingerprint(records: Sequence[Record], tokenizer: Any) -> str:
+    """Of what tokenizer and template make of the records."""
+    from fastpref.data.reference_cache import Fingerprint
+
+    found = Fingerprint()
+    for i, record in enumerate(records):
+        checked_prompt(record, f"record {i}")
+        checked_responses(record, f"record {i}")
+        sequences = (sequence_ids(record, response, tokenizer) for response in record["responses"])
+        found.rows((sequence._asdict() for sequence in sequences), TokenSequence._fields)
+    return found.hexdigest()
 
 
 def score_records(
