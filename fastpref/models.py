@@ -166,12 +166,15 @@ def _logit_transform(model: Any) -> tuple[float, float | None]:
 
 
 def output_head(model: Any) -> Head:
-    """`read_head`, found out to give the model's own logits in one forward over a few tokens.
+    """`read_head`, found out to give the model's own logits in one forward over a few tokens; unless its parameters
+    are not here to try it (DeepSpeed's stage 3 shards them before there is a trainer).
 
     Raises:
         ValueError: it does not, so the model does something to its logits that fastpref does not know.
     """
     head, seen = read_head(model), []
+    if any(p.numel() == 0 or p.device.type == "meta" for p in model.parameters()):
+        return head
     hook = backbone(model).register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state))
     try:
         device = head.weight.device
@@ -201,7 +204,9 @@ def unwrapped(model: Any) -> Any:
 def run_inside(wrapped: nn.Module, accelerator: Any, function: Callable[[Any], Any]) -> Any:
     """`function(bare model)` as if it were the model's forward, so that the hooks of what wraps it (DDP, FSDP,
     DeepSpeed) run around all of it; under Accelerate's autocast, which is part of the forward that this replaces.
-    Without an accelerator (None), under nothing but those hooks."""
+    Without an accelerator (None), under nothing but those hooks. `torch.compile` of a wrapper compiled another forward:
+    what it wraps runs, as it is."""
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)
     bare = unwrapped(wrapped) if accelerator is None else accelerator.unwrap_model(wrapped)
     own = bare.__dict__.get("forward")
 

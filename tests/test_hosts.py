@@ -137,6 +137,30 @@ def test_openrlhf(actor_class, case) -> None:
                                wanted * (1 if "actions" in case else mask[:, 1:]), **CLOSE)  # fmt: skip
 
 
+class Engine(nn.Module):
+    """As DeepSpeed's: its `config` is a dict."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.config, self.calls = module, {"train_batch_size": 1}, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+def test_openrlhf_read_the_config_of_deepspeeds_engine(actor_class) -> None:
+    model, (ids, mask, _) = model_of("Llama"), padded()
+    engine = Engine(model)
+    wanted = actor_class(model)(ids, mask[:, -6:], mask)
+    openrlhf.patch()
+    found = actor_class(engine)(ids, mask[:, -6:], mask)
+    torch.testing.assert_close(found * mask[:, -6:], wanted * mask[:, -6:], **CLOSE)
+    assert engine.calls == 1  # whose hooks gather weights and reduce gradients
+    model.config.output_router_logits = True
+    assert not openrlhf.supported(actor_class(engine), mask, True, False, {})
+
+
 def test_openrlhf_keeps_its_code_for_the_rest(actor_class) -> None:
     model, (ids, mask, _) = model_of("Llama"), padded()
     actor = actor_class(model, temperature=0.7)

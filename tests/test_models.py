@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
+
 import pytest
 import torch
 import transformers
@@ -185,3 +188,22 @@ def test_models_of_another_kind_are_refused() -> None:
     small = transformers.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="got T5ForConditionalGeneration, want a transformers causal language model"):
         models.hidden_states(transformers.T5ForConditionalGeneration(small), ids, mask)
+
+
+def test_a_compiled_wrapper_was_passed_over() -> None:
+    """`torch.compile(DDP(model))`: Accelerate's unwrapping returns the compiled object itself, and the gradients of
+    the ranks were never reduced."""
+    other = pytest.importorskip("accelerate.utils.other")
+
+    class Wrapper(nn.DataParallel):  # one that Accelerate unwraps, in one process
+        calls = 0
+
+        def forward(self, *args, **kwargs):
+            self.calls += 1
+            return self.module(*args, **kwargs)
+
+    bare = model_of("Llama")
+    wrapper = Wrapper(bare)
+    accelerator = types.SimpleNamespace(unwrap_model=other.extract_model_from_parallel, autocast=contextlib.nullcontext)
+    assert models.run_inside(torch.compile(wrapper), accelerator, lambda model: model) is bare
+    assert wrapper.calls == 1

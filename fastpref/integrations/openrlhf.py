@@ -29,7 +29,7 @@ def supported(
         return False
     if return_entropy and getattr(actor, "temperature", 1.0) != 1.0:
         return False
-    experts = getattr(actor.model.config, "output_router_logits", False)
+    experts = getattr(models.unwrapped(actor.model).config, "output_router_logits", False)
     return not experts and (action_mask is not None or return_logprobs)
 
 
@@ -58,11 +58,16 @@ def actor_forward(
     if action_mask is not None:
         scored = torch.zeros_like(scored)
         scored[:, -action_mask.shape[1] :] = action_mask.bool()
-    hidden, head = models.hidden_and_head(self.model, sequences, attention_mask, position_ids=position_ids)
-    found = linear_token_statistics(
-        hidden[:, :-1], head.weight, sequences[:, 1:].masked_fill(~scored, IGNORE), head.bias,
-        ("entropy",) if return_entropy else (), temperature=getattr(self, "temperature", 1.0), **head.options(),
-    )  # fmt: skip
+    labels, statistics = sequences[:, 1:].masked_fill(~scored, IGNORE), ("entropy",) if return_entropy else ()
+
+    def forward(bare: Any) -> Any:
+        hidden, head = models.hidden_and_head(bare, sequences, attention_mask, position_ids=position_ids)
+        return linear_token_statistics(
+            hidden[:, :-1], head.weight, labels, head.bias, statistics,
+            temperature=getattr(self, "temperature", 1.0), **head.options(),
+        )  # fmt: skip
+
+    found = models.run_inside(self.model, None, forward)  # OpenRLHF trains through DeepSpeed's engine
     logps = found.logps if action_mask is None else found.logps[:, -action_mask.shape[1] :]
     if not return_output:
         return logps
