@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import types
+import warnings
 
 import pytest
 import torch
@@ -181,10 +182,37 @@ def test_options_that_stay_with_trl():
     assert fast_trl.forwards.supported(types.SimpleNamespace(is_encoder_decoder=False, aux_loss_enabled=False))
     for name in ("is_encoder_decoder", "aux_loss_enabled", "padding_free", "use_weighting"):
         assert not fast_trl.forwards.supported(types.SimpleNamespace(**{name: True}))
+    assert not fast_trl.forwards.supported(types.SimpleNamespace(args=types.SimpleNamespace(torch_compile=True)))
     assert not fast_trl.forwards.supported(types.SimpleNamespace(args=types.SimpleNamespace(ld_alpha=0.5)))
     assert fast_trl.forwards.text_only({"vision_inputs": None}, ())
     assert not fast_trl.forwards.text_only({"vision_inputs": {"pixel_values": 1}}, ())
     assert not fast_trl.forwards.text_only({}, ({"image_sizes": 1},))
+
+
+def test_a_loss_of_a_users_subclass_was_replaced(tmp_path):
+    import trl
+
+    class Doubled(trl.DPOTrainer):
+        def _compute_loss(self, *args, **kwargs):
+            return 2 * super()._compute_loss(*args, **kwargs)
+
+    class Renamed(trl.DPOTrainer):
+        pass
+
+    losses = []
+    for cls in (trl.DPOTrainer, Doubled, Renamed):
+        args = trl.DPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=2,
+            gradient_checkpointing=False,
+        )  # fmt: skip
+        dataset = trl_hosts.dataset("dpo")
+        with fast_trl.patched(), warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            trainer = cls(model=trl_hosts.checkpoint(0), args=args, train_dataset=dataset)
+            losses.append(float(trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))))
+        assert any("Doubled has its own _compute_loss" in str(w.message) for w in seen) == (cls is Doubled)
+        assert hasattr(trainer, "packing") == (cls is not Doubled)
+    assert losses == pytest.approx([0.693147, 2 * 0.693147, 0.693147], abs=1e-5)
 
 
 def everything() -> list:

@@ -94,6 +94,8 @@ class PreferenceLossMixin(Trainer):
         super().__init__(*args, **kwargs)
         self.loss_fn, self.ref_model = loss_fn, ref_model
         self.model_accepts_loss_kwargs = False
+        if self.args.torch_compile:
+            raise ValueError("torch_compile: got True, want False: what is compiled is the forward that builds logits")
         models.output_head(self.model)
         if isinstance(ref_model, nn.Module):
             models.output_head(ref_model)

@@ -98,7 +98,7 @@ def _verifying(init: Callable) -> Callable:
                 if model is not None:
                     models.output_head(self.accelerator.unwrap_model(model))
             self._fastpref = forwards.supported(self)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # or its head is on another device than its hidden states
             self._fastpref = False
             warnings.warn(f"{type(self).__name__} builds logits, as without fastpref: {error}", stacklevel=2)
 

@@ -15,8 +15,10 @@ IGNORE = -100
 
 
 def supported(trainer: Any) -> bool:
-    """Encoder-decoder models, load-balancing losses and TRL 0.24's rarer options stay with TRL's own code."""
-    rare = any(getattr(trainer, name, False) for name in ("padding_free", "use_weighting"))
+    """Encoder-decoder models, load-balancing losses, compiled forwards and TRL 0.24's rarer options stay with TRL's own
+    code."""
+    rare = getattr(getattr(trainer, "args", None), "torch_compile", False)
+    rare = rare or any(getattr(trainer, name, False) for name in ("padding_free", "use_weighting"))
     rare = rare or getattr(getattr(trainer, "args", None), "ld_alpha", None) is not None
     return not (rare or any(getattr(trainer, name, False) for name in ("is_encoder_decoder", "aux_loss_enabled")))
 

@@ -35,6 +35,7 @@ from fastpref.trainers.reference import ready_reference
 from fastpref.unpaired import KTOLoss, kto_kl
 
 SMOOTHED = frozenset(("exo_pair", "robust", "aot", "aot_unpaired"))  # by TRL; it leaves `sigmoid` as it is
+REPLACED = ("_compute_loss", "compute_ref_log_probs")
 EXTREMES = {"min_reward": Tensor.amin, "max_reward": Tensor.amax}  # over ranks
 
 
@@ -85,6 +86,8 @@ class _Packed(_Trainer):
         for name in ("_is_vlm", "aux_loss_enabled", "is_fsdp_enabled", "is_deepspeed_enabled", "use_liger_kernel"):
             if getattr(self, name, False):
                 raise ValueError(f"{name.removeprefix('_')}: got True, want False")
+        if self.args.torch_compile:
+            raise ValueError("torch_compile: got True, want False: what is compiled is the forward that builds logits")
         if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:
             raise ValueError("device_map: got several devices, want the whole model on one")
 
@@ -114,7 +117,8 @@ class _Packed(_Trainer):
         return loss
 
     def measuring(self: Any) -> bool:
-        if self.statistics != "logging" or not self.model.training:
+        by_epoch = self.args.logging_strategy == "epoch"  # of which no step is known to be the last
+        if self.statistics != "logging" or by_epoch or not self.model.training:
             return self.statistics != "never"
         step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps or 1))
         return step % every == 0 or step == self.state.max_steps or (self.args.logging_first_step and step == 1)
@@ -199,6 +203,9 @@ class PackedDPO(_Policy):
             raise ValueError(
                 f"label_smoothing: got {smoothing} with {self.loss_types}, want 0.0: TRL smooths only some"
             )
+        if losses & {"ipo", "sigmoid_norm"} and trl.__version__.startswith("1.8.") and not self._reverse_kl():
+            # its divergences lack additive constants, which divided by two lengths do not cancel
+            raise ValueError(f"f_divergence_type: got {self.f_divergence_type} with loss_type {self.loss_types}")
         if self.args.truncation_mode == "keep_end" and losses & {"ipo", "sigmoid_norm"}:  # TRL counts one token more
             raise ValueError(f"truncation_mode: got 'keep_end' with loss_type {self.loss_types}, want 'keep_start'")
         self.loss_fn = DPOLoss(
@@ -207,6 +214,9 @@ class PackedDPO(_Policy):
             discopop_tau=self.args.discopop_tau, ld_alpha=self.ld_alpha, use_weighting=self.use_weighting,
         )  # fmt: skip
         models.output_head(self.accelerator.unwrap_model(self.model))
+
+    def _reverse_kl(self: Any) -> bool:
+        return str(getattr(self.f_divergence_type, "value", self.f_divergence_type)) == "reverse_kl"
 
     def _references(self: Any, part: dict[str, Any], *model: Any) -> tuple[Tensor, ...]:
         return self._reference(part, *model).chunk(2)
@@ -299,7 +309,8 @@ class RewardTrainer(PackedReward, trl.RewardTrainer):
 def packed(init: Any, mixin: type[_Packed]) -> Any:
     """The constructor of a class of TRL's, and of what others derived from it, that makes its trainer a `mixin` too.
 
-    The trainer's own class changes before TRL's constructor, which may already ask it for reference log-probs.
+    The trainer's own class changes before TRL's constructor, which may already ask it for reference log-probs. A class
+    that replaced a method which we would replace keeps it, and TRL's code.
     """
 
     @functools.wraps(init)
@@ -307,6 +318,11 @@ def packed(init: Any, mixin: type[_Packed]) -> Any:
         if isinstance(self, mixin):  # ours, which packs its batches itself
             return init(self, *args, **kwargs)
         cls = type(self)
+        owner = next(c for c in cls.__mro__ if c.__dict__.get("__init__") is __init__)
+        replaced = [name for name in REPLACED if getattr(cls, name, None) is not getattr(owner, name, None)]
+        if replaced:
+            warnings.warn(f"{cls.__name__} has its own {', '.join(replaced)}, and is not packed", stacklevel=2)
+            return init(self, *args, **kwargs)
         self.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "statistics": "every"})
         init(self, *args, **kwargs)
         self._pack_batches()
