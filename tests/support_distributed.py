@@ -229,8 +229,8 @@ def evaluated(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, An
 
 def refused(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
     """What sharding cannot give, as the error's text."""
-    more = options(wrapper, batch, precompute_ref_log_probs=True)
-    more["fsdp_config"] |= {"cpu_ram_efficient_loading": True}
+    more = options(wrapper, batch, **({"token_budget": 8} if case == "budget" else {"precompute_ref_log_probs": True}))
+    more["fsdp_config"] |= {"cpu_ram_efficient_loading": case == "precompute"}
     model, tokenizer = tiny()
     args = trainers.DPOConfig(output_dir=str(folder), **more)
     try:
@@ -238,7 +238,7 @@ def refused(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]
     except ValueError as error:
         return {"error": str(error)}
     finally:
-        os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING")
+        os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     return {"error": None}
 
 

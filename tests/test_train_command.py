@@ -15,7 +15,7 @@ from transformers import AutoTokenizer as Tokenizer
 
 from fastpref import cli, memory
 from fastpref.trainers import plot, summary
-from fastpref.trainers.command import METHODS
+from fastpref.trainers.command import METHODS, prepare
 from tests.support_trainers import pairs, responses, tiny
 
 CLASSES = {
@@ -205,3 +205,11 @@ def test_smoothing_keeps_level_and_length():
     assert ramp[20] == pytest.approx(20) and len(ramp) == 41 and ramp[0] == pytest.approx(1.0)
     steps, values = plot.points([{"step": 1, "kl": float("nan")}, {"step": 2, "kl": 0.5}, {"step": 3}], "kl")
     assert (steps, values) == ([2], [0.5])
+
+
+def test_dropout_of_the_adapters_was_turned_off(base, files, tmp_path, capsys):
+    options = ["--model", base, "--data", files["pairs"], "--use_cpu", "--output_dir", str(tmp_path / "out")]
+    assert "lora_r: got none beside other LoRA options" in refused(capsys, "dpo", "--lora_dropout", "0.1", *options)
+    job = prepare("dpo", [*options, "--lora_r", "2", "--lora_dropout", "0.25"])
+    rates = {m.p for name, m in job.trainer.model.named_modules() if "lora_dropout" in name and hasattr(m, "p")}
+    assert rates == {0.25}

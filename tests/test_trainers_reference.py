@@ -3,11 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
+from transformers import Trainer
 
 from fastpref.data.reference_cache import ReferenceCache
 from fastpref.trainers import DPOConfig, DPOTrainer
 from fastpref.trainers.reference import fill_cache
-from tests.support_trainers import METHODS, config, pairs, run, tiny, train, weights
+from tests.support_trainers import METHODS, config, pairs, responses, run, tiny, train, weights
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +130,46 @@ class TestReference:
             trainer = trainer_class(model, args=args, train_dataset=pairs(), processing_class=tokenizer)
         assert [e["loss"] for e in train(trainer)] == [e["loss"] for e in first]
 
+    def test_columns_of_an_older_reference_were_read_by_one_that_runs(self, tmp_path):
+        """TR-DPO became DPO where the data brought log-probs; TRL reads them only where it precomputes."""
+        dataset = pairs().add_column("ref_chosen_logps", [-1.0] * 16).add_column("ref_rejected_logps", [-9.0] * 16)
+        _, wanted = run("dpo", tmp_path, precompute_ref_log_probs=False)
+        args = config(DPOConfig, tmp_path, precompute_ref_log_probs=False)
+        model, tokenizer = tiny()
+        found = train(DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer))
+        assert [e["loss"] for e in found] == [e["loss"] for e in wanted]
+        args = config(DPOConfig, tmp_path, precompute_ref_log_probs=True, max_steps=1)
+        trainer = DPOTrainer(tiny()[0], args=args, train_dataset=dataset, processing_class=tokenizer)
+        assert set(trainer.train_dataset["ref_rejected_logps"]) == {-9.0}
+
+    def test_a_mismatched_completions_log_prob_was_given_to_another(self, tmp_path):
+        """KTO's z0 of a part of a prepared data set: the completions were rotated anew, their log-probs were not."""
+        trainer_class, config_class, _ = METHODS["kto"]
+        model, tokenizer = tiny()
+        args = config(config_class, tmp_path, precompute_ref_log_probs=True)
+        trainer = trainer_class(
+            model, args=args, train_dataset=responses(), eval_dataset=responses(), processing_class=tokenizer
+        )
+        part = trainer.eval_dataset.select(range(3))
+        prepared = trainer.prepare_dataset(part, "eval", args)
+        for column in ("completion_ids", "kl_completion_ids", "ref_KL_logps"):
+            assert prepared[column] == part[column]
+        without = trainer.prepare_dataset(part.remove_columns("kl_completion_ids"), "eval", args)
+        assert without["kl_completion_ids"] != part["kl_completion_ids"] and "ref_KL_logps" not in without.column_names
+
+    def test_the_only_checkpoint_could_lack_the_moving_reference(self, tmp_path, monkeypatch):
+        """Older ones are deleted when the trainer's state is written: what a run resumes from must be there by then."""
+        seen = []
+        original = Trainer._save_checkpoint
+
+        def looking(self, *args):
+            seen.append((tmp_path / "out" / f"checkpoint-{self.state.global_step}" / "reference.safetensors").exists())
+            return original(self, *args)
+
+        monkeypatch.setattr(Trainer, "_save_checkpoint", looking)
+        run("dpo", tmp_path, sync_ref_model=True, save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=2)
+        assert seen == [True, True]
+
 
 class TestPeft:
     def lora(self, **options):
@@ -165,3 +206,36 @@ class TestPeft:
         log = train(trainer)
         assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # not the model without adapters
         assert log[-1]["loss"] != pytest.approx(0.693147, abs=1e-6)
+
+    def test_the_reference_was_the_policy_whose_adapters_it_froze(self, tmp_path):
+        model, tokenizer = tiny()
+        args = config(DPOConfig, tmp_path)
+        with pytest.raises(ValueError, match="ref_model: got the policy itself"):
+            DPOTrainer(
+                model, model, args=args, train_dataset=pairs(), processing_class=tokenizer, peft_config=self.lora()
+            )
+
+    @pytest.mark.parametrize("how", ["pissa", "olora"])
+    def test_adapters_that_take_over_base_weights_changed_the_reference(self, tmp_path, how):
+        """Without them the model is what is left of it, not what it was."""
+        _, plain = run("dpo", tmp_path, precompute_ref_log_probs=False, max_steps=1)
+        for precompute in (False, True):
+            trainer, log = run(
+                "dpo", tmp_path, peft_config=self.lora(init_lora_weights=how), precompute_ref_log_probs=precompute,
+                max_steps=1,
+            )  # fmt: skip
+            assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+            assert log[0]["logps/chosen"] == pytest.approx(plain[0]["logps/chosen"], rel=1e-4)
+            assert trainer.reference.own is None
+
+    def test_a_reloaded_adapter_of_pissa_keeps_the_base_weights(self, tmp_path):
+        """The copy that is the reference was initialised like the original, out of the base weights."""
+        peft = pytest.importorskip("peft")
+        model, tokenizer = tiny()
+        model = peft.get_peft_model(model, self.lora(init_lora_weights="pissa"))
+        name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+        before = model.get_parameter(name).detach().clone()
+        args = config(DPOConfig, tmp_path, max_steps=1)
+        log = train(DPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer))
+        assert torch.equal(model.get_parameter(name), before)
+        assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)

@@ -49,10 +49,15 @@ def tokenize_unpaired(
 ) -> Any:  # fmt: skip
     """`prompt_ids, completion_ids, label`, and `kl_completion_ids` as TRL's `KTOTrainer` mismatches them: completions
     rotated by one within consecutive blocks of `block_size` records (None: without them). The prompt of a mismatched
-    pair is the record's own. `ref_logps` and `ref_KL_logps` are passed through.
+    pair is the record's own. `ref_logps` is passed through; and `ref_KL_logps` with the `kl_completion_ids` that it
+    belongs to, which then stay as they are.
     """
-    columns = {"prompt_ids": IDS, "completion_ids": IDS, "label": "bool"}
-    numbers = ("ref_logps", "ref_KL_logps")
+    columns: dict[str, Any] = {"prompt_ids": IDS, "completion_ids": IDS, "label": "bool"}
+    numbers: tuple[str, ...] = ("ref_logps",)
+    mismatched = block_size is not None and {"kl_completion_ids", "ref_KL_logps"} <= set(column_names(dataset))
+    if mismatched:
+        columns["kl_completion_ids"] = IDS
+        numbers += ("ref_KL_logps",)
     dataset = _tokenized(
         dataset, _unpaired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length
     )
@@ -63,7 +68,8 @@ def tokenize_unpaired(
     block = block_size or 1
     return dataset.map(
         _cut_and_mismatch, batched=True, batch_size=block * max(1, BATCH // block),
-        features=_features(found), fn_kwargs={"max_length": max_length, "block_size": block_size},
+        features=_features(found),
+        fn_kwargs={"max_length": max_length, "block_size": block_size, "version": __version__},
     )  # fmt: skip
 
 
@@ -139,10 +145,12 @@ def _unpaired_row(example: Record, tokenizer: Any, max_length: int | None) -> Re
     return {"prompt_ids": prompt, "completion_ids": completion, "label": bool(example["label"]), "length": 0}
 
 
-def _cut_and_mismatch(batch: Record, max_length: int | None, block_size: int | None) -> Record:
+def _cut_and_mismatch(batch: Record, max_length: int | None, block_size: int | None, version: str) -> Record:
     prompts, completions = batch["prompt_ids"], batch["completion_ids"]
     found = {"completion_ids": completions}
-    if block_size is not None:
+    if "kl_completion_ids" in batch:
+        found["kl_completion_ids"] = batch["kl_completion_ids"]
+    elif block_size is not None:
         others = mismatched_indices(len(completions), block_size) if block_size > 1 else range(len(completions))
         found["kl_completion_ids"] = [completions[i] for i in others]
     for column, responses in found.items():

@@ -54,9 +54,11 @@ class PreferenceTrainer(Trainer):
         self, model: Any, args: PreferenceConfig, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
         processing_class: Any, **options: Any,
     ) -> None:  # fmt: skip
-        for name in ("compute_metrics", "preprocess_logits_for_metrics", "data_collator"):
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "data_collator", "compute_loss_func"):
             if options.pop(name, None) is not None:
                 raise unsupported(name, "one", "there are no logits, and batches are packed; want None")
+        if args.torch_compile:
+            raise unsupported("torch_compile", True, "the head and its loss are fused with what would be compiled")
         refuse_router_loss(model, args)
         if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
             raise unsupported("device_map", "several devices", "want the whole model on one, or FSDP")
@@ -77,6 +79,9 @@ class PreferenceTrainer(Trainer):
             keep_freed_memory()
         if args.token_budget is not None and self.is_deepspeed_enabled:
             raise unsupported("token_budget", args.token_budget, "DeepSpeed would take a step for every part")
+        if args.token_budget is not None and self.is_fsdp_enabled:
+            reason = "FSDP gathers weights in every part, and the ranks have different numbers of parts"
+            raise unsupported("token_budget", args.token_budget, reason)
         if args.n_gpu > 1:
             raise unsupported("nn.DataParallel", f"{args.n_gpu} GPUs in one process", "launch with torchrun")
         collator.pad_token_id = processing_class.pad_token_id
@@ -207,7 +212,8 @@ class PreferenceTrainer(Trainer):
     def measuring(self) -> bool:
         """Whether this step measures entropies and the like."""
         when = self.args.statistics
-        if when == "never" or when == "every" or not self.model.training:
+        by_epoch = self.args.logging_strategy == "epoch"  # of which no step is known to be the last
+        if when != "logging" or by_epoch or not self.model.training:
             return when != "never"
         step = self.state.global_step + 1
         every = max(1, int(self.state.logging_steps or self.args.logging_steps or 1))

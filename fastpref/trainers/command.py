@@ -123,6 +123,8 @@ def configuration(method: str, options: RunOptions, fields: dict[str, Any]) -> P
     """The method's configuration: a GPU's defaults are not a CPU's."""
     name = Path(options.model.rstrip("/")).name
     defaults: dict[str, Any] = {"output_dir": f"{method}-{name}", "save_total_limit": 1}
+    if options.lora_dropout:
+        defaults["disable_dropout"] = False  # the adapters' is dropout, too
     if fields.get("use_cpu", not torch.accelerator.is_available()):
         defaults |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
     return METHODS[method].config(**(defaults | fields))

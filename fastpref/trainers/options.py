@@ -143,7 +143,8 @@ def _checked(options: RunOptions) -> RunOptions:
         raise ValueError(f"eval_split: got {options.eval_split}, want a share between 0 and 1")
     if options.eval_split is not None and options.eval_data is not None:
         raise ValueError("eval_split: got one beside eval_data, want one of them")
-    if options.lora_r is None and (options.lora_alpha is not None or options.lora_target_modules is not None):
+    others = (options.lora_alpha, options.lora_target_modules, options.lora_dropout or None)
+    if options.lora_r is None and any(value is not None for value in others):
         raise ValueError("lora_r: got none beside other LoRA options, want the adapters' rank")
     if options.lora_r is not None and options.lora_r < 1:
         raise ValueError(f"lora_r: got {options.lora_r}, want at least 1")

@@ -134,14 +134,17 @@ class ReferencedTrainer(PolicyTrainer):
         return ref_model
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A reference that moves is part of what a run resumes from."""
-        super()._save_checkpoint(model, trial)
+        """A reference that moves is part of what a run resumes from. It is written first: with the trainer's state a
+        checkpoint is whole, and older ones are deleted."""
         if self.args.sync_ref_model:
             own = self.accelerator.unwrap_model(self.reference.own)
             models.reshard(own)
             weights = {name: whole(value).detach().cpu() for name, value in own.named_parameters()}  # on every rank
             if self.args.should_save:
-                save_file(weights, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / REFERENCE_FILE)
+                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(weights, folder / REFERENCE_FILE)
+        super()._save_checkpoint(model, trial)
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -216,8 +219,9 @@ class ReferencedTrainer(PolicyTrainer):
         raise NotImplementedError
 
     def before_part(self, model: Any, part: dict[str, Any]) -> None:
-        """The reference's log-probs of a part, where they are not in the cache: from a forward of it now."""
-        if "ref_logps" in part:
+        """The reference's log-probs of a part, where they are not precomputed: from a forward of it now. Columns that
+        came with the data are the precomputed ones, and are not read where the reference runs in every step."""
+        if self.precomputes and "ref_logps" in part:
             return
         if self.precomputes and self.reference.is_lost_by_training:
             raise ValueError(

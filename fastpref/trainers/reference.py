@@ -32,10 +32,10 @@ class Reference:
     @classmethod
     def of(cls, policy: Any, ref_model: Any, *, fresh_adapters: bool, keep_copy: bool) -> Reference:
         """`keep_copy`: the policy's weights will change while the reference is still needed."""
-        if ref_model is policy:
+        if ref_model is not None and inner_model(ref_model) is inner_model(policy):
             raise ValueError("ref_model: got the policy itself, want another model or None (the policy as it is now)")
         if ref_model is None and is_peft(policy):
-            if not fresh_adapters:
+            if not fresh_adapters or _initialised_from_weights(policy):
                 _copy_adapter(policy)
         elif ref_model is None and keep_copy:
             ref_model = copy.deepcopy(policy)
@@ -74,17 +74,23 @@ class Reference:
         """Of its weights and its config, as they are when first asked: hashed once for all data sets."""
         found = Fingerprint().weights(self.weights())
         model = self.own or self.policy
-        config = inner_model(model).config.to_dict()
-        for name in ("_name_or_path", "transformers_version"):
-            config.pop(name, None)
-        found.text(json.dumps(config, sort_keys=True, default=str))
+        found.config(inner_model(model).config)
         if is_peft(model) and COPY in model.peft_config:
             found.text(json.dumps(model.peft_config[COPY].to_dict(), sort_keys=True, default=str))
         return found.hexdigest()
 
 
+def _initialised_from_weights(policy: Any) -> bool:
+    """PiSSA and its kin move a part of the base weights into the fresh adapter: without it, the model is another."""
+    how = getattr(policy.peft_config[policy.active_adapter], "init_lora_weights", True)
+    return isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq"))
+
+
 def _copy_adapter(policy: Any) -> None:
-    policy.add_adapter(COPY, policy.peft_config[policy.active_adapter])
+    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # the copy's weights are given, and the base keeps its own
+    policy.add_adapter(COPY, config)
     for name, value in policy.named_parameters():
         if f".{policy.active_adapter}." in name:
             policy.get_parameter(name.replace(f".{policy.active_adapter}.", f".{COPY}.")).data.copy_(value.data)
