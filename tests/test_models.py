@@ -207,3 +207,10 @@ def test_a_compiled_wrapper_was_passed_over() -> None:
     accelerator = types.SimpleNamespace(unwrap_model=other.extract_model_from_parallel, autocast=contextlib.nullcontext)
     assert models.run_inside(torch.compile(wrapper), accelerator, lambda model: model) is bare
     assert wrapper.calls == 1
+
+
+def test_a_head_that_is_sharded_before_there_is_a_trainer_was_tried() -> None:
+    """DeepSpeed's stage 3 leaves empty parameters, over which no forward runs."""
+    model = model_of("Llama")
+    model.model.embed_tokens.weight.data = torch.empty(0)
+    assert models.output_head(model).weight is models.read_head(model).weight

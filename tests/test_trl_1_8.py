@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,19 @@ def test_trainers_of_a_derived_class(tmp_path, as_1_8, monkeypatch):
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert not isinstance(build("dpo", tmp_path), trl_trainers.PackedDPO)
+
+
+def test_divergences_without_their_constants_were_divided_by_lengths(monkeypatch):
+    """TRL 1.8 leaves out 1 and log 2, which cancel in a difference, but not divided by two lengths."""
+
+    def prepared(version: str, divergence: str) -> None:
+        monkeypatch.setattr(trl_trainers.trl, "__version__", version)
+        given = types.SimpleNamespace(loss_types=["ipo"], label_smoothing=0.0, f_divergence_type=divergence)
+        given._reverse_kl = lambda: trl_trainers.PackedDPO._reverse_kl(given)
+        trl_trainers.PackedDPO._prepare_loss(given)
+
+    with pytest.raises(ValueError, match=r"f_divergence_type: got forward_kl with loss_type \['ipo'\]"):
+        prepared("1.8.0", "forward_kl")
+    for version, divergence in (("1.8.0", "reverse_kl"), ("1.16.0", "forward_kl")):
+        with pytest.raises(AttributeError, match="args"):  # further on
+            prepared(version, divergence)

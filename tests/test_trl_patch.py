@@ -178,6 +178,20 @@ def test_a_head_that_is_not_known_stays_with_trl(tmp_path):
     assert torch.equal(found, trainer.compute_loss(trainer.model, batch))
 
 
+def test_a_head_that_cannot_be_tried_stays_with_trl(tmp_path):
+    """Its hidden states may be on another device; the constructor raised where TRL's would have run."""
+    model, _ = models.tiny(trl_hosts.TEXTS)
+
+    def elsewhere(layer, inputs, output):
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+    hook = model.lm_head.register_forward_hook(elsewhere)
+    with fast_trl.patched(), pytest.warns(UserWarning, match="CPOTrainer builds logits, as without fastpref: Expected"):
+        trainer = build("cpo", tmp_path, model=model)
+    hook.remove()
+    assert not trainer._fastpref
+
+
 def test_options_that_stay_with_trl():
     assert fast_trl.forwards.supported(types.SimpleNamespace(is_encoder_decoder=False, aux_loss_enabled=False))
     for name in ("is_encoder_decoder", "aux_loss_enabled", "padding_free", "use_weighting"):
