@@ -146,18 +146,18 @@ def prepare(host: str, args: argparse.Namespace, folder: Path, scratch: str) -> 
     return loop_step(args, folder) if host == LOOP else trainer_step(host, args, folder, scratch)
 
 
-def check(models: list[Any], step: Step) -> dict[str, dict[str, float]]:
+def check(modules: list[Any], step: Step) -> dict[str, dict[str, float]]:
     """Relative errors of the loss and the gradients, the host's own and with fastpref, against the host's in fp64."""
 
     def run(with_fastpref: bool) -> tuple[float, Tensor]:
         loss = step(with_fastpref, 0)
-        return float(loss), torch.cat([p.grad.flatten() for p in models[0].parameters()])
+        return float(loss), torch.cat([p.grad.flatten() for p in modules[0].parameters()])
 
-    found, dtype = {OWN: run(False), FAST: run(True)}, next(models[0].parameters()).dtype
-    for model in models:
+    found, dtype = {OWN: run(False), FAST: run(True)}, next(modules[0].parameters()).dtype
+    for model in modules:
         model.double()
     wanted_loss, wanted = run(False)
-    for model in models:
+    for model in modules:
         model.zero_grad(), model.to(dtype)
     return {
         name: {"loss": abs(loss / wanted_loss - 1), "gradients": relative_error(gradients, wanted)}
@@ -218,8 +218,8 @@ def run(args: argparse.Namespace) -> record.Record:
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_folder(args.model, Path(scratch))
         for host in args.host or HOSTS:
-            models, step = prepare(host, args, folder, scratch)
-            errors, limits = check(models, step), TOLERANCES[args.device]
+            modules, step = prepare(host, args, folder, scratch)
+            errors, limits = check(modules, step), TOLERANCES[args.device]
             for name, found in errors.items():
                 passed = all(e <= limit for e, limit in zip(found.values(), limits, strict=True))
                 gate.append({"case": host, "provider": name, "errors": found, "passed": passed})
@@ -227,7 +227,7 @@ def run(args: argparse.Namespace) -> record.Record:
                 absent[host] = f"errors of {errors[FAST]}, want at most {limits}: times are not compared"
                 continue
             times = seconds(step, args)
-            del models, step
+            del modules, step
             for what in (OWN, FAST):
                 whole, body = (peak_in_process(what + part, host, args, folder) for part in ("", BACKBONE))
                 rows.append({"case": host, "provider": what, "seconds": times[what], "peak_bytes": whole,

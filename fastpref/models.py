@@ -165,6 +165,11 @@ def _logit_transform(model: Any) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
+def has_parameters(model: Any) -> bool:
+    """Are their values here? Not on the meta device, nor where they were sharded as they were made."""
+    return not any(p.device.type == "meta" or p.numel() == 0 for p in model.parameters())
+
+
 def output_head(model: Any) -> Head:
     """`read_head`, found out to give the model's own logits in one forward over a few tokens; unless its parameters
     are not here to try it (DeepSpeed's stage 3 shards them before there is a trainer).
@@ -173,7 +178,7 @@ def output_head(model: Any) -> Head:
         ValueError: it does not, so the model does something to its logits that fastpref does not know.
     """
     head, seen = read_head(model), []
-    if any(p.numel() == 0 or p.device.type == "meta" for p in model.parameters()):
+    if not has_parameters(model):
         return head
     hook = backbone(model).register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state))
     try:

@@ -52,6 +52,7 @@ class _Packed(_Trainer):
     count_tokens: Any = PreferenceTrainer.count_tokens
     inner: Any = PreferenceTrainer.inner
     derived_metrics: Any = PreferenceTrainer.derived_metrics
+    measuring: Any = PreferenceTrainer.measuring
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -115,13 +116,6 @@ class _Packed(_Trainer):
         loss = run_inside(model, self.accelerator, lambda bare: self.part_loss(part, Items(part["examples"], 0)))
         self._steps.append(("train" if self.model.training else "eval", *self.metrics.take()))
         return loss
-
-    def measuring(self: Any) -> bool:
-        by_epoch = self.args.logging_strategy == "epoch"  # of which no step is known to be the last
-        if self.statistics != "logging" or by_epoch or not self.model.training:
-            return self.statistics != "never"
-        step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps or 1))
-        return step % every == 0 or step == self.state.max_steps or (self.args.logging_first_step and step == 1)
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._read_metrics()

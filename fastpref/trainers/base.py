@@ -209,9 +209,13 @@ class PreferenceTrainer(Trainer):
     def metrics(self) -> MetricSums:
         return self._sums["train" if self.model.training else "eval"]
 
+    @property
+    def statistics(self) -> str:
+        return self.args.statistics
+
     def measuring(self) -> bool:
         """Whether this step measures entropies and the like."""
-        when = self.args.statistics
+        when = self.statistics
         by_epoch = self.args.logging_strategy == "epoch"  # of which no step is known to be the last
         if when != "logging" or by_epoch or not self.model.training:
             return when != "never"

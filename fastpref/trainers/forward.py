@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastpref import attention
 from fastpref.data.packing import LAYOUTS, Scored, pack
-from fastpref.models import backbone, inner_model
+from fastpref.models import backbone, has_parameters, inner_model
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", attention.KWARG)
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention"))
@@ -64,7 +64,7 @@ def _fault(model: Any, layout: str, ours: bool) -> str | None:
         return f"it has {', '.join(sorted(layers - ATTENTION_LAYERS))} layers"
     if getattr(inner.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
-    if any(p.device.type == "meta" or p.numel() == 0 for p in inner.parameters()):
+    if not has_parameters(inner):
         return None if ours and layers else "its parameters are not here to try it"  # sharded before the trainer
     if ours:
         try:
