@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import measure, record
 from fastpref import backends, linear_token_logprobs
-from fastpref.plans import _matmul_into
+from fastpref.plans.plans import _matmul_into
 from fastpref.reference import LogitTransform
 
 

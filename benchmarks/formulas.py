@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastpref import memory, plans
+from fastpref.common import memory
+from fastpref.plans import plans
 from fastpref.reference import LogitTransform
 
 WIDE = 4  # bytes of an fp32
@@ -25,7 +26,7 @@ def eager_peak(rows: int, d: int, vocab: int, element: int, trainable: bool) -> 
 def plan_peak(
     plan: str, weight: torch.Tensor, rows: int, scored: int, trainable: bool, workspace_bytes: int | None = None
 ) -> int:
-    """Of `fastpref.plans`, gradients included: the larger of the forward's and the backward's.
+    """Of `fastpref.plans.plans`, gradients included: the larger of the forward's and the backward's.
 
     U is `[n, V]` in the compute dtype, in `pair` of as many rows as the workspace takes; gradients that are formed
     before their scale is known are fp32.

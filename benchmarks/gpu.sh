@@ -53,7 +53,7 @@ wants() { [ "$part" = "$1" ] || { [ "$part" = all ] && [ "$1" != tests ] && [ "$
 
 # the limits of `all` add up to 540 s
 if wants validate; then
-    step validate 80 "$python" -m fastpref.cli validate "${device[@]}" --quick --json "$out/validate.json"
+    step validate 80 "$python" -m fastpref.commands.cli validate "${device[@]}" --quick --json "$out/validate.json"
 fi
 if wants suites; then
     for suite_and_limit in head:150 logits:30 kl:30 reward:15 losses:20 train:45 scale:40; do

@@ -14,7 +14,7 @@ from benchmarks.objectives import BETA, IGNORE, OBJECTIVES, Batch
 from benchmarks.shapes import HEADS
 from benchmarks.suite import FP32_LIMIT, HALF_FACTOR, Problem, Results, Suite, relative_error
 from fastpref import reference
-from fastpref.linear import choose_plan, head_inputs
+from fastpref.objectives.tokens import choose_plan, head_inputs
 from fastpref.reference import LogitTransform
 
 

@@ -34,9 +34,9 @@ from benchmarks.measure import MIB
 from benchmarks.suite import relative_error
 from benchmarks.trainers import model_folder, pairs_of
 from fastpref import DPOLoss, models
-from fastpref.attention import KWARG, packed_rows
 from fastpref.integrations import trl as fast_trl
 from fastpref.integrations.transformers import batch_loss, reference_logps
+from fastpref.models.attention import KWARG, packed_rows
 
 OWN, FAST, BACKBONE = "own", "fastpref", " backbone"  # the last one behind one of the others
 # (loss, gradients), relative, of fastpref against fp64: fp32 through 30 layers; bf16, where the backbone rounds

@@ -9,7 +9,7 @@ import fastpref_kernels
 import torch
 from triton.backends.compiler import GPUTarget
 
-from fastpref.precision import wide
+from fastpref.common.precision import wide
 from fastpref.reference import (
     F_DIVERGENCES,
     PAIR_LOSSES,

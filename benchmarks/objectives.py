@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import reference
-from fastpref.losses import PairedLoss
+from fastpref.objectives.paired import PairedLoss
 
 IGNORE = -100
 BETA = 0.1

@@ -81,7 +81,7 @@ def child(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer, TrainerCallback
 
-    from fastpref.memory import peak_bytes
+    from fastpref.common.memory import peak_bytes
 
     on_gpu = args.device == "cuda"
     if args.library == "trl":

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 from support import BACKENDS, DEVICE
 
 import fastpref
-from fastpref import memory
+from fastpref.common import memory
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process a core already

@@ -12,7 +12,7 @@ import torch
 
 import fastpref
 from benchmarks import record, trainers, training_table
-from fastpref.losses import DPO_LOSS_TYPES
+from fastpref.objectives.paired import DPO_LOSS_TYPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

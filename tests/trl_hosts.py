@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 from datasets import Dataset
+from support import relative_error
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
@@ -29,6 +31,7 @@ BAD = ["Blue or red", "Five", "I know", "Bye"]
 TEXTS = QUESTIONS + GOOD + BAD
 WIDTH = 64  # of models.tiny
 CHECKPOINTS = "TRL_HOSTS_CHECKPOINTS"  # of seeds 0 and 1, for ranks: only the first of them would save its own
+LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
 
 
@@ -163,3 +166,20 @@ def head_rows(model: Any, ids: Tensor, mask: Tensor, step: Any) -> float:
     """How many rows of hidden states met the head in products of a step: beyond what the backbone alone costs."""
     backbone = operations(lambda: models.hidden_states(model, ids, mask).sum().backward())
     return (operations(step) - backbone) / (2 * WIDTH * models.inner_model(model).config.vocab_size)
+
+
+def assert_same(got: Record, want: Record) -> None:
+    """Losses within 1e-6, gradients within 1e-5, of their sizes."""
+    for a, b in zip(got.losses, want.losses, strict=True):
+        assert abs(a - b) <= max(1e-6 * abs(b), 1e-6)
+    for step, (found, expected) in enumerate(zip(got.gradients, want.gradients, strict=True)):
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert relative_error(found[name], gradient) <= 1e-5, f"gradient of {name} in step {step}"
+    for name, value in want.parameters.items():
+        assert relative_error(got.parameters[name], value) <= 1e-6, name
+    for found, expected in zip(got.logs, want.logs, strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            if isinstance(value, float) and "runtime" not in name and "time" not in name:
+                assert found[name] == pytest.approx(value, rel=2e-5, abs=1e-5), name

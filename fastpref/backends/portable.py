@@ -24,8 +24,8 @@ from fastpref.backends.portable_reward import row_scores as row_scores
 from fastpref.backends.portable_reward import row_scores_gradient as row_scores_gradient
 from fastpref.backends.portable_unpaired import unpaired_loss as unpaired_loss
 from fastpref.backends.rows import blocks, transform_slope
-from fastpref.precision import wide
-from fastpref.segments import segment_sums
+from fastpref.common.precision import wide
+from fastpref.common.segments import segment_sums
 
 CACHE_LINE = 64
 SAME_SETS = 2048  # bytes: rows that begin a multiple of it apart compete for the same sets of a cache

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastpref import reference
 from fastpref.backends.rows import blocks, transform_slope
-from fastpref.precision import wide
+from fastpref.common.precision import wide
 
 
 def _logits(block: Tensor, transform: reference.LogitTransform, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastpref import reference
 from fastpref.backends.derivatives import value_and_gradients
-from fastpref.segments import segment_sums
+from fastpref.common.segments import segment_sums
 
 
 def unpaired_loss(

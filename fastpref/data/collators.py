@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastpref import attention
 from fastpref.data.packing import Scored, pack, scored_tokens, split_by_tokens
+from fastpref.models import attention
 
 Example = dict[str, Any]
 

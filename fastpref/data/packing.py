@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastpref.attention import Segment, Segments
 from fastpref.data.collate import IGNORE_INDEX, common_prefix_length
+from fastpref.models.attention import Segment, Segments
 
 LAYOUTS = ("shared", "packed", "padded")
 

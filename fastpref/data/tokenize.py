@@ -18,7 +18,7 @@ from fastpref import __version__
 from fastpref.data.collate import IGNORE_INDEX, common_prefix_length
 from fastpref.data.encode import in_context, part, solution, wholes
 from fastpref.data.formats import column_names
-from fastpref.unpaired import mismatched_indices
+from fastpref.objectives.unpaired import mismatched_indices
 
 Record = dict[str, Any]
 IDS = ["int32"]  # a list of them

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastpref import models
 from fastpref.data.collate import TokenizedPair, collate_pairs
-from fastpref.linear import linear_token_logprobs, sequence_logprobs
+from fastpref.objectives.tokens import linear_token_logprobs, sequence_logprobs
 
 LOSS_INPUTS = ("ref_logps", "desirable", "kl")
 LABELS = ("labels", "shift_labels")

@@ -32,7 +32,7 @@ from torch import Tensor
 from fastpref import models
 from fastpref.integrations import trl_0_24
 from fastpref.integrations import trl_forwards as forwards
-from fastpref.linear import linear_token_statistics
+from fastpref.objectives.tokens import linear_token_statistics
 
 # TRL's names of the statistics, in the order of its results -> ours
 STATISTICS = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpref import models
 from fastpref.integrations.trl_forwards import IGNORE
-from fastpref.linear import linear_token_statistics
+from fastpref.objectives.tokens import linear_token_statistics
 
 
 def _flush(first: Tensor, *values: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref import models
-from fastpref.linear import linear_token_logprobs, linear_token_statistics
+from fastpref.objectives.tokens import linear_token_logprobs, linear_token_statistics
 
 IGNORE = -100
 

@@ -4,8 +4,8 @@
 
 Real subclasses: configurations, data preparation, collators, callbacks, metrics and checkpoints stay TRL's. Batches are
 packed without padding, a pair's prompt once, where the model can run that; the head's products are those of
-`fastpref.losses`; metrics stay on the device until they are logged. Import them from `fastpref.integrations.trl`,
-which looks at TRL's version first.
+`fastpref.objectives`; metrics stay on the device until they are logged. Import them from
+`fastpref.integrations.trl`, which looks at TRL's version first.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from trl.trainer.utils import use_adapter
 
 from fastpref import models
 from fastpref.integrations.trl_batches import KEY, PackingCollator, PackingUnpaired
-from fastpref.losses import DPOLoss
 from fastpref.models import is_peft, run_inside
+from fastpref.objectives.paired import DPOLoss
+from fastpref.objectives.unpaired import KTOLoss, kto_kl
 from fastpref.trainers import paired, reward, unpaired
 from fastpref.trainers.base import Items, PreferenceTrainer
 from fastpref.trainers.forward import choose_layout, to_device
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.policy import PolicyTrainer
 from fastpref.trainers.reference import ready_reference
-from fastpref.unpaired import KTOLoss, kto_kl
 
 SMOOTHED = frozenset(("exo_pair", "robust", "aot", "aot_unpaired"))  # by TRL; it leaves `sigmoid` as it is
 REPLACED = ("_compute_loss", "compute_ref_log_probs")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastpref import report
+from fastpref.common import terminal
 
 
 def command(name: str) -> Callable[[Callable[[argparse.Namespace], int]], Callable[[argparse.Namespace], int]]:
@@ -51,7 +51,7 @@ class Progress:
 
     def __init__(self, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
         self._total, self._unit, self._done, self._first, self._shown = total, unit, done, done, shown
-        self._bar = report.live_bar() if shown and sys.stdout.isatty() else None
+        self._bar = terminal.live_bar() if shown and sys.stdout.isatty() else None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -71,5 +71,5 @@ class Progress:
         text = f"{speed:,.1f} {self._unit}/s"
         if self._bar is not None:
             self._bar.update(self._task, advance=done, description=text)
-        elif self._shown and before * report.LINES // self._total < self._done * report.LINES // self._total:
+        elif self._shown and before * terminal.LINES // self._total < self._done * terminal.LINES // self._total:
             print(f"  {self._done:5d}/{self._total} {self._unit}  {text}", flush=True)

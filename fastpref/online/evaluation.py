@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastpref import checks
+from fastpref.common import checks
 from fastpref.data import encode
+from fastpref.objectives.reward import RewardHead
 from fastpref.online import statistics
 from fastpref.online.judges import cut
 from fastpref.online.pairing import characters
 from fastpref.online.sequences import PolicyScores, TokenSequence, policy_scores, rewards
-from fastpref.reward import RewardHead
 
 SIDES = ("chosen", "rejected")
 Pairs = Sequence[Mapping[str, Any]]

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from fastpref import checks
+from fastpref.common import checks
+from fastpref.objectives.reward import RewardHead
 from fastpref.online.sequences import (
     WINDOW_BATCHES,
     Prompt,
@@ -24,7 +25,6 @@ from fastpref.online.sequences import (
     rewards,
     sequence_ids,
 )
-from fastpref.reward import RewardHead
 
 Records = Sequence[Mapping[str, Any]]
 Scores = Sequence[float | None]

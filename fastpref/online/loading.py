@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from fastpref import checks, models
-from fastpref.report import hide_library_bars
-from fastpref.reward import RewardHead
+from fastpref import models
+from fastpref.common import checks
+from fastpref.common.terminal import hide_library_bars
+from fastpref.objectives.reward import RewardHead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

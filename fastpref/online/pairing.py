@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastpref import checks
+from fastpref.common import checks
 from fastpref.online import statistics
 from fastpref.online.prompts import checked_prompt, checked_responses
 from fastpref.online.records import Record

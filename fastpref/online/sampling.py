@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpref import checks
+from fastpref.common import checks
 from fastpref.online.randomness import draw, keys
 from fastpref.online.sequences import WINDOW_BATCHES, Prompt, batches_by_length, in_windows, pad_id, padded, prompt_ids
 

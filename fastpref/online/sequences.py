@@ -12,7 +12,7 @@ from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs
 from fastpref.data import encode
 from fastpref.data.collate import IGNORE_INDEX
 from fastpref.models import hidden_states, output_head
-from fastpref.reward import RewardHead
+from fastpref.objectives.reward import RewardHead
 
 Message = dict[str, Any]
 Prompt = str | list[Message]

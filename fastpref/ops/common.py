@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.precision import wide as wide
+from fastpref.common.precision import wide as wide
 
 
 def first_order_only(op: Any) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpref import checks, kl_plans, plans
 from fastpref.backends import backend_for
+from fastpref.common import checks
 from fastpref.ops.common import first_order_only, wide, without_autocast
 from fastpref.ops.linear import head_of, present
+from fastpref.plans import kl_plans, plans
 from fastpref.reference import LogitTransform
 
 

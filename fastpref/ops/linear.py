@@ -1,12 +1,13 @@
-"""Log-probs from hidden states and the head's weight, by the plans of `fastpref.plans`."""
+"""Log-probs from hidden states and the head's weight, by the plans of `fastpref.plans.plans`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastpref import checks, plans
+from fastpref.common import checks
 from fastpref.ops.common import first_order_only, split_names, wide, without_autocast
+from fastpref.plans import plans
 from fastpref.reference import LogitTransform
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref import checks, plans
 from fastpref.backends import backend_for
+from fastpref.common import checks
+from fastpref.common.segments import segment_sums
 from fastpref.ops.common import wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
+from fastpref.plans import plans
 from fastpref.reference import PairedObjective, pair_confidence
-from fastpref.segments import segment_sums
 
 SEPARABLE_EXCEPT = ("aot", "aot_unpaired")  # these sort across the batch
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpref import checks, plans
 from fastpref.backends import backend_for
+from fastpref.common import checks
 from fastpref.ops.common import wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
+from fastpref.plans import plans
 from fastpref.reference import POLICY_METRICS, PolicyObjective
 
 # per-token metrics that the linear operator returns besides the losses

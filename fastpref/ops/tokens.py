@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpref import checks
 from fastpref.backends import backend_for
+from fastpref.common import checks
 from fastpref.ops.common import first_order_only, split_names, wide, without_autocast
 from fastpref.reference import STATISTICS, LogitTransform
 

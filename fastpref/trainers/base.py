@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastpref.common.memory import keep_freed_memory
 from fastpref.data.collators import PackedCollator
-from fastpref.memory import keep_freed_memory
 from fastpref.models import inner_model, run_inside
 from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.forward import choose_layout

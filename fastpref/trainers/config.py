@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from fastpref import checks
+from fastpref.common import checks
 from fastpref.data.packing import LAYOUTS
 
 STATISTICS_WHEN = ("logging", "every", "never")

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref import attention
 from fastpref.data.packing import LAYOUTS, Scored, pack
-from fastpref.models import backbone, has_parameters, inner_model
+from fastpref.models import attention, backbone, has_parameters, inner_model
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", attention.KWARG)
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention"))

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from fastpref.data import formats, tokenize
 from fastpref.data.collators import PairCollator
-from fastpref.losses import DPOLoss, IPOLoss, PairedLoss, PreferenceOutput
+from fastpref.objectives.paired import DPOLoss, IPOLoss, PairedLoss, PreferenceOutput
+from fastpref.objectives.reference_free import CPOLoss, ORPOLoss, SimPOLoss
 from fastpref.ops.paired import SEPARABLE_EXCEPT
 from fastpref.reference.paired import log_odds
-from fastpref.reference_free import CPOLoss, ORPOLoss, SimPOLoss
 from fastpref.trainers.base import Items, given_args
 from fastpref.trainers.config import CPOConfig, DPOConfig, IPOConfig, ORPOConfig, SimPOConfig
 from fastpref.trainers.forward import scored_hidden

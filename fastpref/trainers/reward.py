@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastpref.data import formats, tokenize
 from fastpref.data.collators import PackedCollator, RewardCollator, StepCollator
-from fastpref.process_reward import ProcessRewardLoss
-from fastpref.reward import BradleyTerryLoss
+from fastpref.objectives.process_reward import ProcessRewardLoss
+from fastpref.objectives.reward import BradleyTerryLoss
 from fastpref.trainers.base import Items, PreferenceTrainer, given_args
 from fastpref.trainers.config import PreferenceConfig, PRMConfig, RewardConfig, unsupported
 from fastpref.trainers.forward import hidden_rows

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastpref.data import formats, tokenize
 from fastpref.data.collators import UnpairedCollator
-from fastpref.linear import sequence_logprobs
+from fastpref.objectives.tokens import sequence_logprobs
+from fastpref.objectives.unpaired import KTOLoss, UnpairedOutput, kto_kl
 from fastpref.trainers.base import Items, given_args
 from fastpref.trainers.config import KTOConfig
 from fastpref.trainers.forward import scored_hidden
 from fastpref.trainers.policy import ReferencedTrainer
-from fastpref.unpaired import KTOLoss, UnpairedOutput, kto_kl
 
 
 class KTOTrainer(ReferencedTrainer):

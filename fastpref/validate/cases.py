@@ -3,8 +3,8 @@ objective is one row of OBJECTIVES, any other operator one row of OPERATORS."""
 
 from __future__ import annotations
 
-from fastpref.losses import DPOLoss, IPOLoss
-from fastpref.reference_free import CPOLoss, ORPOLoss, SimPOLoss
+from fastpref.objectives.paired import DPOLoss, IPOLoss
+from fastpref.objectives.reference_free import CPOLoss, ORPOLoss, SimPOLoss
 from fastpref.validate import others, pairs
 from fastpref.validate.operator import Operator, linear_token_logprobs, token_logprobs, token_statistics
 from fastpref.validate.pairs import Objective

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 import fastpref
-from fastpref import plans
+from fastpref.plans import plans
 from fastpref.reference import LogitTransform, TokenStatistics
 from fastpref.validate import inputs
 from fastpref.validate.ideal import Exact, Partition
@@ -70,7 +70,7 @@ def hidden_logps(spec: Exact, x: Inputs, pieces: Partition) -> Tensor:
 
 
 def slice_width(x: Inputs, workspace_bytes: int | None) -> int:
-    """Columns in a slice of plan `recompute`, as `fastpref.plans.backward_recompute` cuts them."""
+    """Columns in a slice of plan `recompute`, as `fastpref.plans.plans.backward_recompute` cuts them."""
     vocab, scored = x.weight.shape[0], int((x.labels != IGNORE).sum())
     head = plans.Head(x.weight, None, LogitTransform(), IGNORE)
     width = plans.tile_rows(head, scored, workspace_bytes) * vocab // max(1, scored)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import fastpref
-from fastpref import plans, reference
-from fastpref.policy import REDUCTIONS
+from fastpref import reference
+from fastpref.objectives.policy import REDUCTIONS
+from fastpref.plans import plans
 from fastpref.reference import LogitTransform
 from fastpref.validate import divergences, inputs, rewards
 from fastpref.validate.ideal import Exact, Partition

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import plans, reference
-from fastpref.losses import PairedLoss, PreferenceOutput
+from fastpref import reference
+from fastpref.objectives.paired import PairedLoss, PreferenceOutput
 from fastpref.ops.paired import SEPARABLE_EXCEPT
+from fastpref.plans import plans
 from fastpref.validate import inputs
 from fastpref.validate.ideal import Exact, Partition
 from fastpref.validate.inputs import IGNORE, Inputs

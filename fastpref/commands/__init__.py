@@ -1,0 +1,1 @@
+"""What `fastpref NAME` runs."""

@@ -1,0 +1,1 @@
+"""`fastpref demo`: one training run, and a comparison with eager PyTorch."""

@@ -1,0 +1,1 @@
+"""`fastpref train`: options, the run, the files that it leaves."""

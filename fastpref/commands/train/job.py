@@ -1,0 +1,227 @@
+"""What `fastpref train` does: options to a trainer, before and after, the run, the files that it leaves."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastpref import models, trainers
+from fastpref.commands.train import summary
+from fastpref.commands.train.options import LAST, RunOptions, read_options
+from fastpref.commands.train.progress import TrainingProgress
+from fastpref.common import memory, terminal
+from fastpref.data import formats, pairs
+from fastpref.data.files import load_records
+from fastpref.trainers.config import PreferenceConfig
+from fastpref.trainers.policy import ReferencedTrainer
+
+LOGS = 50  # of a run, at least, if no more often than every step
+HOLD_OUT_SEED = 0  # not the run's: runs of other seeds are compared on the same records
+
+
+class Method(NamedTuple):
+    trainer: Any
+    task: str  # PEFT's name
+
+    @property
+    def config(self) -> type[PreferenceConfig]:
+        return self.trainer.config_class
+
+
+METHODS = {
+    "dpo": Method(trainers.DPOTrainer, "CAUSAL_LM"),
+    "ipo": Method(trainers.IPOTrainer, "CAUSAL_LM"),
+    "kto": Method(trainers.KTOTrainer, "CAUSAL_LM"),
+    "orpo": Method(trainers.ORPOTrainer, "CAUSAL_LM"),
+    "cpo": Method(trainers.CPOTrainer, "CAUSAL_LM"),
+    "simpo": Method(trainers.SimPOTrainer, "CAUSAL_LM"),
+    "reward": Method(trainers.RewardTrainer, "SEQ_CLS"),
+    "prm": Method(trainers.PRMTrainer, "TOKEN_CLS"),
+}
+
+
+class Job(NamedTuple):
+    """A run that is ready to start."""
+
+    method: str
+    options: RunOptions
+    trainer: Any
+    progress: TrainingProgress
+    checkpoint: str | None
+
+    def say(self, text: str) -> None:
+        if self.trainer.is_world_process_zero():
+            print(text, flush=True)
+
+
+def prepare(method: str, argv: Sequence[str]) -> Job:
+    """Everything that can be refused happens here.
+
+    Raises:
+        ValueError, TypeError, OSError: of an option, a file or a model; in one line or more.
+        ImportError: names the package that is missing.
+    """
+    from transformers import PrinterCallback, ProgressCallback
+
+    terminal.hide_library_bars()
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    options, fields = read_options(method, METHODS[method].config, argv)
+    train, heldout = load_data(method, options)
+    args = configuration(method, options, fields)
+    if "logging_steps" not in fields:
+        args.logging_steps = _logging_steps(args, len(train))
+    if args.device.type == "cpu":
+        memory.keep_freed_memory()
+        if args.process_index == 0:
+            print(f"Training on the CPU in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}", flush=True)
+    checkpoint = find_checkpoint(options.resume, args)
+    progress = TrainingProgress()
+    trainer = METHODS[method].trainer(
+        model=load_model(options.model, args), args=args, train_dataset=train, eval_dataset=heldout,
+        peft_config=lora(options, METHODS[method].task), callbacks=[progress],
+    )  # fmt: skip
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return Job(method, options, trainer, progress, checkpoint)
+
+
+def load_data(method: str, options: RunOptions) -> tuple[Any, Any]:
+    """(training, held-out or None); without --data the pairs that come with fastpref."""
+    if options.data is None and method == "prm":
+        raise ValueError("--data: got none, want solutions with labelled steps; fastpref comes with pairs only")
+    if options.data is None:
+        from datasets import Dataset
+
+        train, heldout = (Dataset.from_list([pair._asdict() for pair in part]) for part in pairs.sample_pairs())
+    else:
+        train, heldout = load_records(options.data), None
+    if options.eval_data is not None:
+        heldout = load_records(options.eval_data)
+    elif options.eval_split is not None:
+        if len(train) < 2:
+            raise ValueError(f"--eval-split: got {len(train)} record, want at least 2, one of them to hold out")
+        parts = train.train_test_split(max(1, round(options.eval_split * len(train))), seed=HOLD_OUT_SEED)
+        train, heldout = parts["train"], parts["test"]
+    if method == "kto":
+        train, heldout = _single_responses(train), _single_responses(heldout)
+    return train, heldout
+
+
+def _single_responses(dataset: Any) -> Any:
+    """Pairs as two records each, mixed: KTO takes its data in order, and first come all chosen responses."""
+    if dataset is None or "chosen" not in dataset.column_names:
+        return dataset
+    return formats.unpaired(dataset).shuffle(seed=HOLD_OUT_SEED)
+
+
+def configuration(method: str, options: RunOptions, fields: dict[str, Any]) -> PreferenceConfig:
+    """The method's configuration: a GPU's defaults are not a CPU's."""
+    name = Path(options.model.rstrip("/")).name
+    defaults: dict[str, Any] = {"output_dir": f"{method}-{name}", "save_total_limit": 1}
+    if options.lora_dropout:
+        defaults["disable_dropout"] = False  # the adapters' is dropout, too
+    if fields.get("use_cpu", not torch.accelerator.is_available()):
+        defaults |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
+    return METHODS[method].config(**(defaults | fields))
+
+
+def _logging_steps(args: PreferenceConfig, records: int) -> int:
+    """As configured, and more often in a short run."""
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(records / per_step * args.num_train_epochs)
+    return max(1, min(int(args.logging_steps), steps // LOGS))
+
+
+def find_checkpoint(resume: str | None, args: PreferenceConfig) -> str | None:
+    """The folder to resume from; transformers writes `trainer_state.json` last, so one without it is not whole."""
+    folder = Path(args.output_dir or "")
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    if resume is None:
+        if whole:
+            raise ValueError(
+                f"--output_dir: got {folder}, which has checkpoints of an earlier run; want --resume to go on from "
+                "them, or another folder"
+            )
+        return None
+    if resume != LAST:
+        if not (Path(resume) / "trainer_state.json").is_file():
+            raise ValueError(f"--resume: got {resume}, want a checkpoint's folder, with trainer_state.json")
+        return resume
+    if not whole:
+        raise ValueError(f"--resume: got no checkpoint in {folder}, want one: checkpoint-*/trainer_state.json")
+    return str(max(whole, key=lambda path: int(path.name.partition("-")[2])))
+
+
+def load_model(name: str, args: PreferenceConfig) -> str:
+    """A folder or a hub id, which the trainer reads."""
+    if name == "smollm2":
+        return str(models.smollm2())
+    if name == "tiny":
+        folder = Path(args.output_dir or "") / "tiny"  # adapters name the model that they belong to
+        with args.main_process_first(desc="making the tiny model"):
+            texts = [message["content"] for pair in pairs.sample_pairs()[0] for part in pair for message in part]
+            for part in models.tiny(texts):
+                part.save_pretrained(folder)
+        return str(folder)
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ValueError(f"--model: got {name!r}, which is no folder")
+    return name
+
+
+def lora(options: RunOptions, task: str) -> Any:
+    if options.lora_r is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(f"{error}; run `pip install 'fastpref[peft]'`") from error
+    targets: dict[str, Any] = {"target_modules": options.lora_target_modules}
+    if options.lora_target_modules is None:  # PEFT itself leaves out the output head, not every score head
+        targets = {"target_modules": "all-linear", "exclude_modules": ["score"]}
+    return LoraConfig(
+        task_type=task, r=options.lora_r, lora_alpha=options.lora_alpha or 2 * options.lora_r,
+        lora_dropout=options.lora_dropout, **targets,
+    )  # fmt: skip
+
+
+def run(job: Job) -> int:
+    trainer, folder = job.trainer, job.trainer.args.output_dir
+    before = None if trainer.eval_dataset is None else trainer.evaluate()
+    if before is not None and isinstance(trainer, ReferencedTrainer):
+        before.pop("eval_rewards/accuracies", None)  # the policy is the reference: signs of rounding errors
+    try:
+        with job.progress:
+            trainer.train(resume_from_checkpoint=job.checkpoint)
+    except KeyboardInterrupt:
+        print(
+            f"fastpref train: stopped; --resume goes on from the last checkpoint in {folder}, if any", file=sys.stderr
+        )
+        return 130
+    after = None if before is None else _evaluated_at_the_end(trainer) or trainer.evaluate()
+    trainer.save_model(folder)
+    if trainer.is_world_process_zero():
+        _finish(job, summary.Run.of(job.method, job.options, job.trainer, job.progress, before, after))
+    return 0
+
+
+def _evaluated_at_the_end(trainer: Any) -> dict[str, float] | None:
+    """The evaluation after the last step, if training made one of the weights that are saved."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    entries = (entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    return next((entry for entry in entries if entry["step"] == trainer.state.global_step), None)
+
+
+def _finish(job: Job, done: summary.Run) -> None:
+    if done.evaluations:
+        print("\n".join(done.evaluation_lines()))
+    written, problem = summary.write(done, Path(job.trainer.args.output_dir))
+    if problem:
+        print(f"fastpref train: {problem}", file=sys.stderr)
+    print(f"Saved in {job.trainer.args.output_dir}/: the model, {', '.join(written)}")

@@ -1,0 +1,300 @@
+"""KL penalties against a reference model: sampled estimates, penalised rewards, exact divergences, controllers.
+
+The reference is a constant everywhere: no gradient reaches it. Results are fp32, or fp64 where an input is fp64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from fastpref import ops
+from fastpref.common import checks
+from fastpref.objectives.tokens import _rows_of_logits, as_floats, choose_plan, head_inputs
+from fastpref.reference import KL_DIRECTIONS, KL_ESTIMATORS, LogitTransform
+
+
+def _widened(*values: Tensor) -> list[Tensor]:
+    """All in fp64 if one is, else in fp32; contiguous."""
+    dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+    return [v.to(dtype).contiguous() for v in values]
+
+
+def _check_logps(logps: Tensor, ref_logps: Tensor) -> None:
+    checks.tensor("logps", logps, dtypes=checks.FLOATS)
+    checks.tensor("ref_logps", ref_logps, dtypes=checks.FLOATS)
+    checks.shape("ref_logps", ref_logps, logps.shape, "the shape of logps")
+    checks.same_device("ref_logps", ref_logps, "logps", logps)
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str = "k1") -> Tensor:
+    """KL(policy || reference) estimated at each token that the policy sampled, from its two log-probs.
+
+    With x = logps - ref_logps (Schulman, joschu.net/blog/kl-approx.html):
+
+    | estimator | value | gradient in logps | its mean over the policy's samples |
+    |---|---|---|---|
+    | `"k1"` | x | 1 | the KL; the gradient's mean is 0: a penalty on rewards, not a loss |
+    | `"k2"` | x^2 / 2 | x | biased, low variance; as a loss, the gradient of the KL |
+    | `"k3"` | exp(-x) - 1 + x | 1 - exp(-x) | the KL, never negative; as a loss, the gradient of the forward KL |
+    | `"abs"` | \\|x\\| | sign(x) | an upper bound |
+
+    Args:
+        logps, ref_logps: of one shape, any float dtypes.
+
+    Returns:
+        The same shape, differentiable once in `logps` alone.
+    """
+    _check_logps(logps, ref_logps)
+    checks.choice("estimator", estimator, KL_ESTIMATORS)
+    wide, ref = _widened(logps, ref_logps.detach())
+    kl, _ = torch.ops.fastpref.kl_estimate(wide.view(-1), ref.view(-1), estimator)
+    return kl.view(logps.shape)
+
+
+class PenalizedRewards(NamedTuple):
+    """Of `kl_penalized_rewards`: every token's reward, and each sequence's score less its summed penalty."""
+
+    rewards: Tensor  # [S, T]
+    sums: Tensor  # [S]
+
+
+@overload
+def kl_penalized_rewards(
+    scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float, estimator: str = ...,
+    *, return_sums: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def kl_penalized_rewards(
+    scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float, estimator: str = ...,
+    *, return_sums: Literal[True],
+) -> PenalizedRewards: ...  # fmt: skip
+def kl_penalized_rewards(
+    scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float, estimator: str = "k1",
+    *, return_sums: bool = False,
+) -> Tensor | PenalizedRewards:  # fmt: skip
+    """The reward of RLHF, R = r - beta KL (arXiv 2203.02155 eq. 2), token by token and in one pass.
+
+    Args:
+        scores: `[S]`, the reward model's score of each sequence.
+        logps, ref_logps: `[S, T]` log-probs of the sampled tokens; values where `mask` is False are never used.
+        mask: bool `[S, T]`, the scored tokens.
+        beta: the weight of the penalty, at least 0.
+        estimator: see `kl_estimate`.
+        return_sums: return `PenalizedRewards(rewards, sums)`, with the sums `[S]` from the same pass.
+
+    Returns:
+        `[S, T]`: -beta * KL at scored tokens, plus the sequence's score at its last one; 0 elsewhere. Differentiable
+        once in `scores` and `logps`. A sequence without scored tokens took no action: its rewards are 0, and its
+        score is found in `sums` alone (`sums` is always score - beta * KL).
+    """
+    checks.tensor("scores", scores, dtypes=checks.FLOATS, ndim=(1,))
+    checks.tensor("logps", logps, dtypes=checks.FLOATS, ndim=(2,))
+    _check_logps(logps, ref_logps)
+    checks.tensor("mask", mask, dtypes=(torch.bool,))
+    checks.shape("scores", scores, logps.shape[:1], "one per sequence")
+    checks.shape("mask", mask, logps.shape, "the shape of logps")
+    checks.same_device("scores", scores, "logps", logps)
+    checks.same_device("mask", mask, "logps", logps)
+    checks.within("beta", beta, 0, math.inf)
+    checks.choice("estimator", estimator, KL_ESTIMATORS)
+    r, p, q = _widened(scores, logps, ref_logps.detach())
+    # on the device, so that a new beta (AdaptiveKLController) compiles nothing again
+    weight = torch.full((), float(beta), dtype=p.dtype, device=p.device)
+    out = PenalizedRewards(*torch.ops.fastpref.kl_penalized_rewards(r, p, q, mask.contiguous(), weight, estimator))
+    return out if return_sums else out.rewards
+
+
+def token_kl(
+    policy_logits: Tensor,
+    ref_logits: Tensor,
+    direction: str = "reverse",
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The exact KL of every row over the whole vocabulary.
+
+    Args:
+        policy_logits, ref_logits: `[..., V]`, any float dtypes; strided views such as `logits[:, :-1]` are read in
+            place. Both go through `softcap * tanh(logits * logit_scale / softcap) / temperature`.
+        direction: `"reverse"`, KL(policy || reference), the penalty of RLHF; or `"forward"`, KL(reference || policy).
+        mask: bool `[...]`; rows where it is False give exactly 0 and get exactly 0 gradient.
+
+    Returns:
+        `[...]` nats, differentiable once in `policy_logits` with any upstream gradient. Reads both logits once; the
+        backward reads them once more and writes the gradient. A token that only the second distribution excludes
+        (logit -inf) gives inf; one that the first excludes, or whose probability underflows there, gives 0.
+    """
+    checks.tensor("policy_logits", policy_logits, dtypes=checks.FLOATS)
+    checks.tensor("ref_logits", ref_logits, dtypes=checks.FLOATS)
+    if policy_logits.ndim == 0 or policy_logits.shape[-1] == 0:
+        raise ValueError(f"policy_logits: got shape {tuple(policy_logits.shape)}, want [..., V] with V >= 1")
+    checks.shape("ref_logits", ref_logits, policy_logits.shape, "the shape of policy_logits")
+    checks.same_device("ref_logits", ref_logits, "policy_logits", policy_logits)
+    if mask is not None:
+        checks.tensor("mask", mask, dtypes=(torch.bool,))
+        checks.shape("mask", mask, policy_logits.shape[:-1], "one per row of logits")
+        checks.same_device("mask", mask, "policy_logits", policy_logits)
+        mask = mask.reshape(-1)
+    checks.choice("direction", direction, KL_DIRECTIONS)
+    checks.transform(temperature, logit_scale, softcap)
+    kl, *_ = torch.ops.fastpref.token_kl(
+        _rows_of_logits(policy_logits), _rows_of_logits(ref_logits.detach()), mask, direction,
+        *as_floats(LogitTransform(temperature, logit_scale, softcap)),
+    )  # fmt: skip
+    return kl.view(policy_logits.shape[:-1])
+
+
+class TokenKL(NamedTuple):
+    """Each shaped like the rows; the log-probs are detached, and None without labels."""
+
+    kl: Tensor
+    logps: Tensor | None
+    ref_logps: Tensor | None
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    direction: str = "reverse",
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
+) -> TokenKL:
+    """`token_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias)` without the logits in memory.
+
+    Args:
+        hidden, ref_hidden: `[..., d]` and `[..., d_ref]`; weight, ref_weight: `[V, d]` and `[V, d_ref]`; biases `[V]`.
+        labels: `[...]` the sampled tokens, or None for the divergence alone on every row. With labels the result has
+            their log-probs under both models, from the same sweep.
+        ignore_index: rows with this label never enter a product, give exactly 0 and get exactly 0 gradient.
+        plan: as in `linear_token_logprobs`: 2 products without gradients, 3 with a frozen head, 4 with a trainable
+            one (`"store"`), 6 where what that keeps would not fit (`"recompute"`).
+
+    Returns:
+        `TokenKL(kl, logps, ref_logps)`; `kl` is differentiable once in `hidden`, `weight` and `bias`. From half
+        precision inputs the log-probs are those of `linear_token_logprobs` (the label's logit is recomputed in
+        fp32), while the divergence is that of the rounded logits: its terms depend on every token.
+    """
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    checks.choice("direction", direction, KL_DIRECTIONS)
+    given = labels
+    if labels is None:
+        checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
+        labels = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
+        ignore_index = -100
+    inputs = head_inputs(hidden, weight, labels, bias, transform)
+    ref = _reference_inputs(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    chosen = choose_plan(inputs, plan, workspace_bytes, paired=False, ignore_index=ignore_index).plan
+    kl, logps, ref_logps, *_ = torch.ops.fastpref.linear_token_kl(
+        inputs.hidden, inputs.weight, ref[0], ref[1], None if given is None else inputs.labels, inputs.bias, ref[2],
+        direction, ignore_index, *as_floats(transform), chosen, workspace_bytes,
+    )  # fmt: skip
+    shape = labels.shape
+    if given is None:
+        return TokenKL(kl.view(shape), None, None)
+    return TokenKL(kl.view(shape), logps.view(shape), ref_logps.view(shape))
+
+
+def _reference_inputs(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The reference's, checked, detached, flattened and cast as `head_inputs` does the policy's."""
+    checks.tensor("ref_hidden", ref_hidden, dtypes=checks.FLOATS)
+    checks.tensor("ref_weight", ref_weight, dtypes=checks.FLOATS, ndim=(2,))
+    checks.shape("ref_weight", ref_weight, (weight.shape[0], ref_weight.shape[1]), "the vocabulary of weight")
+    checks.shape("ref_hidden", ref_hidden, (*hidden.shape[:-1], ref_weight.shape[1]), "the rows of hidden")
+    values = [("ref_hidden", ref_hidden), ("ref_weight", ref_weight)]
+    if ref_bias is not None:
+        checks.tensor("ref_bias", ref_bias, dtypes=checks.FLOATS)
+        checks.shape("ref_bias", ref_bias, weight.shape[:1], "[V]")
+        values.append(("ref_bias", ref_bias))
+    device = hidden.device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    ready = []
+    for name, value in values:
+        checks.same_device(name, value, "hidden", hidden)
+        ready.append(value.detach() if cast is None else value.detach().to(cast))
+    for (name, _), value in zip(values[1:], ready[1:], strict=True):
+        checks.same_dtype(name, value, "ref_hidden", ready[0])
+    return ready[0].reshape(-1, ref_hidden.shape[-1]), ready[1], ready[2] if ref_bias is not None else None
+
+
+class FixedKLController:
+    """A constant `beta`, with the interface of `AdaptiveKLController`."""
+
+    def __init__(self, beta: float) -> None:
+        checks.within("beta", beta, 0, math.inf)
+        self.beta = float(beta)
+
+    def update(self, kl: float | Tensor, n_steps: int) -> float:
+        """Changes nothing; returns beta."""
+        return self.beta
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        checks.within("beta", state["beta"], 0, math.inf)
+        self.beta = float(state["beta"])
+
+
+class AdaptiveKLController:
+    """Steers the KL towards `target` by a proportional change of `beta`: Ziegler et al. 2019, arXiv 1909.08593
+    section 2.2, as in lm-human-preferences:
+
+        beta *= 1 + clip(kl / target - 1, -0.2, 0.2) * n_steps / horizon
+
+    Args:
+        init_beta: the first beta, greater than 0.
+        target: the wanted KL of a sequence, in nats.
+        horizon: sequences over which a KL 20 % or more off target changes beta by about 20 %.
+    """
+
+    def __init__(self, init_beta: float, target: float, horizon: float) -> None:
+        checks.positive("init_beta", init_beta)
+        checks.positive("target", target)
+        checks.positive("horizon", horizon)
+        self.beta, self.target, self.horizon = float(init_beta), float(target), float(horizon)
+
+    def update(self, kl: float | Tensor, n_steps: int) -> float:
+        """Take the mean KL of the `n_steps` sequences since the last update; returns the new beta. A tensor on an
+        accelerator costs a host sync."""
+        kl = float(kl)
+        if not math.isfinite(kl):
+            raise ValueError(f"kl: got {kl}, want a finite number")
+        checks.positive("n_steps", n_steps)
+        if n_steps >= 5 * self.horizon:
+            raise ValueError(
+                f"n_steps: got {n_steps}, want less than 5 * horizon = {5 * self.horizon:g}: beta would vanish"
+            )
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.beta *= 1 + error * n_steps / self.horizon
+        return self.beta
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"beta": self.beta, "target": self.target, "horizon": self.horizon}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("beta", "target", "horizon"):
+            checks.positive(name, state[name])
+        self.beta, self.target, self.horizon = (float(state[name]) for name in ("beta", "target", "horizon"))
+
+
+# `ops` registers the operators that torch.ops.fastpref finds.
+_ = ops

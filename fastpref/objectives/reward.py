@@ -1,0 +1,289 @@
+"""Reward models: the Bradley-Terry loss, and a scalar head on any transformers backbone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastpref import ops, reference
+from fastpref.common import checks
+
+RANKING_METHODS = ("pairs", "plackett_luce")
+
+
+class RewardOutput(NamedTuple):
+    """`loss` is 0-d and differentiable; the rest is detached, one per pair, on the device (no host sync)."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    margins: Tensor
+    accuracies: Tensor
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The head's weight as `[d]` and its bias as `[1]`. Any float dtypes go together: the product is in fp32."""
+    checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
+    checks.tensor("head_weight", head_weight, dtypes=checks.FLOATS)
+    d = hidden.shape[-1] if hidden.ndim else 0
+    if tuple(head_weight.shape) not in ((d,), (1, d)):
+        raise ValueError(
+            f"head_weight: got shape {tuple(head_weight.shape)}, want {(1, d)} or {(d,)} (hidden is {d} wide)"
+        )
+    checks.same_device("head_weight", head_weight, "hidden", hidden)
+    if head_bias is not None:
+        checks.tensor("head_bias", head_bias, dtypes=checks.FLOATS)
+        if head_bias.numel() != 1:
+            raise ValueError(f"head_bias: got shape {tuple(head_bias.shape)}, want (1,)")
+        checks.same_device("head_bias", head_bias, "hidden", hidden)
+        head_bias = head_bias.reshape(1)
+    return head_weight.reshape(-1), head_bias
+
+
+def _last_rows(hidden: Tensor, last_index: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, str]:
+    """(index, layout) of the rows that score the sequences."""
+    if (last_index is None) == (cu_seqlens is None):
+        got = "neither" if last_index is None else "both"
+        raise ValueError(f"last_index, cu_seqlens: got {got}, want one of them")
+    if cu_seqlens is not None:
+        name, index, layout = "cu_seqlens", cu_seqlens, "edges"
+    else:
+        assert last_index is not None
+        name, index, layout = "last_index", last_index, "positions" if hidden.ndim == 3 else "rows"
+    checks.tensor(name, index, dtypes=checks.INTEGERS, ndim=(1,))
+    checks.same_device(name, index, "hidden", hidden)
+    if hidden.ndim not in (2, 3) or (layout == "edges" and hidden.ndim != 2):
+        want = "packed rows [N, d]" if layout == "edges" else "[S, T, d] or packed rows [N, d]"
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)} with {name}, want {want}")
+    if layout == "positions":
+        checks.shape(name, index, hidden.shape[:1], "one position per sequence of hidden")
+    return index, layout
+
+
+class BradleyTerryLoss(nn.Module):
+    """`mean(-log sigmoid(r_w - r_l - margin)) + center_coefficient * mean((r_w + r_l)^2)`.
+
+    The reward model loss of InstructGPT (arXiv 2203.02155, eq. 1), with the margin of Llama 2 (2307.09288, eq. 2)
+    and the centring of Eisenstein et al. (2312.09244). Results are fp32, or fp64 if an input is.
+    """
+
+    def __init__(self, center_coefficient: float = 0.0) -> None:
+        super().__init__()
+        checks.within("center_coefficient", center_coefficient, 0.0, float("inf"))
+        self.center_coefficient = float(center_coefficient)
+
+    def extra_repr(self) -> str:
+        return f"center_coefficient={self.center_coefficient}"
+
+    def _margin(self, margin: Tensor | None, pairs: int, like: Tensor) -> Tensor | None:
+        if margin is None:
+            return None
+        checks.tensor("margin", margin, dtypes=(*checks.INTEGERS, *checks.FLOATS))
+        checks.shape("margin", margin, (pairs,), "one per pair")
+        checks.same_device("margin", margin, "the rewards", like)
+        return margin.detach().to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+    def forward(self, chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | None = None) -> RewardOutput:
+        """From rewards, each `[B]`. `margin` `[B]` is by how much the chosen one should win at least, a constant."""
+        checks.tensor("chosen_rewards", chosen_rewards, dtypes=checks.FLOATS, ndim=(1,))
+        checks.tensor("rejected_rewards", rejected_rewards, dtypes=checks.FLOATS)
+        pairs = chosen_rewards.shape[0]
+        if pairs == 0:
+            raise ValueError("chosen_rewards: got no pairs, want at least 1")
+        checks.shape("rejected_rewards", rejected_rewards, (pairs,), "as many as chosen_rewards")
+        checks.same_device("rejected_rewards", rejected_rewards, "chosen_rewards", chosen_rewards)
+        rewards = _wide(torch.cat([chosen_rewards, rejected_rewards]))
+        margin = self._margin(margin, pairs, rewards)
+        loss, metrics, _ = torch.ops.fastpref.bradley_terry(rewards, margin, self.center_coefficient)
+        return RewardOutput(loss, *metrics.unbind(0))
+
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        head_weight: Tensor,
+        last_index: Tensor | None = None,
+        margin: Tensor | None = None,
+        head_bias: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> RewardOutput:
+        """From the backbone's hidden states of `[B chosen; B rejected]` and the head's weight `[1, d]` or `[d]`.
+
+        Args:
+            hidden: `[2B, T, d]`, or packed `[N, d]`. Any strides; read only where a sequence ends.
+            last_index: `[2B]`, where the last real token is: its position in a padded sequence, or its row of the
+                packed ones. Tokens are never compared with a pad id, which may also end a sequence.
+            cu_seqlens: `[2B + 1]` in its place, for packed sequences that end where the next one begins.
+            margin: `[B]`, a constant.
+
+        The product is in fp32 whatever the dtypes. Two launches forward, one backward.
+        """
+        weight, bias = _head(hidden, head_weight, head_bias)
+        index, layout = _last_rows(hidden, last_index, cu_seqlens)
+        sequences = index.shape[0] - (layout == "edges")
+        if sequences < 2 or sequences % 2:
+            raise ValueError(
+                f"{'cu_seqlens' if layout == 'edges' else 'last_index'}: got {sequences} sequences, want an even "
+                "number, at least 2 ([B chosen; B rejected])"
+            )
+        wide = next((t for t in (hidden, weight, bias) if t is not None and t.dtype == torch.float64), hidden)
+        margin = self._margin(margin, sequences // 2, wide)
+        loss, metrics, _ = torch.ops.fastpref.linear_bradley_terry(
+            hidden, weight, bias, index, margin, layout, self.center_coefficient
+        )
+        return RewardOutput(loss, *metrics.unbind(0))
+
+    def from_rankings(self, rewards: Tensor, ranks: Tensor, group: Tensor, method: str = "pairs") -> RewardOutput:
+        """From several responses to each prompt, all `[n]` in any order.
+
+        Args:
+            ranks: lower is better; only their order within a group counts.
+            group: which prompt a response answers: integers, not necessarily consecutive.
+            method: `"pairs"`, all pairs of a group with weight 1 / C(k, 2) each, as InstructGPT does (arXiv
+                2203.02155, eq. 1), where responses of equal rank are not compared; or `"plackett_luce"`, the
+                likelihood of the whole ranking, without ties.
+
+        The mean over groups; a group with nothing to compare does not count. The rewards, margins and accuracies of
+        the output are those of all compared pairs. One host sync finds the sizes of the groups.
+        """
+        checks.choice("method", method, RANKING_METHODS)
+        checks.tensor("rewards", rewards, dtypes=checks.FLOATS, ndim=(1,))
+        checks.tensor("ranks", ranks, dtypes=(*checks.INTEGERS, *checks.FLOATS))
+        checks.tensor("group", group, dtypes=checks.INTEGERS)
+        if rewards.shape[0] == 0:
+            raise ValueError("rewards: got no responses, want at least 1")
+        for name, value in (("ranks", ranks), ("group", group)):
+            checks.shape(name, value, tuple(rewards.shape), "one per response")
+            checks.same_device(name, value, "rewards", rewards)
+        rewards = _wide(rewards)
+        compared = reference.comparisons(ranks, group)
+        if method == "pairs":
+            loss = reference.ranking_loss(rewards, compared, self.center_coefficient)
+        else:
+            loss = reference.plackett_luce(rewards, ranks, group)
+            if self.center_coefficient:
+                loss = loss + reference.ranking_center(rewards, compared, self.center_coefficient)
+        values = rewards.detach()
+        return RewardOutput(loss, *reference.reward_metrics(values[compared.winners], values[compared.losers]))
+
+
+class RewardHead(nn.Module):
+    """A transformers backbone with a `[d] -> 1` head, in the layout of `AutoModelForSequenceClassification`.
+
+    The head's product is in fp32 and reads the last real token only: by the attention mask (padding on either
+    side), by explicit positions, or by `cu_seqlens`. The state dict has transformers' own keys (`score.weight`).
+    """
+
+    def __init__(self, backbone: nn.Module, score: nn.Linear | None = None) -> None:
+        super().__init__()
+        config: Any = backbone.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if score is None:
+            like = next(backbone.parameters())
+            score = nn.Linear(text.hidden_size, 1, bias=False, dtype=like.dtype, device=like.device)
+            nn.init.normal_(score.weight, std=getattr(text, "initializer_range", 0.02))
+        if score.out_features != 1:
+            raise ValueError(f"score: got {score.out_features} outputs, want 1")
+        # under the name that transformers gives it ("model", "transformer"), so that the state dict is the same
+        self._backbone_name = getattr(backbone, "base_model_prefix", "") or "model"
+        self.add_module(self._backbone_name, backbone)
+        self.score = score
+        config.num_labels = 1
+
+    @property
+    def backbone(self) -> nn.Module:
+        return getattr(self, self._backbone_name)
+
+    @property
+    def config(self) -> Any:
+        return self.backbone.config
+
+    @classmethod
+    def from_causal_lm(cls, model: nn.Module) -> RewardHead:
+        """A new head on the backbone of a language model (shared, not copied)."""
+        backbone: Any = getattr(model, "base_model", model)
+        if backbone is model:
+            raise TypeError(f"model: got {type(model).__name__}, want a model with a backbone (base_model)")
+        return cls(backbone)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> RewardHead:
+        """A folder or model that `AutoModelForSequenceClassification` reads, with `num_labels == 1`."""
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)
+        if config.num_labels != 1:
+            raise ValueError(f"{os.fspath(path)}: got a model with num_labels={config.num_labels}, want 1")
+        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, **kwargs)
+        score = getattr(model, "score", None)
+        if not isinstance(score, nn.Linear):
+            raise ValueError(f"{os.fspath(path)}: got {type(model).__name__}, want a model whose head is named score")
+        return cls(model.base_model, score)
+
+    def save_pretrained(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write what `AutoModelForSequenceClassification` and `RewardHead` load."""
+        from transformers import AutoModelForSequenceClassification
+
+        with torch.device("meta"):  # its class and its layout, with our parameters
+            model = AutoModelForSequenceClassification.from_config(self.config)
+        setattr(model, self._backbone_name, self.backbone)
+        model.score = self.score
+        model.save_pretrained(path, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        last_index: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Rewards `[S]` in fp32 of `[S, T]` tokens, or of packed tokens `[1, N]` with `cu_seqlens` `[S + 1]`.
+
+        Without a mask, `last_index` or `cu_seqlens` every sequence ends at T - 1. Packed tokens get position ids
+        that restart at each sequence, by which transformers keeps them apart, unless `position_ids` is given.
+        """
+        if getattr(self.config, "use_cache", False):
+            kwargs.setdefault("use_cache", False)
+        if cu_seqlens is not None and kwargs.get("position_ids") is None:
+            tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            if tokens.shape[0] != 1:
+                raise ValueError(f"input_ids: got shape {tuple(tokens.shape)} with cu_seqlens, want packed [1, N]")
+            kwargs["position_ids"] = _restarting(cu_seqlens, tokens.shape[1])
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden = output.last_hidden_state
+        if cu_seqlens is not None:
+            hidden = hidden.squeeze(0)
+        elif last_index is None:
+            last_index = _ends(attention_mask, hidden)
+        weight, bias = _head(hidden, self.score.weight, self.score.bias)
+        index, layout = _last_rows(hidden, last_index, cu_seqlens)
+        return torch.ops.fastpref.row_scores(hidden, weight, bias, index, layout)
+
+
+def _ends(attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """Where each sequence ends: the rightmost position that the mask lets through."""
+    sequences, length = hidden.shape[:2]
+    positions = torch.arange(length, device=hidden.device)
+    if attention_mask is None:
+        return positions[-1:].expand(sequences)
+    checks.shape("attention_mask", attention_mask, (sequences, length), "one per token")
+    return torch.where(attention_mask != 0, positions, -1).amax(1)
+
+
+def _restarting(cu_seqlens: Tensor, rows: int) -> Tensor:
+    positions = torch.arange(rows, device=cu_seqlens.device)
+    starts = cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
+    return (positions - starts)[None]
+
+
+# `ops` registers the operators that torch.ops.fastpref finds.
+_ = ops

@@ -1,0 +1,310 @@
+"""Per-token and per-sequence log-probs: the differentiable primitives, and the choice of an execution plan."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref import backends, ops
+from fastpref.common import checks, memory
+from fastpref.common.segments import segment_sums, sum_dtype
+from fastpref.plans import plans
+from fastpref.reference import STATISTICS, LogitTransform, TokenStatistics
+
+
+def _rows_of_logits(logits: Tensor) -> Tensor:
+    """`[..., V]` as `[N, V]` or `[B, T, V]` with unit column stride; `logits[:, :-1]` passes without a copy."""
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    return logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
+
+
+def _token_op(logits: Tensor, labels: Tensor, ignore_index, temperature, logit_scale, softcap, statistics):
+    checks.tensor("logits", logits, dtypes=checks.FLOATS)
+    checks.tensor("labels", labels, dtypes=checks.INTEGERS)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, want [..., V] with V >= 1")
+    checks.shape("labels", labels, logits.shape[:-1], "one label per row of logits")
+    checks.same_device("labels", labels, "logits", logits)
+    checks.transform(temperature, logit_scale, softcap)
+    return torch.ops.fastpref.token_logprobs(
+        _rows_of_logits(logits), labels.reshape(-1), ignore_index, float(temperature), float(logit_scale),
+        None if softcap is None else float(softcap), ",".join(statistics),
+    )  # fmt: skip
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """`log softmax(softcap * tanh(logits * logit_scale / softcap) / temperature)[label]` of every row.
+
+    Args:
+        logits: `[..., V]`, any float dtype; strided views such as `logits[:, :-1]` or `logits[..., :V]` of a
+            padded vocabulary are read in place.
+        labels: `[...]` int32 or int64, the token that each row scores (already shifted).
+        ignore_index: rows with this label give exactly 0 and get exactly 0 gradient.
+
+    Returns:
+        `[...]` natural-log probabilities, fp32 (fp64 for fp64 logits), differentiable once in `logits`.
+        Reads the logits once; the backward reads them once more and writes the gradient. Nothing of size
+        `[N, V]` is kept beyond the logits themselves.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or option, or (on a CPU, or with FASTPREF_DEBUG=1) a
+            label out of range; elsewhere such a label makes its own log-prob NaN.
+    """
+    logps, *_ = _token_op(logits, labels, ignore_index, temperature, logit_scale, softcap, ())
+    return logps.view(labels.shape)
+
+
+def token_statistics(
+    logits: Tensor,
+    labels: Tensor,
+    statistics: tuple[str, ...] = STATISTICS,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> TokenStatistics:
+    """`token_logprobs` and more from the same sweep over the logits.
+
+    `statistics` is any of `"entropy"` (nats; differentiable, like the log-probs), `"mean_logit"`, `"is_top1"`
+    (is the label the argmax; the first index wins a tie) and `"log_sum_sq"` (log sum_v p_v^2, WPO's weight).
+    The fields that were not asked for are None; the others are shaped like `labels`.
+    """
+    for name in statistics:
+        checks.choice("statistics", name, STATISTICS)
+    logps, _, *values = _token_op(logits, labels, ignore_index, temperature, logit_scale, softcap, statistics)
+    found = {
+        name: value.view(labels.shape) for name, value in zip(STATISTICS, values, strict=True) if name in statistics
+    }
+    return TokenStatistics(logps.view(labels.shape), **found)
+
+
+class HeadInputs(NamedTuple):
+    """Checked, flattened and cast inputs of the linear ops."""
+
+    hidden: Tensor  # [N, d]
+    weight: Tensor  # [V, d]
+    labels: Tensor  # [N]
+    bias: Tensor | None  # [V]
+
+    def needs(self) -> plans.Needs:
+        on = torch.is_grad_enabled()
+        bias = self.bias is not None and self.bias.requires_grad
+        return plans.Needs(on and self.hidden.requires_grad, on and self.weight.requires_grad, on and bias)
+
+
+def head_inputs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
+) -> HeadInputs:
+    checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
+    checks.tensor("weight", weight, dtypes=checks.FLOATS, ndim=(2,))
+    checks.tensor("labels", labels, dtypes=checks.INTEGERS)
+    if hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: got shape {tuple(hidden.shape)}, want [..., {weight.shape[1]}] to match weight "
+            f"{tuple(weight.shape)}"
+        )
+    checks.shape("labels", labels, hidden.shape[:-1], "one label per row of hidden")
+    checks.same_device("weight", weight, "hidden", hidden)
+    checks.same_device("labels", labels, "hidden", hidden)
+    if bias is not None:
+        checks.tensor("bias", bias, dtypes=checks.FLOATS)
+        checks.shape("bias", bias, weight.shape[:1], "[V]")
+        checks.same_device("bias", bias, "hidden", hidden)
+    checks.transform(*transform)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    checks.same_dtype("weight", weight, "hidden", hidden)
+    if bias is not None:
+        checks.same_dtype("bias", bias, "hidden", hidden)
+    return HeadInputs(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias)
+
+
+class PlanChoice(NamedTuple):
+    plan: str
+    reason: str
+
+
+def choose_plan(
+    inputs: HeadInputs, plan: str, workspace_bytes: int | None, *, paired: bool, ignore_index: int = -100
+) -> PlanChoice:
+    """The plan that runs, and why. `paired`: the objective is known, so whole pairs can be finished in the forward."""
+    checks.choice("plan", plan, ("auto", *plans.PLANS))
+    if workspace_bytes is not None:
+        checks.positive("workspace_bytes", workspace_bytes)
+    needs = inputs.needs()
+    if plan == "pair" and not paired:
+        raise ValueError("plan: got 'pair', want another one here, or call an objective's from_hidden")
+    if plan == "no_grad" and any(needs):
+        raise ValueError("plan: got 'no_grad' while a gradient is needed, want 'auto' or call under torch.no_grad()")
+    if plan == "frozen" and (needs.weight or needs.bias):
+        raise ValueError("plan: got 'frozen' while weight or bias requires a gradient, want 'store' or 'recompute'")
+    if plan != "auto":
+        return PlanChoice(plan, "asked for")
+    if not any(needs):
+        return PlanChoice("no_grad", "nothing requires a gradient")
+    if not (needs.weight or needs.bias):
+        return PlanChoice("frozen", "the head is frozen")
+    if torch.compiler.is_compiling():  # sizes must not become guards
+        fallback = "pair" if paired else "recompute"
+        return PlanChoice(fallback, "under torch.compile, whatever the length")
+    labels, weight = inputs.labels, inputs.weight
+    # counting the scored rows is free on a CPU and a host sync elsewhere
+    rows = int((labels != ignore_index).sum()) if labels.device.type == "cpu" else labels.numel()
+    size = rows * weight.shape[0] * weight.element_size()
+    limits = memory.workspace(weight.device, workspace_bytes)
+    limit = limits.preferred if paired else limits.most
+    fits = f"U of {rows} rows takes {size / 2**20:.0f} MiB, the workspace is {limit / 2**20:.0f} MiB"
+    if size <= limit:
+        return PlanChoice("store", fits)
+    return PlanChoice("pair" if paired else "recompute", fits)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """`token_logprobs(hidden @ weight.T + bias, labels)` without the logits in memory.
+
+    Args:
+        hidden: `[..., d]`; weight: `[V, d]`; bias: `[V]` or None, all of one dtype (or under `torch.autocast`,
+            which casts them as it would for `F.linear`).
+        labels: `[...]` int32 or int64, already shifted. Rows labelled `ignore_index` never enter a matrix
+            product, give exactly 0 and get exactly 0 gradient.
+        plan: `"auto"`, `"no_grad"`, `"frozen"`, `"store"` or `"recompute"`: 1, 2, 3 and 4 matrix products of
+            `2 N d V` FLOPs, N the scored rows (see `fastpref.plans.plans`).
+        workspace_bytes: memory for what a plan keeps; by default a quarter of what is free on an accelerator.
+
+    Returns:
+        `[...]` natural-log probabilities, fp32 (fp64 for fp64 inputs), differentiable once in `hidden`,
+        `weight` and `bias` with any upstream gradient. Half-precision results are more accurate than those of
+        half-precision logits: the label's logit is recomputed in fp32, inside the log-sum-exp too.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device, plan or option, or a label out of range (see
+            `token_logprobs`).
+    """
+    return linear_token_statistics(
+        hidden, weight, labels, bias, (), ignore_index=ignore_index, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, plan=plan, workspace_bytes=workspace_bytes,
+    ).logps  # fmt: skip
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    statistics: tuple[str, ...] = STATISTICS,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
+) -> TokenStatistics:
+    """`linear_token_logprobs` and the `statistics` of `token_statistics` from the same sweep.
+
+    The log-probs and the entropy are differentiable, the other statistics constants. An entropy that is only looked
+    at costs no product; its gradient costs none with a trainable head either, and two more with a frozen one (one
+    with `plan="recompute"`).
+    """
+    for name in statistics:
+        checks.choice("statistics", name, STATISTICS)
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    inputs = head_inputs(hidden, weight, labels, bias, transform)
+    chosen = choose_plan(inputs, plan, workspace_bytes, paired=False, ignore_index=ignore_index).plan
+    logps, _, _, _, values = torch.ops.fastpref.linear_token_logprobs(
+        *inputs, ignore_index, *as_floats(transform), chosen, workspace_bytes, ",".join(statistics)
+    )
+    found = {name: value.view(labels.shape) for name, value in zip(statistics, values, strict=True)}
+    found = {name: value if name == "entropy" else value.detach() for name, value in found.items()}
+    if "is_top1" in found:
+        found["is_top1"] = found["is_top1"].bool()
+    return TokenStatistics(logps.view(labels.shape), **found)
+
+
+def as_floats(transform: LogitTransform) -> tuple[float, float, float | None]:
+    temperature, logit_scale, softcap = transform
+    return float(temperature), float(logit_scale), None if softcap is None else float(softcap)
+
+
+def sequence_logprobs(
+    token_logps: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    average: bool = False,
+) -> Tensor:
+    """Each sequence's summed log-prob, or with `average` the mean over its scored tokens.
+
+    Args:
+        token_logps: `[S, T]`, or packed `[N]` with `cu_seqlens` `[S + 1]`; labels: the same shape.
+
+    Returns:
+        `[S]` in the dtype of `token_logps`, differentiable. A sequence without scored tokens gives 0.
+    """
+    checks.tensor("token_logps", token_logps, dtypes=checks.FLOATS)
+    checks.tensor("labels", labels, dtypes=checks.INTEGERS)
+    checks.shape("labels", labels, token_logps.shape, "the shape of token_logps")
+    checks.same_device("labels", labels, "token_logps", token_logps)
+    scored = labels != ignore_index
+    values = token_logps.masked_fill(~scored, 0)
+    if cu_seqlens is None:
+        if token_logps.ndim != 2:
+            raise ValueError(f"token_logps: got shape {tuple(token_logps.shape)} without cu_seqlens, want [S, T]")
+        sums, counts = values.sum(1, dtype=sum_dtype(values)), scored.sum(1)
+    else:
+        checks.tensor("cu_seqlens", cu_seqlens, dtypes=checks.INTEGERS, ndim=(1,))
+        checks.same_device("cu_seqlens", cu_seqlens, "labels", labels)
+        if token_logps.ndim != 1:
+            raise ValueError(f"token_logps: got shape {tuple(token_logps.shape)} with cu_seqlens, want [N]")
+        checks.packed_edges(cu_seqlens, token_logps.numel())
+        sizes = cu_seqlens.diff().long()
+        sums, counts = segment_sums(values, sizes), segment_sums(scored.to(values.dtype), sizes)
+    return (sums / counts.clamp(min=1) if average else sums).to(token_logps.dtype)
+
+
+def explain(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
+    paired: bool = False,
+) -> str:
+    """In words: which backend and which plan these inputs get, and why. `paired`: as `from_hidden` would call it."""
+    inputs = head_inputs(hidden, weight, labels, bias, LogitTransform())
+    backend = backends.choose(hidden.device)
+    choice = choose_plan(inputs, plan, workspace_bytes, paired=paired)
+    return f"backend {backend.name}: {backend.reason}; plan {choice.plan}: {choice.reason}"
+
+
+# `ops` registers the operators that torch.ops.fastpref finds.
+_ = ops

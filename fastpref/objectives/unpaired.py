@@ -1,0 +1,356 @@
+"""Objectives on single responses labelled desirable or undesirable, and KTO's z0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.common import checks
+from fastpref.objectives.paired import _wide
+from fastpref.objectives.tokens import (
+    as_floats,
+    choose_plan,
+    head_inputs,
+    linear_token_logprobs,
+    sequence_logprobs,
+    token_logprobs,
+)
+from fastpref.ops.unpaired import encode
+from fastpref.reference import UNPAIRED_MEANS, LogitTransform, UnpairedObjective
+
+KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
+
+
+class UnpairedOutput(NamedTuple):
+    """`loss` is 0-d and differentiable; the rest is detached and on the device (no host sync to build it).
+
+    `shift` (0-d) is what rewards were compared with: KTO's z0 (`kl`), or BCO's delta; 0 for `apo_zero_unpaired`.
+    The class means below are formed when asked for, without a host sync; a class without sequences has mean 0.
+    """
+
+    loss: Tensor
+    logps: Tensor  # [S]
+    rewards: Tensor  # [S]
+    desirable: Tensor  # [S]
+    shift: Tensor
+
+    @property
+    def kl(self) -> Tensor:
+        return self.shift
+
+    @property
+    def chosen_logps(self) -> Tensor:
+        return _class_means(self.logps, self.desirable)[0]
+
+    @property
+    def rejected_logps(self) -> Tensor:
+        return _class_means(self.logps, self.desirable)[1]
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        return _class_means(self.rewards, self.desirable)[0]
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        return _class_means(self.rewards, self.desirable)[1]
+
+    @property
+    def margins(self) -> Tensor:
+        """Difference of the classes' mean rewards."""
+        chosen, rejected = _class_means(self.rewards, self.desirable)
+        return chosen - rejected
+
+
+def _class_sums(values: Tensor, desirable: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and counts of desirable and undesirable values, each `[2]`."""
+    members = torch.stack([desirable, ~desirable])
+    return torch.where(members, values, 0).sum(1), members.sum(1)
+
+
+def _class_means(values: Tensor, desirable: Tensor) -> Tensor:
+    sums, counts = _class_sums(values, desirable)
+    return sums / counts.clamp(min=1)
+
+
+def _all_reduced(value: Tensor) -> Tensor:
+    """The sum over all ranks, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def _world_size() -> int:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if several else 1
+
+
+def _reference(ref_logps: Tensor | None, sequences: int, like: Tensor) -> Tensor:
+    if ref_logps is None:
+        raise ValueError(f"ref_logps: got None, want the reference model's log-probs {[sequences]}")
+    checks.tensor("ref_logps", ref_logps, dtypes=checks.FLOATS)
+    checks.shape("ref_logps", ref_logps, (sequences,), "one per sequence")
+    checks.same_device("ref_logps", ref_logps, "the policy's log-probs", like)
+    return ref_logps.detach().to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+class _Batch(NamedTuple):
+    """Checked inputs of S sequences."""
+
+    labels: Tensor | None  # [N], or None where each row is a sequence
+    cu_seqlens: Tensor | None
+    ignore_index: int
+    desirable: Tensor  # [S]
+    ref_logps: Tensor  # [S]
+
+
+class UnpairedLoss(nn.Module):
+    """A loss on single sequences: padded `[S, T]`, or packed `[N]` with `cu_seqlens`. What the objectives share.
+
+    `point` is what an objective's `_shift` needs besides the batch: KTO's z0, or whether BCO updates its delta.
+    """
+
+    def __init__(self, objective: UnpairedObjective) -> None:
+        super().__init__()
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            checks.positive(name, getattr(objective, name))
+        checks.choice("mean", objective.mean, UNPAIRED_MEANS)
+        self.objective = objective._replace(
+            beta=float(objective.beta),
+            desirable_weight=float(objective.desirable_weight),
+            undesirable_weight=float(objective.undesirable_weight),
+        )
+        self._encoded = encode(self.objective)
+
+    def extra_repr(self) -> str:
+        defaults = UnpairedObjective()._asdict()
+        changed = {k: v for k, v in self.objective._asdict().items() if v != defaults[k]}
+        return ", ".join(f"{k}={v!r}" for k, v in ({"loss": self.objective.loss} | changed).items())
+
+    def _shift(self, point, batch: _Batch, logps: Callable[[], Tensor], like: Tensor) -> Tensor | None:
+        """What rewards are compared with, 0-d; `logps()` are this batch's detached log-probs `[S]`."""
+        raise NotImplementedError
+
+    def _batch(self, labels, cu_seqlens, ignore_index, desirable, ref_logps, sequences: int, like: Tensor) -> _Batch:
+        checks.tensor("desirable", desirable, dtypes=(torch.bool,))
+        checks.shape("desirable", desirable, (sequences,), "one per sequence")
+        checks.same_device("desirable", desirable, "the policy's log-probs", like)
+        return _Batch(labels, cu_seqlens, ignore_index, desirable, _reference(ref_logps, sequences, like))
+
+    def _output(self, loss: Tensor, metrics: Tensor, batch: _Batch, shift: Tensor | None) -> UnpairedOutput:
+        logps, rewards = metrics.unbind(0)
+        shift = metrics.new_zeros(()) if shift is None else shift
+        return UnpairedOutput(loss, logps, rewards, batch.desirable, shift)
+
+    def _loss(self, token_logps: Tensor, batch: _Batch, shift: Tensor | None) -> UnpairedOutput:
+        loss, metrics, _ = torch.ops.fastpref.unpaired_loss(
+            token_logps, batch.labels, batch.cu_seqlens, batch.ref_logps, batch.desirable, shift, self._encoded,
+            batch.ignore_index,
+        )  # fmt: skip
+        return self._output(loss, metrics, batch, shift)
+
+    def _from_sequences(self, logps: Tensor, desirable: Tensor, ref_logps: Tensor | None, point) -> UnpairedOutput:
+        checks.tensor("logps", logps, dtypes=checks.FLOATS, ndim=(1,))
+        if logps.shape[0] == 0:
+            raise ValueError("logps: got no sequences, want at least 1")
+        logps = _wide(logps)
+        batch = self._batch(None, None, -100, desirable, ref_logps, logps.shape[0], logps)
+        return self._loss(logps, batch, self._shift(point, batch, logps.detach, logps))
+
+    def _from_tokens(self, logps: Tensor, labels: Tensor, batch: _Batch, point) -> UnpairedOutput:
+        def summed() -> Tensor:
+            return sequence_logprobs(
+                logps.detach(), labels, cu_seqlens=batch.cu_seqlens, ignore_index=batch.ignore_index
+            )
+
+        return self._loss(logps.reshape(-1), batch, self._shift(point, batch, summed, logps))
+
+    def from_tokens(
+        self, logps: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor | None = None,
+        point: Tensor | None = None, cu_seqlens: Tensor | None = None, *, ignore_index: int = -100,
+    ) -> UnpairedOutput:  # fmt: skip
+        """From differentiable token log-probs, shaped as `labels`; `point` is what rewards are compared with (KTO's
+        `kl`)."""
+        sequences = checks.num_sequences(labels, cu_seqlens)
+        batch = self._batch(labels.reshape(-1), cu_seqlens, ignore_index, desirable, ref_logps, sequences, logps)
+        return self._from_tokens(logps, labels, batch, point)
+
+    def _from_logits(
+        self, logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor | None,
+        ignore_index: int, transform: LogitTransform, point,
+    ) -> UnpairedOutput:  # fmt: skip
+        logps = token_logprobs(logits, labels, ignore_index=ignore_index, **transform._asdict())
+        return self.from_tokens(logps, labels, desirable, ref_logps, point, cu_seqlens, ignore_index=ignore_index)
+
+    def _from_hidden(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, desirable: Tensor, bias: Tensor | None,
+        ref_logps: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int, transform: LogitTransform, plan: str,
+        workspace_bytes: int | None, point, *, separable: bool,
+    ) -> UnpairedOutput:  # fmt: skip
+        inputs = head_inputs(hidden, weight, labels, bias, transform)
+        sequences = checks.num_sequences(labels, cu_seqlens)
+        batch = self._batch(inputs.labels, cu_seqlens, ignore_index, desirable, ref_logps, sequences, inputs.hidden)
+        chosen = choose_plan(inputs, plan, workspace_bytes, paired=separable, ignore_index=ignore_index).plan
+        if chosen != "pair":
+            logps = linear_token_logprobs(
+                hidden, weight, labels, bias, ignore_index=ignore_index, plan=chosen,
+                workspace_bytes=workspace_bytes, **transform._asdict(),
+            )  # fmt: skip
+            return self._from_tokens(logps, labels, batch, point)
+        shift = self._shift(point, batch, _not_needed, batch.ref_logps)
+        loss, metrics, *_ = torch.ops.fastpref.linear_unpaired_loss(
+            *inputs, batch.ref_logps, desirable, shift, cu_seqlens, ignore_index, *as_floats(transform),
+            self._encoded, workspace_bytes, *inputs.needs(),
+        )  # fmt: skip
+        return self._output(loss, metrics, batch, shift)
+
+
+def _not_needed() -> Tensor:
+    raise AssertionError("a separable loss looked at its batch")
+
+
+class KTOLoss(UnpairedLoss):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8).
+
+    Args:
+        beta: risk aversion, > 0; rewards are `beta * (logp - ref_logp)`.
+        desirable_weight, undesirable_weight: the paper's lambda_D and lambda_U, > 0.
+        loss_type: `kto`, or `apo_zero_unpaired` (arXiv 2408.06266), which compares with 0 instead of z0.
+        mean: `batch` divides by the number of sequences after the class weights, as TRL does; `class` adds the
+            two classes' own means, the paper's expectations. A class without sequences adds 0.
+
+    `kl` is z0, a 0-d constant, from `kto_kl` or `mismatched_kl_from_hidden`; `apo_zero_unpaired` ignores it.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        loss_type: str = "kto",
+        mean: str = "batch",
+    ) -> None:
+        checks.choice("loss_type", loss_type, KTO_LOSS_TYPES)
+        super().__init__(UnpairedObjective(loss_type, beta, desirable_weight, undesirable_weight, mean))
+
+    def _shift(self, point: Tensor | None, batch: _Batch, logps, like: Tensor) -> Tensor | None:
+        if self.objective.loss != "kto":
+            return None
+        if point is None:
+            raise ValueError("kl: got None, want the detached z0 (0-d; see fastpref.kto_kl) for loss_type 'kto'")
+        checks.tensor("kl", point, dtypes=checks.FLOATS)
+        checks.shape("kl", point, (), "one z0 for the batch")
+        checks.same_device("kl", point, "the policy's log-probs", like)
+        return point.detach().to(like.dtype)
+
+    def forward(
+        self, logps: Tensor, desirable: Tensor, ref_logps: Tensor | None = None, kl: Tensor | None = None
+    ) -> UnpairedOutput:
+        """From summed sequence log-probs `[S]`; `desirable` `[S]` bool, `ref_logps` `[S]`."""
+        return self._from_sequences(logps, desirable, ref_logps, kl)
+
+    def from_logits(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        desirable: Tensor,
+        ref_logps: Tensor | None = None,
+        kl: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> UnpairedOutput:
+        """From logits `[S, T, V]` (or `[N, V]` with `cu_seqlens`) and shifted labels."""
+        transform = LogitTransform(temperature, logit_scale, softcap)
+        return self._from_logits(logits, labels, desirable, ref_logps, cu_seqlens, ignore_index, transform, kl)
+
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        desirable: Tensor,
+        bias: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        kl: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        plan: str = "auto",
+        *,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        workspace_bytes: int | None = None,
+    ) -> UnpairedOutput:
+        """From hidden states `[S, T, d]` (or `[N, d]` with `cu_seqlens`) and the head's weight `[V, d]`.
+
+        No logits in memory: 3 matrix products over the scored rows with a trainable head, 2 with a frozen one,
+        1 without gradients. `plan` and `workspace_bytes` as in `linear_token_logprobs`, and `"pair"`, whose
+        groups are whole sequences here.
+        """
+        transform = LogitTransform(temperature, logit_scale, softcap)
+        return self._from_hidden(
+            hidden, weight, labels, desirable, bias, ref_logps, cu_seqlens, ignore_index, transform, plan,
+            workspace_bytes, kl, separable=True,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """KTO's z0 from the summed log-probs `[S]` of mismatched completions: 0-d, detached, never negative.
+
+    The mean over this rank's sequences, the mean over ranks where torch.distributed is initialised, then the
+    clamp: TRL's order.
+    """
+    checks.tensor("logps", logps, dtypes=checks.FLOATS, ndim=(1,))
+    if logps.shape[0] == 0:
+        raise ValueError("logps: got no sequences, want at least 1")
+    logps = _wide(logps)
+    mean = (logps - _reference(ref_logps, logps.shape[0], logps)).mean()
+    return (_all_reduced(mean) / _world_size()).clamp(min=0)
+
+
+@torch.no_grad()
+def mismatched_kl_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """`kto_kl` from the policy's hidden states of mismatched prompts and completions (see `mismatched_indices`).
+
+    One matrix product per scored row, no logits in memory, no gradient. `ref_logps` `[S]` are the reference
+    model's summed log-probs of the same sequences.
+    """
+    checks.num_sequences(labels, cu_seqlens)
+    logps = linear_token_logprobs(
+        hidden, weight, labels, bias, ignore_index=ignore_index, temperature=temperature, logit_scale=logit_scale,
+        softcap=softcap, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    return kto_kl(sequence_logprobs(logps, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index), ref_logps)
+
+
+def mismatched_indices(sequences: int, block_size: int) -> list[int]:
+    """Whose completion each prompt gets for z0: the one before it in its block of `block_size`, the first the last's.
+
+    That is TRL's rotation, within consecutive blocks as large as a device's batch, so that z0 sees the same
+    completions as the loss. A last block of one sequence keeps its own completion, as in TRL.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size: got {block_size}, want at least 2 (a sequence alone has no other completion)")
+    ends = (min(i - i % block_size + block_size, sequences) for i in range(sequences))
+    return [end - 1 if i % block_size == 0 else i - 1 for i, end in enumerate(ends)]

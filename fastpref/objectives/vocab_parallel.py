@@ -1,0 +1,235 @@
+"""Heads whose vocabulary is sharded over a process group: log-probs and exact KL without gathering the weight.
+
+Every rank has all hidden states and the rows `[V_r, d]` of its part of the vocabulary. With its own lse_r, a rank's
+part of the softmax has the mass w_r = exp(lse_r - lse), lse = logsumexp_r lse_r; so three floats a row, gathered once,
+tell every rank the log-prob or divergence of the whole vocabulary (Megatron-LM's vocabulary-parallel loss, Shoeybi et
+al. 2019, arXiv 1909.08053, section 3, takes three reductions). The backward is local but for one sum of dH.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastpref.common import checks, memory
+from fastpref.common.precision import wide
+from fastpref.objectives.kl import KL_DIRECTIONS, _reference_inputs
+from fastpref.objectives.tokens import head_inputs
+from fastpref.plans import kl_plans, plans
+from fastpref.reference import LogitTransform
+
+PLANS = ("auto", "no_grad", "store", "recompute")
+EVERY_ROW = -1  # an ignore_index that no compacted label has
+
+
+class Shard(NamedTuple):
+    """A rank's part of a vocabulary."""
+
+    group: Any
+    first: int  # vocabulary index of its first row
+    vocab: int  # of all ranks together
+
+    def gather(self, values: Tensor) -> Tensor:
+        """`[ranks, ...]`, the same on every rank."""
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, values.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def sum(self, values: Tensor) -> Tensor:
+        values = values.contiguous()
+        dist.all_reduce(values, group=self.group)
+        return values
+
+
+def _localized(weight: Tensor, group: Any, others: tuple[Tensor | None, ...]) -> tuple[Tensor, Shard, list[Any]]:
+    """(local rows, shard, the other tensors as local ones). DTensors say themselves how they are sharded."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as Placement
+
+    if not isinstance(weight, DTensor):
+        if not dist.is_initialized():
+            raise RuntimeError("group: got no process group, want torch.distributed.init_process_group() first")
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        return weight, Shard(group, rank * weight.shape[0], ranks * weight.shape[0]), list(others)
+    if weight.placements != (Placement(0),):
+        raise ValueError(f"weight: got a DTensor placed as {weight.placements}, want (Shard(dim=0),): a mesh of 1 axis")
+    mesh, vocab = weight.device_mesh, weight.shape[0]
+    rows = -(-vocab // mesh.size())
+    if (mesh.size() - 1) * rows >= vocab:
+        raise ValueError(f"weight: got {vocab} rows over {mesh.size()} ranks, want at least one on each")
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in others]
+    return weight.to_local(), Shard(mesh.get_group(), mesh.get_local_rank() * rows, vocab), local
+
+
+def _choose(plan: str, needed: bool, rows: int, weight: Tensor, workspace_bytes: int | None) -> str:
+    checks.choice("plan", plan, PLANS)
+    if plan != "auto":
+        return plan
+    if not needed:
+        return "no_grad"
+    fits = rows * weight.numel() // weight.shape[1] * weight.element_size()
+    return "store" if fits <= memory.workspace(weight.device, workspace_bytes).most else "recompute"
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, shard, transform, ignore_index, plan, workspace_bytes):
+        rows = plans.compact(labels, ignore_index)
+        h, y = plans.gather(hidden, rows), plans.gather(labels, rows)
+        head = plans.Head(weight, bias, transform, EVERY_ROW)
+        own = y - shard.first
+        here = (own >= 0) & (own < weight.shape[0])
+        found = plans.forward(h, head, own.where(here, 0), plan, workspace_bytes, keep_logits=True)
+        gathered = shard.gather(torch.stack([found.lse, found.logps.where(here, 0), here.to(found.lse.dtype)]))
+        all_lse, all_logps, owner = gathered.unbind(1)
+        lse = all_lse.logsumexp(0)
+        logps = ((all_logps + all_lse - lse) * owner).sum(0)
+        ctx.save_for_backward(hidden, weight, bias, y, rows, logps, lse, found.kept)
+        ctx.options = shard, transform, plan, workspace_bytes
+        return plans.scatter(logps, rows, hidden.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, y, rows, logps, lse, kept = ctx.saved_tensors
+        shard, transform, plan, workspace_bytes = ctx.options
+        needs = plans.Needs(*ctx.needs_input_grad[:3])
+        head = plans.Head(weight, bias, transform, EVERY_ROW)
+        parameters = plans.ParameterGradients(head, needs, weight.dtype)
+        h, upstream = plans.gather(hidden, rows), plans.Upstream(plans.gather(grad, rows))
+        d_hidden = plans.backward_recompute(
+            h, head, y, logps, lse, upstream, needs, parameters, workspace_bytes,
+            logits=kept if plan == "store" else None, first_column=shard.first,
+        )  # fmt: skip
+        if d_hidden is not None:
+            d_hidden = plans.scatter(shard.sum(d_hidden).to(hidden.dtype), rows, hidden.shape[0])
+        return d_hidden, parameters.weight, parameters.bias, *(None,) * 6
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Any = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """`fastpref.linear_token_logprobs` with the vocabulary sharded over a process group.
+
+    Args:
+        hidden: `[..., d]` and labels `[...]` (of the whole vocabulary): the same on every rank.
+        weight: this rank's rows `[V / ranks, d]`, as many on each rank, in the order of the ranks; or a DTensor
+            `[V, d]` placed as `Shard(0)`, which may be uneven. bias: `[V / ranks]`, or a DTensor placed alike.
+        group: the process group (default: all ranks; of a DTensor, its mesh).
+        plan: `"store"` (1 product, 2 for the gradients, 1 of them if the head is frozen), which keeps `[n, V / ranks]`,
+            `"recompute"` (one more) or `"no_grad"`; `"auto"` chooses.
+
+    Returns:
+        `[...]` natural-log probabilities, the same on every rank, in fp32 (fp64). Where upstream gradients are the same
+        on every rank, so is the gradient of `hidden`, and it is complete; weight's and bias's are of this rank's rows.
+
+    All ranks have to call this, and its backward, together.
+    """
+    weight, shard, (hidden, labels, bias) = _localized(weight, group, (hidden, labels, bias))
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    inputs = head_inputs(hidden, weight, labels, bias, transform)
+    checks.label_range(inputs.labels, shard.vocab, ignore_index)
+    chosen = _choose(plan, any(inputs.needs()), inputs.labels.numel(), inputs.weight, workspace_bytes)
+    logps = _LogProbs.apply(
+        inputs.hidden,
+        inputs.weight,
+        inputs.bias,
+        inputs.labels,
+        shard,
+        transform,
+        ignore_index,
+        chosen,
+        workspace_bytes,
+    )
+    return logps.view(labels.shape)
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, shard, transform, ignore_index, direction,
+        workspace_bytes,
+    ):  # fmt: skip
+        rows = plans.compact(labels, ignore_index)
+        head, ref_head = (plans.Head(w, b, transform, EVERY_ROW) for w, b in ((weight, bias), (ref_weight, ref_bias)))
+        h, ref_h = plans.gather(hidden, rows), plans.gather(ref_hidden, rows)
+        found = kl_plans.forward(h, head, ref_h, ref_head, None, direction, "no_grad", workspace_bytes)
+        all_kl, all_lse, all_ref = shard.gather(torch.stack([found.kl, found.lse, found.ref_lse])).unbind(1)
+        lse, ref_lse = all_lse.logsumexp(0), all_ref.logsumexp(0)
+        # the chain rule: KL of the masses, and of the distributions inside of the parts
+        log_mass, log_ref_mass = all_lse - lse, all_ref - ref_lse
+        first, second = (log_mass, log_ref_mass) if direction == "reverse" else (log_ref_mass, log_mass)
+        mass = first.exp()
+        kl = torch.where(mass > 0, mass * (all_kl + first - second), 0).sum(0)
+        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, kl, lse, ref_lse)
+        ctx.options = shard, transform, direction, workspace_bytes
+        return plans.scatter(kl, rows, hidden.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, kl, lse, ref_lse = ctx.saved_tensors
+        shard, transform, direction, workspace_bytes = ctx.options
+        needs = plans.Needs(*ctx.needs_input_grad[:3])
+        head, ref_head = (plans.Head(w, b, transform, EVERY_ROW) for w, b in ((weight, bias), (ref_weight, ref_bias)))
+        parameters = plans.ParameterGradients(head, needs, weight.dtype)
+        h, ref_h, coefs = (plans.gather(value, rows) for value in (hidden, ref_hidden, grad))
+        d_hidden = kl_plans.backward_recompute(
+            h, head, ref_h, ref_head, kl, lse, ref_lse, coefs, direction, needs, parameters, workspace_bytes
+        )
+        if d_hidden is not None:
+            d_hidden = shard.sum(d_hidden.to(wide(d_hidden.dtype))).to(hidden.dtype)
+            d_hidden = plans.scatter(d_hidden, rows, hidden.shape[0])
+        return d_hidden, parameters.weight, parameters.bias, *(None,) * 9
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    group: Any = None,
+    direction: str = "reverse",
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """The `kl` of `fastpref.linear_token_kl`, `[...]`, with the vocabulary sharded over a process group.
+
+    Both heads are sharded alike; arguments and results as in this module's `linear_token_logprobs`. `labels` only say
+    which rows count. 2 products over the scored rows, and 4 more for the gradients (3 if the head is frozen).
+    """
+    checks.choice("direction", direction, KL_DIRECTIONS)
+    weight, shard, others = _localized(weight, group, (hidden, ref_hidden, ref_weight, labels, bias, ref_bias))
+    hidden, ref_hidden, ref_weight, labels, bias, ref_bias = others
+    if labels is None:
+        labels = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
+        ignore_index = -100
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    inputs = head_inputs(hidden, weight, labels, bias, transform)
+    ref = _reference_inputs(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    kl = _KL.apply(
+        inputs.hidden, inputs.weight, inputs.bias, *ref, inputs.labels, shard, transform, ignore_index, direction,
+        workspace_bytes,
+    )  # fmt: skip
+    return kl.view(labels.shape)

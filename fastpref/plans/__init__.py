@@ -1,0 +1,1 @@
+"""Which matrix products run, over which rows, in how much memory."""

@@ -1,0 +1,123 @@
+"""The execution plans of the exact KL between two heads: those of `fastpref.plans.plans`, over two tiles of logits.
+
+With K = d KL / d head output (never scaled) and g the upstream gradient of each row's divergence,
+
+    dH = g * (K W)          dW = K^T (g * H)          db = K^T g
+
+K is written over the policy's logits. The reference has no gradient, and its logits never outlive their tile.
+
+    no_grad    2 products   two tiles
+    frozen     3            two tiles, and K W [N, d] kept for the backward
+    store      4            one tile, and K [n, V] kept in the compute dtype
+    recompute  6            two tiles; the backward runs over slices of the vocabulary
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.backends import backend_for
+from fastpref.common.precision import wide
+from fastpref.plans import plans
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Forward(NamedTuple):
+    kl: Tensor  # [N]
+    logps: Tensor | None  # [N], with labels
+    ref_logps: Tensor | None
+    lse: Tensor  # [n]
+    ref_lse: Tensor
+    kept: Tensor  # K [n, V], K W [N, d], or empty
+    rows: Tensor  # the scored rows [n]
+
+
+def _tile_rows(head: plans.Head, rows: int, workspace_bytes: int | None) -> int:
+    """Rows of two tiles in the memory that one may take."""
+    return max(1, plans.tile_rows(head, 2 * rows, workspace_bytes) // 2)
+
+
+def _exact(hidden: Tensor, head: plans.Head, labels: Tensor | None) -> Tensor | None:
+    """The labels' logits in fp32, where the tile rounds them."""
+    if labels is None or hidden.dtype not in HALF:
+        return None
+    return backend_for(hidden).target_logits(hidden, head.weight, head.bias, labels)
+
+
+def forward(
+    hidden: Tensor, head: plans.Head, ref_hidden: Tensor, ref_head: plans.Head, labels: Tensor | None,
+    direction: str, plan: str, workspace_bytes: int | None,
+) -> Forward:  # fmt: skip
+    total, backend = hidden.shape[0], backend_for(hidden)
+    if labels is None:
+        rows = torch.arange(total, device=hidden.device)
+    else:
+        rows = plans.compact(labels, head.ignore_index)
+        labels = plans.gather(labels, rows)
+    n = rows.numel()
+    names = ("kl", "lse", "ref_lse") + (() if labels is None else ("logps", "ref_logps"))
+    dtype = wide(torch.promote_types(hidden.dtype, ref_hidden.dtype))
+    results = {name: hidden.new_empty(n, dtype=dtype) for name in names}
+    unit_hidden = torch.zeros_like(hidden) if plan == "frozen" else None
+    k = plans.logits_buffer(head, n) if plan == "store" else None
+    step = _tile_rows(head, n, workspace_bytes)
+    with (
+        plans.borrowed_logits(0 if k is not None else step, head.vocab, head.weight) as scratch,
+        plans.borrowed_logits(step, head.vocab, ref_head.weight) as ref_scratch,
+    ):
+        for part in plans._chunks(n, step):
+            size = part.stop - part.start
+            tile = scratch[:size] if k is None else k[part]
+            ref_tile = ref_scratch[:size]
+            h, ref_h = hidden.index_select(0, rows[part]), ref_hidden.index_select(0, rows[part])
+            y = None if labels is None else labels[part]
+            plans._project(h, head.weight, head.bias, tile)
+            plans._project(ref_h, ref_head.weight, ref_head.bias, ref_tile)
+            found = backend.token_kl(
+                tile, ref_tile, direction=direction, transform=head.transform, labels=y,
+                target_logits=_exact(h, head, y), ref_target_logits=_exact(ref_h, ref_head, y),
+                write_k=plan in ("frozen", "store"),
+            )  # fmt: skip
+            for name, result in results.items():
+                result[part] = found[name]
+            if unit_hidden is not None:
+                unit_hidden.index_copy_(0, rows[part], torch.mm(tile, head.weight))
+    kept = k if unit_hidden is None else unit_hidden
+    scattered = {name: plans.scatter(results[name], rows, total) for name in names if not name.endswith("lse")}
+    return Forward(
+        scattered["kl"], scattered.get("logps"), scattered.get("ref_logps"), results["lse"], results["ref_lse"],
+        hidden.new_empty(0) if kept is None else kept, rows,
+    )  # fmt: skip
+
+
+def backward_recompute(
+    hidden: Tensor, head: plans.Head, ref_hidden: Tensor, ref_head: plans.Head, kl: Tensor, lse: Tensor,
+    ref_lse: Tensor, coefs: Tensor, direction: str, needs: plans.Needs, parameters: plans.ParameterGradients,
+    workspace_bytes: int | None,
+) -> Tensor | None:  # fmt: skip
+    """Four products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]`."""
+    n = hidden.shape[0]
+    width = _tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
+    width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries
+    d_hidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
+    backend = backend_for(hidden)
+    with (
+        plans.borrowed_logits(n, width, head.weight) as tile,
+        plans.borrowed_logits(n, width, ref_head.weight) as ref_tile,
+    ):
+        for part in plans._chunks(head.vocab, width):
+            size, weight = part.stop - part.start, head.weight[part]
+            k, ref = tile[:, :size], ref_tile[:, :size]
+            plans._project(hidden, weight, None if head.bias is None else head.bias[part], k)
+            ref_bias = None if ref_head.bias is None else ref_head.bias[part]
+            plans._project(ref_hidden, ref_head.weight[part], ref_bias, ref)
+            backend.token_kl_gradient(k, ref, kl, lse, ref_lse, k, direction=direction, transform=head.transform)
+            if d_hidden is not None:
+                plans._matmul_into(d_hidden, k, weight, add=True)
+            parameters.add(k, hidden, coefs, part)
+    parameters.finish()
+    return None if d_hidden is None else (d_hidden * coefs[:, None]).to(hidden.dtype)

@@ -1,0 +1,136 @@
+"""Seeded bugs: each mutant of the kernels, the portable backend or the plans fails the check that is meant for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"fastpref": ROOT / "fastpref", "fastpref_kernels": ROOT / "kernels" / "fastpref_kernels"}
+ROW, PAIRED = "fastpref_kernels/row_logprob.py", "fastpref_kernels/paired_loss.py"
+MATH, SEQUENCES = "fastpref_kernels/_math.py", "fastpref_kernels/_sequences.py"
+PORTABLE, PLANS = "fastpref/backends/portable.py", "fastpref/plans/plans.py"
+
+
+class Mutant(NamedTuple):
+    bug: str
+    file: str
+    text: str  # occurs once in the file
+    replacement: str
+    check: str  # of tests/mutant_detector.py, that must fail
+
+    @property
+    def backend(self) -> str:
+        return "triton" if self.file.startswith("fastpref_kernels") else "portable"
+
+
+MUTANTS = [
+    Mutant("last column dropped", ROW, "inside = cols < V\n", "inside = cols < V - 1\n", "log_probs"),
+    Mutant("tail counted as zeros", ROW, 'tl.where(inside, z, float("-inf")), cols,', "z, cols,", "log_probs"),
+    Mutant("label shifted by one", ROW, "u = tl.where(cols == label,", "u = tl.where(cols == label + 1,", "log_probs"),
+    Mutant("sign of U", ROW, "1.0 - exp(logp), -p)", "exp(logp) - 1.0, p)", "log_probs"),
+    Mutant("gradient times 1.003", ROW, "gradient = g * _unit", "gradient = 1.003 * g * _unit", "log_probs"),
+    Mutant("running sum not rescaled", ROW, "s = s * rescale + tl.sum(e", "s = s + tl.sum(e", "log_probs"),
+    Mutant("softcap's slope forgotten", MATH, "slope = slope * (1.0 - t * t)", "slope = slope * 1.0", "log_probs"),
+    Mutant("sign of the entropy's gradient", ROW, "gradient += g_entropy", "gradient -= g_entropy", "statistics"),
+    Mutant("entropy from large logits", ROW,
+           "tl.log(s) - zp / s)", "m + tl.log(s) - (m + zp / s))", "entropy_of_large_logits"),
+    Mutant("argmax looks at the tail alone", ROW, "above += tl.sum(", "above = tl.sum(", "statistics"),
+    Mutant("log-sum-exp of the rounded label", ROW,
+           "s = rest + exp(z_exact - m_ref)", "s = s * exp(m - m_ref)", "half_precision_head"),
+    Mutant("store truncates to half precision", ROW,
+           "        tl.store(out_ptr + cols, out, mask=cols < V)",
+           "        out = (out.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)\n"
+           "        tl.store(out_ptr + cols, out, mask=cols < V)", "half_precision_gradient"),
+    Mutant("slice of the vocabulary misplaced", ROW,
+           "vocab, first_column, ignore_index,", "vocab, 0, ignore_index,", "heads"),
+    Mutant("row offset of 32 bits", ROW,
+           "row = tl.program_id(0).to(tl.int64)\n    label = tl.load(labels_ptr + row).to(tl.int64)\n"
+           "    if label == ignore_index:\n        tl.store(logp_ptr",
+           "row = tl.program_id(0)\n    label = tl.load(labels_ptr + row).to(tl.int64)\n"
+           "    if label == ignore_index:\n        tl.store(logp_ptr", "rows_far_apart"),
+    Mutant("ignored tokens counted", SEQUENCES, "scored = scored & (labels != ignore_index)", "pass", "objectives"),
+    Mutant("ignored tokens get a coefficient", SEQUENCES,
+           "spread = tl.where(labels != ignore_index, spread, 0.0)", "pass", "objectives"),
+    Mutant("wrong denominator", PAIRED, "1.0, ACC) / total_pairs", "1.0, ACC) / (2 * total_pairs)", "objectives"),
+    Mutant("beta applied twice", PAIRED, "x = BETA * (sa - sb) - GAMMA", "x = BETA * BETA * (sa - sb)", "objectives"),
+    Mutant("pair swapped", PAIRED,
+           "a = chosen - ref_a\n        b = rejected - ref_b", "b = chosen - ref_a\n        a = rejected - ref_b",
+           "objectives"),
+    Mutant("length of the other response", PAIRED, "2.0 * y * da / len_a, -2.0 * y * db / len_b",
+           "2.0 * y * da / len_b, -2.0 * y * db / len_a", "objectives"),
+    Mutant("last pair not sorted", PAIRED,
+           "(before & (j < B)[None, :])", "(before & (j < B - 1)[None, :])", "objectives"),
+    Mutant("loss of the padding", PAIRED,
+           "tl.where(real, loss * scale + sft_loss, 0.0)", "loss * scale + sft_loss", "objectives"),
+    Mutant("label's column not corrected", PORTABLE,
+           "gradient[rows, columns[rows]] = -torch.expm1(logps[where][rows])", "pass", "log_probs"),
+    Mutant("gradient times 1.003 in place", PORTABLE, "gradient.mul_(grad_logps[where, None])",
+           "gradient.mul_(grad_logps[where, None]).mul_(1.003)", "log_probs"),
+    Mutant("softcap's slope forgotten in U", PORTABLE, ") * transform_slope(z_label, transform)", ")", "heads"),
+    Mutant("U truncated to half precision", PORTABLE,
+           "gradient.masked_fill_((labels[where] == ignore_index)[:, None], 0)",
+           "(gradient.view(torch.int32) & -8192).view(torch.float32)"
+           ".masked_fill_((labels[where] == ignore_index)[:, None], 0)", "half_precision_gradient"),
+    Mutant("entropy without its log-sum-exp", PORTABLE,
+           '(("entropy", 1), ("log_sum_sq", -2))', '(("log_sum_sq", -2),)', "statistics"),
+    Mutant("rounded label kept in the sum", PORTABLE,
+           "log_sum = torch.logaddexp(log_sum + torch.log1p(-(rounded - log_sum).exp()), shifted)",
+           "pass", "half_precision_head"),
+    Mutant("sft's coefficient on both responses", PORTABLE, "torch.cat([d_nll, torch.zeros_like(d_nll)])",
+           "torch.cat([d_nll, d_nll])", "objectives"),
+    Mutant("ignored tokens summed", PORTABLE,
+           "nll_logps = token_logps.masked_fill(~scored, 0)", "nll_logps = token_logps", "objectives"),
+    Mutant("slices begin at column 0", PLANS, "first_column=first_column + part.start", "first_column=0", "heads"),
+    Mutant("last group's gradient alone", PLANS,
+           "scaled.to(u.dtype), add=self._started)", "scaled.to(u.dtype), add=False)", "pairs_from_hidden_states"),
+]  # fmt: skip
+
+
+def mutate(folder: Path, mutant: Mutant | None) -> Path:
+    """Copies of both packages, one text in them replaced."""
+    for name, source in PACKAGES.items():
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    if mutant is not None:
+        path = folder / mutant.file
+        path.write_text(path.read_text().replace(mutant.text, mutant.replacement))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory) -> dict[tuple[str, str], list[str]]:
+    """(bug, backend) -> the checks that fail; the bug "none" is the code as it is."""
+    jobs = [(None, "triton"), (None, "portable"), *((m, m.backend) for m in MUTANTS)]
+    folders = [mutate(tmp_path_factory.mktemp("mutant"), mutant) for mutant, _ in jobs]
+    arguments = [str(x) for folder, (_, backend) in zip(folders, jobs, strict=True) for x in (folder, backend)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # conftest.py has set TRITON_INTERPRET where there is no GPU
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "mutant_detector.py", *arguments],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    names = [(mutant.bug if mutant else "none", backend) for mutant, backend in jobs]
+    return dict(zip(names, map(json.loads, run.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_the_code_as_it_is_passes(failing, backend):
+    assert failing["none", backend] == []
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_the_text_to_replace_is_there_once(mutant):
+    package, _, path = mutant.file.partition("/")
+    assert (PACKAGES[package] / path).read_text().count(mutant.text) == 1
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_mutant_is_caught(failing, mutant):
+    assert mutant.check in failing[mutant.bug, mutant.backend]

@@ -1,0 +1,203 @@
+"""Packed rows with shared prefixes give every model family its own hidden states and gradients."""
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from fastpref.data.packing import Scored, pack
+from fastpref.models import attention
+from fastpref.models.attention import Segment, Segments
+from fastpref.trainers.forward import choose_layout, hidden_rows, scored_hidden
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+SLIDING = {"sliding_window": 5}
+FAMILIES = {
+    "Llama": {}, "Qwen2": {}, "Qwen3": {}, "Mistral": {}, "Mistral sliding": SLIDING, "Gemma": {}, "Gemma2": SLIDING,
+    "Gemma3Text": SLIDING, "SmolLM3": {}, "Olmo2": {}, "Phi3": {}, "Granite": {},
+}  # fmt: skip
+PAIRS = [([5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]), ([20, 21], [22, 23, 24, 25], [26])]
+
+
+def family(name: str):
+    config = getattr(transformers, f"{name.split()[0]}Config")(**(SMALL | FAMILIES[name]))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # at std 0.02 attention would hardly matter
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def groups():
+    return [[Scored(p + c, len(p)), Scored(p + r, len(p))] for p, c, r in PAIRS]
+
+
+def gradients(model, batch) -> tuple[Tensor, list[Tensor]]:
+    hidden = scored_hidden(model, batch)
+    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return hidden.detach(), found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shared_rows_are_the_separate_sequences(name, checkpointing):
+    model = family(name)
+    if checkpointing:
+        if name not in ("Llama", "Gemma2"):
+            pytest.skip("one with sdpa and one with eager attention")
+        model.gradient_checkpointing_enable()
+        model.train()
+    wanted, wanted_gradients = gradients(model, pack(groups(), "padded"))
+    assert choose_layout(model, "auto") == ("shared", True)
+    for layout in ("shared", "packed"):
+        found, found_gradients = gradients(model, pack(groups(), layout))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        for one, other in zip(found_gradients, wanted_gradients, strict=True):
+            scale = float(other.abs().max())
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * max(scale, 1.0))
+
+
+def test_without_segments_the_model_is_what_it_was():
+    model = family("Gemma2")
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]])
+    mask = (ids != 0).long()
+    before = model(input_ids=ids, attention_mask=mask).logits
+    attention.enable(model)
+    assert model.config._attn_implementation == "fastpref_eager"
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+    generated = model.generate(ids[:1], max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, 8)
+    attention.disable(model)
+    assert model.config._attn_implementation == "eager"
+    assert "fastpref" not in str(model.config.to_dict())
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None, scale: float) -> Tensor:
+    """The definition: each query row sees its segment's prefix and its own rows up to itself."""
+    rows = query.shape[2]
+    seen = torch.zeros(rows, rows, dtype=torch.bool)
+    for segment in segments.table:
+        keys = [*range(segment.prefix_start, segment.prefix_end), *range(segment.start, segment.end)]
+        length = segment.prefix_end - segment.prefix_start
+        for i in range(segment.end - segment.start):
+            last = length + i + 1
+            seen[segment.start + i, keys[0 if window is None else max(0, last - window) : last]] = True
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
+    return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ value.repeat_interleave(groups, 1)
+
+
+SEGMENTS = Segments.of([Segment(0, 7), Segment(7, 11, 0, 4), Segment(11, 12, 0, 7), Segment(12, 15)])
+
+
+def tensors(requires_grad: bool = False) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(1, h, 15, 8, dtype=torch.float64, requires_grad=requires_grad) for h in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_by_segment_is_the_definition(window):
+    query, key, value = tensors()
+    found = attention.by_segment(query, key, value, SEGMENTS, 0.3, window)
+    torch.testing.assert_close(found, dense(query, key, value, SEGMENTS, window, 0.3))
+
+
+def test_by_segment_gradients():
+    def run(q, k, v):
+        return attention.by_segment(q, k, v, SEGMENTS, 0.3)
+
+    assert torch.autograd.gradcheck(run, tensors(requires_grad=True))
+
+
+def varlen_like(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """torch.nn.attention.varlen.varlen_attn, by its documentation."""
+    assert max_q == int(cu_q.diff().max()) and max_k == int(cu_k.diff().max())
+    out = torch.empty_like(query)
+    for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+        groups = q.shape[0] // k.shape[0]
+        scores = q @ k.repeat_interleave(groups, 0).transpose(1, 2) * scale
+        at = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]  # bottom right
+        seen = torch.arange(k.shape[1])
+        hidden = (seen > at + window_size[1]) | ((window_size[0] >= 0) & (seen < at - window_size[0]))
+        scores = scores.masked_fill(hidden, float("-inf"))
+        out[a:b] = (torch.softmax(scores, -1) @ v.repeat_interleave(groups, 0)).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_by_varlen_is_the_definition(window, monkeypatch):
+    names = frozenset(("scale", "window_size", "enable_gqa"))
+    monkeypatch.setattr(attention, "_varlen", lambda: (varlen_like, names))
+    query, key, value = tensors()
+    found = attention.by_varlen(query, key, value, SEGMENTS, 0.3, window)
+    torch.testing.assert_close(found, dense(query, key, value, SEGMENTS, window, 0.3))
+
+
+def test_the_installed_varlen_attention_has_the_parameters_that_we_pass():
+    found = attention._varlen()
+    assert found is not None
+    assert "scale" in found[1] and {"window_size", "is_causal"} & found[1]
+
+
+def test_what_packed_attention_does_not_know_is_refused():
+    query, key, value = tensors()
+    module = torch.nn.Module()
+    for kwargs in ({"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=f"{next(iter(kwargs))}: got one in packed attention, want none"):
+            attention.attention(module, query, key, value, None, fastpref_segments=SEGMENTS, **kwargs)
+    with pytest.raises(ValueError, match="attention_mask"):
+        attention.attention(module, query, key, value, torch.ones(1), fastpref_segments=SEGMENTS)
+
+
+class TestFallback:
+    def test_recurrent_layers_are_padded_and_it_is_said(self):
+        config = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        with pytest.warns(UserWarning, match="layout: MambaForCausalLM runs 'padded' batches"):
+            assert choose_layout(model, "auto") == ("padded", False)
+
+    def test_learnt_positions_share_too(self):
+        config = transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        layout, ours = choose_layout(model, "auto")
+        batch = pack(groups(), layout)
+        if not ours:
+            batch.pop(attention.KWARG, None)
+        wanted = scored_hidden(model, pack(groups(), "padded"))
+        torch.testing.assert_close(scored_hidden(model, batch), wanted, rtol=1e-4, atol=1e-4)
+
+    def test_attention_that_ignores_the_segments_is_found_out(self, monkeypatch):
+        model = family("Llama")
+        original = attention.by_segment
+
+        def careless(query, key, value, segments, *args):
+            whole = Segments.of([Segment(0, query.shape[2])])
+            return original(query, key, value, whole, *args)
+
+        monkeypatch.setattr(attention, "by_segment", careless)
+        with pytest.warns(UserWarning, match="runs 'packed' batches .*hidden states differ"):
+            assert choose_layout(model, "auto") == ("packed", False)
+        assert model.config._attn_implementation == "sdpa"
+
+    def test_a_layer_type_that_is_not_attention_is_read_off_the_config(self):
+        model = family("Qwen3")
+        model.config.layer_types = ["full_attention", "chunked_attention"]
+        with pytest.warns(UserWarning, match="chunked_attention layers"):
+            assert choose_layout(model, "auto")[1] is False
+
+
+def test_hidden_rows_of_a_padded_batch():
+    model = family("Llama")
+    batch = pack(groups(), "padded")
+    assert hidden_rows(model, batch).shape == (batch["input_ids"].numel(), 32)
