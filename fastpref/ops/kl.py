@@ -62,8 +62,9 @@ def kl_penalized_rewards_backward(
     beta: Tensor, estimator: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(d scores, d logps)."""
-    grads = (None if g is None else g.contiguous() for g in (grad_rewards, grad_sums))
-    return backend_for(logps).penalized_rewards_backward(*grads, logps, ref_logps, mask, beta, estimator)
+    return backend_for(logps).penalized_rewards_backward(
+        grad_rewards, grad_sums, logps, ref_logps, mask, beta, estimator
+    )
 
 
 @kl_penalized_rewards_backward.register_fake
@@ -124,7 +125,7 @@ def token_kl_backward(
     backend_for(policy_logits).token_kl_gradient(
         policy_logits, ref_logits, kl, lse, ref_lse, d_logits.view(-1, policy_logits.shape[-1]),
         direction=direction, transform=LogitTransform(temperature, logit_scale, softcap), mask=mask,
-        grad=grad.contiguous(),
+        grad=grad,
     )  # fmt: skip
     return d_logits
 

@@ -53,8 +53,8 @@ def token_logprobs_backward(
     backend_for(logits).row_gradient(
         logits, labels, logps, lse, d_logits.view(-1, logits.shape[-1]),
         transform=LogitTransform(temperature, logit_scale, softcap), ignore_index=ignore_index,
-        grad_logps=grad_logps.contiguous(), entropy=None if grad_entropy is None else entropy,
-        grad_entropy=None if grad_entropy is None else grad_entropy.contiguous(),
+        grad_logps=grad_logps, entropy=None if grad_entropy is None else entropy,
+        grad_entropy=grad_entropy,
     )  # fmt: skip
     return d_logits
 

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +23,38 @@ def on_device_of(tensor: torch.Tensor):
 
 def accumulator(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dense(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """Arguments of one number a row, a sequence or a column, as the kernels read them: one behind the other. What has
+    gaps or repeats (a view `[::2]`, the expanded gradient of a sum) is copied."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def readable(logits: torch.Tensor) -> torch.Tensor:
+    """Logits whose rows lie anywhere, each in one piece; a copy of those whose columns have gaps."""
+    return logits if logits.shape[-1] <= 1 or logits.stride(-1) == 1 else logits.contiguous()
+
+
+def check_writable(name: str, rows: torch.Tensor) -> None:
+    """What is written in place cannot be copied first.
+
+    Raises:
+        ValueError: columns with gaps, or several rows in one place.
+    """
+    shared = any(size > 1 and stride == 0 for size, stride in zip(rows.shape, rows.stride(), strict=True))
+    if shared or (rows.shape[-1] > 1 and rows.stride(-1) != 1):
+        raise ValueError(
+            f"{name}: got strides {rows.stride()} for shape {tuple(rows.shape)}, want columns side by side and each "
+            "row in a place of its own: it is written in place"
+        )
+
+
+def row_strides(logits: torch.Tensor) -> tuple[int, int, int]:
+    """(inner, stride_outer, stride_inner) of `[N, V]` or `[B, T, V]` logits: `logits[:, :-1]` needs no copy."""
+    if logits.ndim == 2:
+        return max(1, logits.shape[0]), 0, logits.stride(0)
+    return max(1, logits.shape[1]), logits.stride(0), logits.stride(1)
 
 
 def config_name(device_name: str) -> str:

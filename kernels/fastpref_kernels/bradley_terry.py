@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import accumulator, on_device_of, row_block
+from ._launch import accumulator, dense, on_device_of, row_block
 from ._math import log_sigmoid, sigmoid
 
 
@@ -154,7 +154,7 @@ def row_scores(
     block, warps = row_block(d, "row_scores", hidden.device)
     with on_device_of(hidden):
         _row_scores_kernel[(sequences,)](
-            hidden, weight.contiguous(), bias, index.contiguous(), scores,
+            hidden, *dense(weight, bias, index), scores,
             d, limit, stride_seq, stride_row, hidden.stride(-1),
             EDGES=layout == "edges", HAS_BIAS=bias is not None, ACC=accumulator(dtype), BLOCK=block, num_warps=warps,
         )  # fmt: skip
@@ -172,7 +172,7 @@ def row_scores_gradient(
     d_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
     if grad.shape[0] == 0:
         return d_hidden, d_weight, d_bias
-    grad, d = grad.contiguous(), hidden.shape[-1]
+    (grad,), d = dense(grad), hidden.shape[-1]
     limit, stride_seq, stride_row = _addresses(hidden, layout)
     row_grad, stride_d_seq, stride_d_row = grad, 0, d
     if layout == "positions":
@@ -181,7 +181,7 @@ def row_scores_gradient(
         row_grad = gradient_of_rows(grad, index, limit)
     with on_device_of(hidden):
         _row_scores_gradient_kernel[(triton.cdiv(d, 64),)](
-            grad, row_grad, scale, hidden, weight.contiguous(), index.contiguous(), d_hidden, d_weight, d_bias,
+            grad, row_grad, scale, hidden, *dense(weight, index), d_hidden, d_weight, d_bias,
             grad.shape[0], d, limit, stride_seq, stride_row, hidden.stride(-1), stride_d_seq, stride_d_row,
             EDGES=layout == "edges", HAS_SCALE=scale is not None, NEED_HIDDEN=need_hidden, NEED_WEIGHT=need_weight,
             NEED_BIAS=d_bias is not None, ACC=accumulator(_accumulate_in(hidden, weight, bias)),
@@ -210,7 +210,7 @@ def bradley_terry(
     loss, metrics, coefs = rewards.new_empty(()), rewards.new_empty(4, pairs), torch.empty_like(rewards)
     with on_device_of(rewards):
         _bradley_terry_kernel[(1,)](
-            rewards.contiguous(), None if margin is None else margin.contiguous(), loss, metrics, coefs, pairs,
+            *dense(rewards, margin), loss, metrics, coefs, pairs,
             CENTER=center_coefficient, HAS_MARGIN=margin is not None, ACC=accumulator(rewards.dtype),
             BLOCK=512, num_warps=4,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import accumulator, on_device_of
+from ._launch import accumulator, dense, on_device_of
 from ._math import LN2, exp, expm1, log1p, log_sigmoid, sigmoid
 from ._sequences import spread_coefs, sum_sequences
 
@@ -328,8 +328,7 @@ def paired_loss(
     weigh the tokens of a sequence's score (not of the `sft` term).
     """
     o, n, dtype = objective, token_logps.numel(), token_logps.dtype
-    given = (token_logps, labels, cu_seqlens, ref_logps, lengths, token_weights, pair_weights, chosen_tokens)
-    inputs = [x if x is None else x.contiguous() for x in given]  # the kernel strides by 1
+    inputs = dense(token_logps, labels, cu_seqlens, ref_logps, lengths, token_weights, pair_weights, chosen_tokens)
     terms = dict(zip(o.losses, o.weights, strict=True))
     sft_weight = terms.pop("sft", 0.0)
     kinds = tuple(LOSSES.index(name) for name in terms)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import accumulator, on_device_of
+from ._launch import accumulator, dense, on_device_of
 from ._math import exp, expm1
 
 
@@ -66,15 +66,16 @@ def policy_loss(
     `objective` has the fields of `fastpref.reference.PolicyObjective`; metrics are ratio, kl and clipped.
     """
     n = logps.numel()
+    logps, old_logps, ref_logps, advantages, entropy, weights = dense(
+        logps, old_logps, ref_logps, advantages, entropy, weights
+    )
     loss, coef, metrics = torch.empty_like(logps), torch.empty_like(logps), logps.new_empty(3, n)
     coef_entropy = logps.new_empty(0 if entropy is None else n)
     if n == 0:
         return loss, metrics, coef, coef_entropy
-    given = (logps, old_logps, ref_logps, advantages, entropy, weights)
-    inputs = [x if x is None else x.contiguous() for x in given]  # the kernel strides by 1
     with on_device_of(logps):
         _policy_loss_kernel[(triton.cdiv(n, 1024),)](
-            *inputs, loss, coef, coef_entropy, metrics, n,
+            logps, old_logps, ref_logps, advantages, entropy, weights, loss, coef, coef_entropy, metrics, n,
             LOW=1 - objective.epsilon_low, HIGH=1 + objective.epsilon_high, KL_BETA=objective.beta,
             ENTROPY_COEF=objective.entropy_coef, HAS_OLD=old_logps is not None, HAS_REF=ref_logps is not None,
             HAS_ENTROPY=entropy is not None, ACC=accumulator(logps.dtype), BLOCK=1024, num_warps=4,

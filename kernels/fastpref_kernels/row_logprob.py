@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import accumulator, on_device_of, row_block
+from ._launch import accumulator, check_writable, dense, on_device_of, readable, row_block, row_strides
 from ._math import LOG2E, exp, transform_logit, transform_slope
 
 
@@ -219,7 +219,7 @@ def _target_logit_kernel(
     # data
     hidden_ptr, weight_ptr, bias_ptr, labels_ptr, out_ptr,
     # sizes and strides
-    d, V, stride_hidden, stride_weight,
+    d, V, stride_hidden, stride_hidden_col, stride_weight, stride_weight_col, stride_bias,
     # constants
     HAS_BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -231,30 +231,24 @@ def _target_logit_kernel(
     weight_ptr += label * stride_weight
     dot = tl.zeros([BLOCK], ACC)
     for start in range(0, d, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        h = tl.load(hidden_ptr + k, mask=k < d, other=0.0).to(ACC)
-        dot += h * tl.load(weight_ptr + k, mask=k < d, other=0.0).to(ACC)
+        k = (start + tl.arange(0, BLOCK)).to(tl.int64)  # a transposed weight's columns lie V elements apart
+        h = tl.load(hidden_ptr + k * stride_hidden_col, mask=k < d, other=0.0).to(ACC)
+        dot += h * tl.load(weight_ptr + k * stride_weight_col, mask=k < d, other=0.0).to(ACC)
     z = tl.sum(dot, axis=0)
     if HAS_BIAS:
-        z += tl.load(bias_ptr + label).to(ACC)
+        z += tl.load(bias_ptr + label * stride_bias).to(ACC)
     tl.store(out_ptr + row, tl.where(in_range, z, float("nan")))
-
-
-def _row_strides(logits: torch.Tensor) -> tuple[int, int, int]:
-    """(inner, stride_outer, stride_inner) of `[N, V]` or `[B, T, V]` logits: `logits[:, :-1]` needs no copy."""
-    if logits.ndim == 2:
-        return max(1, logits.shape[0]), 0, logits.stride(0)
-    return max(1, logits.shape[1]), logits.stride(0), logits.stride(1)
 
 
 def row_logprob(
     logits: torch.Tensor, labels: torch.Tensor, *, transform, ignore_index: int, statistics=(),
     target_logits: torch.Tensor | None = None, write_u: bool = False,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """One launch over the rows of `logits` ([N, V] or [B, T, V], last stride 1); labels `[N]`.
+    """One launch over the rows of `logits` ([N, V] or [B, T, V], any strides); labels `[N]`.
 
     Returns `logps`, `lse` and the requested statistics, each `[N]` in fp32 (fp64 for fp64 logits). With
-    `write_u` the logits are overwritten by U. `target_logits` `[N]` are the labels' head outputs in fp32.
+    `write_u` the logits, whose columns then lie side by side, are overwritten by U. `target_logits` `[N]` are the
+    labels' head outputs in fp32.
     `transform` is (temperature, logit_scale, softcap or None).
     """
     n, vocab = labels.numel(), logits.shape[-1]
@@ -264,14 +258,17 @@ def row_logprob(
         out[name] = logits.new_empty(n, dtype=torch.bool if name == "is_top1" else dtype)
     if n == 0:
         return out
+    if write_u:
+        check_writable("logits", logits)
+    logits = readable(logits)
     temperature, logit_scale, softcap = transform
     block, warps = row_block(vocab, "row_logprob", logits.device)
     with on_device_of(logits):
         _row_logprob_kernel[(n,)](
-            logits, labels, target_logits,
+            logits, *dense(labels, target_logits),
             out["logps"], out["lse"], out.get("entropy"), out.get("log_sum_sq"),
             out.get("mean_logit"), out.get("is_top1"),
-            *_row_strides(logits), vocab, ignore_index,
+            *row_strides(logits), vocab, ignore_index,
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature,
             HAS_TARGET=target_logits is not None, WRITE_U=write_u,
             ENTROPY="entropy" in statistics, SUM_SQ="log_sum_sq" in statistics,
@@ -294,12 +291,14 @@ def row_gradient(
     n, vocab = labels.numel(), logits.shape[-1]
     if n == 0 or vocab == 0:
         return
+    check_writable("out", out)
+    logits = readable(logits)
     temperature, logit_scale, softcap = transform
     block, warps = row_block(vocab, "row_gradient", logits.device)
     with on_device_of(logits):
         _row_gradient_kernel[(n, triton.cdiv(vocab, block))](
-            logits, labels, logps, lse, entropy, grad_logps, grad_entropy, out,
-            *_row_strides(logits), out.stride(0), vocab, first_column, ignore_index,
+            logits, *dense(labels, logps, lse, entropy, grad_logps, grad_entropy), out,
+            *row_strides(logits), out.stride(0), vocab, first_column, ignore_index,
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature,
             HAS_GRAD=grad_logps is not None, HAS_ENTROPY=grad_entropy is not None,
             ACC=accumulator(logits.dtype), BLOCK=block, num_warps=warps,
@@ -316,8 +315,8 @@ def target_logits(
         return out
     with on_device_of(hidden):
         _target_logit_kernel[(n,)](
-            hidden, weight, bias, labels, out,
-            d, weight.shape[0], hidden.stride(0), weight.stride(0),
+            hidden, weight, bias, *dense(labels), out,
+            d, weight.shape[0], *hidden.stride(), *weight.stride(), 1 if bias is None else bias.stride(0),
             HAS_BIAS=bias is not None, ACC=accumulator(hidden.dtype),
             BLOCK=min(1024, triton.next_power_of_2(d)), num_warps=4,
         )  # fmt: skip

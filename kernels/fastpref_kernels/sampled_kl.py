@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import on_device_of
+from ._launch import dense, on_device_of
 from ._math import expm1
 
 
@@ -102,7 +102,8 @@ def _penalized_rewards_backward_kernel(
 
 
 def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(estimate, d estimate / d logps), each `[N]`; inputs contiguous, of one accumulator dtype."""
+    """(estimate, d estimate / d logps), each `[N]`; inputs of one accumulator dtype."""
+    logps, ref_logps = dense(logps, ref_logps)
     kl, slope = torch.empty_like(logps), torch.empty_like(logps)
     if logps.numel():
         with on_device_of(logps):
@@ -121,8 +122,9 @@ def penalized_rewards(
     scores: torch.Tensor, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, beta: torch.Tensor,
     estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(rewards `[S, T]`, their sums with the scores `[S]`); inputs contiguous, of one accumulator dtype, beta 0-d
-    (a number would be a constant of the kernel, or lose half its digits in fp64)."""
+    """(rewards `[S, T]`, their sums with the scores `[S]`); inputs of one accumulator dtype, beta 0-d (a number would
+    be a constant of the kernel, or lose half its digits in fp64)."""
+    scores, logps, ref_logps, mask = dense(scores, logps, ref_logps, mask)
     rewards, sums = torch.empty_like(logps), torch.empty_like(scores)
     block, warps = _sequence_block(logps.shape[1])
     if len(scores):
@@ -139,6 +141,8 @@ def penalized_rewards_backward(
     mask: torch.Tensor, beta: torch.Tensor, estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(d scores `[S]`, d logps `[S, T]`) of the same; a gradient that is None is zero."""
+    grad_rewards, grad_sums = dense(grad_rewards, grad_sums)
+    logps, ref_logps, mask = dense(logps, ref_logps, mask)
     d_scores, d_logps = logps.new_empty(len(logps)), torch.empty_like(logps)
     block, warps = _sequence_block(logps.shape[1])
     if len(logps):

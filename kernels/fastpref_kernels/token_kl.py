@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import accumulator, on_device_of, row_block
+from ._launch import accumulator, check_writable, dense, on_device_of, readable, row_block, row_strides
 from ._math import LOG2E, exp, transform_logit, transform_slope
-from .row_logprob import _row_strides
 
 
 @triton.jit
@@ -233,11 +232,12 @@ def token_kl(
     labels: torch.Tensor | None = None, target_logits: torch.Tensor | None = None,
     ref_target_logits: torch.Tensor | None = None, write_k: bool = False,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """One launch over the rows of both logits (each [N, V] or [B, T, V], last stride 1, any float dtypes).
+    """One launch over the rows of both logits (each [N, V] or [B, T, V], any strides and float dtypes).
 
     Returns `kl`, `lse` and `ref_lse`, each `[N]` in fp32 (fp64 if either input is); with `labels` `[N]` also
     `logps` and `ref_logps`, for which `target_logits` and `ref_target_logits` `[N]` are the labels' head outputs in
-    fp32. Rows whose `mask` `[N]` is False give 0. With `write_k` the policy's logits are overwritten by K.
+    fp32. Rows whose `mask` `[N]` is False give 0. With `write_k` the policy's logits, whose columns then lie side by
+    side, are overwritten by K.
     """
     n, vocab = policy.shape[:-1].numel(), policy.shape[-1]
     wide = torch.float64 if torch.float64 in (policy.dtype, ref.dtype) else torch.float32
@@ -245,14 +245,16 @@ def token_kl(
     out = {name: policy.new_empty(n, dtype=wide) for name in names}
     if n == 0:
         return out
-    inner, *strides = _row_strides(policy)
+    if write_k:
+        check_writable("policy", policy)
+    policy, ref = readable(policy), readable(ref)
     temperature, logit_scale, softcap = transform
     block, warps = _pair_block(vocab, policy.device)
     with on_device_of(policy):
         _token_kl_kernel[(n,)](
-            policy, ref, mask, labels, target_logits, ref_target_logits,
+            policy, ref, *dense(mask, labels, target_logits, ref_target_logits),
             out["kl"], out["lse"], out["ref_lse"], out.get("logps"), out.get("ref_logps"),
-            inner, *strides, *_row_strides(ref)[1:], vocab,
+            *row_strides(policy), *row_strides(ref)[1:], vocab,
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature, FORWARD=direction == "forward",
             HAS_MASK=mask is not None, HAS_LABELS=labels is not None, HAS_TARGET=target_logits is not None,
             WRITE_K=write_k, ACC=accumulator(wide), BLOCK=block, num_warps=warps,
@@ -270,13 +272,14 @@ def token_kl_gradient(
     n, vocab = kl.numel(), policy.shape[-1]
     if n == 0 or vocab == 0:
         return
-    inner, *strides = _row_strides(policy)
+    check_writable("out", out)
+    policy, ref = readable(policy), readable(ref)
     temperature, logit_scale, softcap = transform
     block, warps = _pair_block(vocab, policy.device)
     with on_device_of(policy):
         _token_kl_gradient_kernel[(n, triton.cdiv(vocab, block))](
-            policy, ref, mask, kl, lse, ref_lse, grad, out,
-            inner, *strides, *_row_strides(ref)[1:], out.stride(0), vocab,
+            policy, ref, *dense(mask, kl, lse, ref_lse, grad), out,
+            *row_strides(policy), *row_strides(ref)[1:], out.stride(0), vocab,
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature, FORWARD=direction == "forward",
             HAS_MASK=mask is not None, HAS_GRAD=grad is not None,
             ACC=accumulator(kl.dtype), BLOCK=block, num_warps=warps,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import accumulator, on_device_of
+from ._launch import accumulator, dense, on_device_of
 from ._math import log_sigmoid, sigmoid
 from ._sequences import spread_coefs, sum_sequences
 
@@ -111,9 +111,7 @@ def unpaired_loss(
     `fastpref.reference.UnpairedObjective`; `shift` (0-d) is KTO's z0 or BCO's delta; metrics are log-probs and rewards.
     """
     o, n, dtype = objective, token_logps.numel(), token_logps.dtype
-    inputs = [  # the kernel strides by 1
-        x if x is None else x.contiguous() for x in (token_logps, labels, cu_seqlens, ref_logps, desirable, shift)
-    ]
+    inputs = dense(token_logps, labels, cu_seqlens, ref_logps, desirable, shift)
     loss, metrics, coefs = (token_logps.new_empty(shape) for shape in ((), (2, num_sequences), (n,)))
     per_sequence = token_logps.new_empty(3, num_sequences)
     with on_device_of(token_logps):
