@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
 """
 REPEATS = {"cpu": 5, "cuda": 20}
 QUICK_REPEATS = 3
+INTERRUPTED = 130  # the exit status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +106,8 @@ def measure(args: argparse.Namespace) -> int:
     repeats = args.repeats or (QUICK_REPEATS if args.quick else REPEATS[device.type])
     providers = None if args.providers is None else _providers(args.providers, chosen)
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
-    options = suite.Options(device, repeats, args.quick, providers, args.memory, deadline)
+    save = None if args.json is None else functools.partial(record.write, path=args.json)
+    options = suite.Options(device, repeats, args.quick, providers, args.memory, deadline, save)
     records = []
     for name, cases in chosen.items():
         begin = time.monotonic()
@@ -115,6 +118,8 @@ def measure(args: argparse.Namespace) -> int:
         if args.json:
             print(f"\nwritten to {record.write(found, args.json)}")
         records.append(found)
+        if suite.INTERRUPTED in found["absent"].values():
+            return INTERRUPTED
     show(records, args.report or (Path("bench-report") if args.quick else None))
     return 0
 

@@ -16,17 +16,17 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks import measure, record
+from benchmarks import measure, record, suite
 from fastpref import backends, linear_token_logprobs
 from fastpref.plans.plans import _matmul_into
 from fastpref.reference import LogitTransform
@@ -98,8 +98,11 @@ def rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run
         launcher = importlib.import_module("fastpref_kernels.row_logprob")
 
         def run() -> object:
-            with mock.patch.object(launcher, "row_block", lambda *_: (block, warps)):
+            own, launcher.row_block = launcher.row_block, lambda *_: (block, warps)
+            try:
                 return call()
+            finally:
+                launcher.row_block = own
 
         return run
 
@@ -223,28 +226,36 @@ def _works(experiment: str, one: Run, absent: dict[str, str]) -> bool:
     return True
 
 
-def run(names: Sequence[str], sizes: Sizes, device: torch.device, dtype: torch.dtype, repeats: int) -> record.Record:
-    """One experiment after the other, the runs of each interleaved."""
+def run(
+    names: Sequence[str], sizes: Sizes, device: torch.device, dtype: torch.dtype, repeats: int,
+    save: Callable[[record.Record], object] | None = None,
+) -> record.Record:  # fmt: skip
+    """One experiment after the other, the runs of each interleaved. `save` gets the record after each; an interrupt
+    (SIGINT) ends it early."""
     found: list[record.Row] = []
     absent: dict[str, str] = {}
-    for name in names:
+    settings = {"device": device.type, "repeats": repeats, "sizes": sizes._asdict(), "dtype": str(dtype)}
+
+    def so_far() -> record.Record:
+        targets = judge(found) if device.type == "cuda" else None
+        return record.new(f"experiments-{device.type}", settings=settings, rows=found, targets=targets, absent=absent)
+
+    for i, name in enumerate(names):
         try:
             runs = [one for one in EXPERIMENTS[name](sizes, device, dtype) if _works(name, one, absent)]
             seconds = measure.interleave({one.name: one.call for one in runs}, repeats, device, warm_up=2)
+        except KeyboardInterrupt:
+            absent |= dict.fromkeys(names[i:], suite.INTERRUPTED)
+            break
         except Exception as error:  # memory, say; the other experiments are still worth their record
             absent[name] = _first_line(error)
             continue
         for one in runs:
             row: record.Row = {"case": name, "provider": one.name, "seconds": seconds[one.name]}
             found.append(row | {k: v for k, v in (("flops", one.flops), ("bytes", one.bytes)) if v})
-    settings = {"device": device.type, "repeats": repeats, "sizes": sizes._asdict(), "dtype": str(dtype)}
-    return record.new(
-        f"experiments-{device.type}",
-        settings=settings,
-        rows=found,
-        targets=judge(found) if device.type == "cuda" else None,
-        absent=absent,
-    )
+        if save is not None:
+            save(so_far())
+    return so_far()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(names) - set(EXPERIMENTS):
         parser.error(f"got {', '.join(sorted(unknown))}, want of {', '.join(EXPERIMENTS)}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = run(names, QUICK if args.quick else FULL, device, dtype, args.repeats)
+    save = functools.partial(record.write, path=args.json) if args.json else None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without one
+    found = run(names, QUICK if args.quick else FULL, device, dtype, args.repeats, save)
     print(record.table(found))
     if args.json:
         print(f"\nwritten to {record.write(found, args.json)}")

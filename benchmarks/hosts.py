@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import measure, record
+from benchmarks import measure, record, suite
 from benchmarks.measure import MIB
 from benchmarks.suite import relative_error
 from benchmarks.trainers import model_folder, pairs_of
@@ -213,30 +215,64 @@ def peak_in_process(what: str, host: str, args: argparse.Namespace, folder: Path
     return int(next(line for line in done.stdout.splitlines() if line.startswith("PEAK ")).removeprefix("PEAK "))
 
 
-def run(args: argparse.Namespace) -> record.Record:
-    rows, gate, targets, absent = [], [], [], {}
+def run(args: argparse.Namespace, save: Callable[[record.Record], object] | None = None) -> record.Record:
+    """Host after host; `save` gets the record after each. A host that fails is listed with its error."""
+    rows: list[record.Row] = []
+    gate: list[dict[str, Any]] = []
+    targets: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
+    settings = {n: getattr(args, n) for n in ("model", "pairs", "max_length", "batches", "repeats", "device")}
+    settings["data"] = [Path(p).name for p in args.data] if args.data else "the sample"
+
+    def so_far() -> record.Record:
+        name = f"hosts-{args.device}"
+        return record.new(name, settings=settings, rows=rows, gate=gate, targets=targets, absent=absent)
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_folder(args.model, Path(scratch))
         for host in args.host or HOSTS:
-            modules, step = prepare(host, args, folder, scratch)
-            errors, limits = check(modules, step), TOLERANCES[args.device]
-            for name, found in errors.items():
-                passed = all(e <= limit for e, limit in zip(found.values(), limits, strict=True))
-                gate.append({"case": host, "provider": name, "errors": found, "passed": passed})
-            if not gate[-1]["passed"]:  # fastpref's; what the host's own is stays with the host
-                absent[host] = f"errors of {errors[FAST]}, want at most {limits}: times are not compared"
+            try:
+                checks, measured, why = run_host(host, args, folder, scratch)
+            except KeyboardInterrupt:
+                absent[host] = suite.INTERRUPTED
+                break
+            except Exception as error:  # memory, say; the other hosts are still worth their record
+                absent[host] = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"{host}: {absent[host]}", flush=True)
                 continue
-            times = seconds(step, args)
-            del modules, step
-            for what in (OWN, FAST):
-                whole, body = (peak_in_process(what + part, host, args, folder) for part in ("", BACKBONE))
-                rows.append({"case": host, "provider": what, "seconds": times[what], "peak_bytes": whole,
-                             "head_bytes": whole - body})  # fmt: skip
-            print(f"{host}: {errors} {[statistics.median(t) for t in times.values()]}", flush=True)
-            targets += judge(rows[-2], rows[-1])
-    settings = {n: getattr(args, n) for n in ("model", "pairs", "max_length", "batches", "repeats", "device")}
-    settings["data"] = [Path(p).name for p in args.data] if args.data else "the sample"
-    return record.new(f"hosts-{args.device}", settings=settings, rows=rows, gate=gate, targets=targets, absent=absent)
+            gate += checks
+            if why:
+                absent[host] = why
+                continue
+            rows += measured
+            targets += judge(*measured)
+            if save is not None:
+                save(so_far())
+    return so_far()
+
+
+def run_host(
+    host: str, args: argparse.Namespace, folder: Path, scratch: str
+) -> tuple[list[dict[str, Any]], list[record.Row], str | None]:
+    """(gate, rows of the host as it comes and with fastpref, why there are none)."""
+    modules, step = prepare(host, args, folder, scratch)
+    errors, limits = check(modules, step), TOLERANCES[args.device]
+    gate = [
+        {"case": host, "provider": name, "errors": found,
+         "passed": all(e <= limit for e, limit in zip(found.values(), limits, strict=True))}
+        for name, found in errors.items()
+    ]  # fmt: skip
+    if not gate[-1]["passed"]:  # fastpref's; what the host's own is stays with the host
+        return gate, [], f"errors of {errors[FAST]}, want at most {limits}: times are not compared"
+    times = seconds(step, args)
+    del modules, step
+    rows: list[record.Row] = []
+    for what in (OWN, FAST):
+        whole, body = (peak_in_process(what + part, host, args, folder) for part in ("", BACKBONE))
+        rows.append({"case": host, "provider": what, "seconds": times[what], "peak_bytes": whole,
+                     "head_bytes": whole - body})  # fmt: skip
+    print(f"{host}: {errors} {[statistics.median(t) for t in times.values()]}", flush=True)
+    return gate, rows, None
 
 
 def judge(own: record.Row, fast: record.Row) -> list[dict[str, Any]]:
@@ -281,13 +317,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=Path, help="file or folder for the record")
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without one
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("CI", "1")  # TRL: no telemetry
     if args.child:
         args.host = args.host[0]
         child(args)
         return 0
-    found = run(args)
+    found = run(args, None if args.json is None else functools.partial(record.write, path=args.json))
     print("\n" + table(found))
     if args.json is not None:
         print(f"\n{record.write(found, args.json)}")

@@ -16,6 +16,7 @@ import torch
 
 MIB = 1 << 20
 FLUSH_BYTES = {"cuda": 256 * MIB, "cpu": 64 * MIB}  # twice the last-level cache of a current GPU, of a laptop
+BUSY_CYCLES = 2_000_000  # some 1 ms of a GPU: longer than a CPU needs to queue the 150 launches of a call
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -60,6 +61,7 @@ class Timer:
             del result  # freeing it is not the caller's cost
             return seconds
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(BUSY_CYCLES)  # the launches of the call queue up behind it: their dispatch is not timed
         start.record()
         result = run()
         end.record()
@@ -77,7 +79,7 @@ def interleave(
     """
     timer, names = Timer(device), list(runs)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-warm_up, repeats):
+    for turn in range(-warm_up, repeats) if names else ():
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             seconds = timer(runs[name])

@@ -20,6 +20,7 @@ HEADS = {
     "qwen2.5-7b": HeadShape(3584, 152064, "Qwen/Qwen2.5-7B config.json"),
     "llama-3-8b": HeadShape(4096, 128256, "meta-llama/Meta-Llama-3-8B config.json; arXiv 2407.21783 table 3"),
     "llama-3-70b": HeadShape(8192, 128256, "meta-llama/Meta-Llama-3-70B config.json; arXiv 2407.21783 table 3"),
+    "liger-1370": HeadShape(4096, 131072, "the shape of the figures in linkedin/Liger-Kernel pull request 1370"),
     "llama-3.2-1b": HeadShape(2048, 128256, "meta-llama/Llama-3.2-1B config.json"),
     "gemma-2-2b": HeadShape(2304, 256000, "google/gemma-2-2b config.json; soft cap: arXiv 2408.00118 section 2", 30.0),
     "gemma-3-1b": HeadShape(1152, 262144, "google/gemma-3-1b-pt config.json"),

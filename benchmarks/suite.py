@@ -129,12 +129,13 @@ class Options(NamedTuple):
     providers: tuple[str, ...] | None = None
     memory: bool = True
     deadline: float | None = None  # of time.monotonic(): no case is started after it
+    save: Callable[[record.Record], object] | None = None  # after every case: what is killed keeps what it had
 
 
+INTERRUPTED = "interrupted"
 COMPILES = "compiles for longer than it runs; name it with --providers to have it"
-LEFT_OUT = {"cpu": {"eager_compiled": COMPILES}, "cuda": {}}
-LEFT_OUT_OF_QUICK = {
-    "eager_compiled": COMPILES,
+LEFT_OUT = {"eager_compiled": COMPILES}  # 10 to 40 s a case on a GPU, more on a CPU
+LEFT_OUT_OF_QUICK = LEFT_OUT | {
     "liger": "compiles for longer than all of --quick",
     "torch_linear_cross_entropy": "takes ten times as long as eager on a CPU (torch 2.13)",
 }
@@ -143,7 +144,7 @@ LEFT_OUT_OF_QUICK = {
 def _wanted(problem: Problem, options: Options) -> tuple[list[str], dict[str, str]]:
     if options.providers is not None:
         return [n for n in problem.providers if n in options.providers or n in problem.unchecked], {}
-    left_out = LEFT_OUT_OF_QUICK if options.quick else LEFT_OUT[options.device.type]
+    left_out = LEFT_OUT_OF_QUICK if options.quick else LEFT_OUT
     left_out = {name: why for name, why in left_out.items() if name in problem.providers}
     return [n for n in problem.providers if n not in left_out], left_out
 
@@ -254,13 +255,23 @@ def _like(small: Any, case: Any) -> Any:
 
 
 def run(suite: Suite, cases: Sequence[Any], options: Options, name: str | None = None) -> record.Record:
+    """The record of all cases that there was time for. An interrupt (SIGINT) ends it early; `absent` says where."""
     rows: list[record.Row] = []
     checks: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     load_before = record.machine()["load_average"]
     dtypes = {getattr(case, "dtype", torch.float32) for case in cases}
-    before = limits.find(options.device, dtypes, options.quick)
-    for case in cases:
+    found = limits.find(options.device, dtypes, options.quick)
+
+    def so_far() -> record.Record:
+        return record.new(
+            name or f"{suite.name}-{options.device.type}",
+            settings=_settings(suite, cases, options) | {"load_average_before": load_before},
+            rows=rows, gate=checks, targets=suite.judge(rows) if suite.judge else [], absent=absent,
+            limits=found._asdict(),
+        )  # fmt: skip
+
+    for i, case in enumerate(cases):
         if options.deadline is not None and time.monotonic() > options.deadline:
             absent[case.label] = "out of time (--seconds)"
             continue
@@ -269,25 +280,24 @@ def run(suite: Suite, cases: Sequence[Any], options: Options, name: str | None =
         except Absent as error:  # what every provider of the case needs
             absent[case.label] = str(error)
             continue
+        except KeyboardInterrupt:
+            absent |= dict.fromkeys((late.label for late in cases[i:]), INTERRUPTED)
+            return so_far()
         rows += case_rows
         checks += case_checks
         absent |= case_absent
-    found = limits.best(before, limits.find(options.device, dtypes, options.quick))
-    settings = {
+        if options.save is not None:
+            options.save(so_far())
+    found = limits.best(found, limits.find(options.device, dtypes, options.quick))
+    return so_far()
+
+
+def _settings(suite: Suite, cases: Sequence[Any], options: Options) -> dict[str, Any]:
+    return {
         "device": options.device.type,
         "repeats": options.repeats,
         "quick": options.quick,
         "title": suite.title,
         "cases": [{k: str(v) if isinstance(v, torch.dtype) else v for k, v in c._asdict().items()} for c in cases],
         "timing": "interleaved rounds, cold cache; ratios are medians over the rounds, best of each in brackets",
-        "load_average_before": load_before,
     }
-    return record.new(
-        name or f"{suite.name}-{options.device.type}",
-        settings=settings,
-        rows=rows,
-        gate=checks,
-        targets=suite.judge(rows) if suite.judge else [],
-        absent=absent,
-        limits=found._asdict(),
-    )

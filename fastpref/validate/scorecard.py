@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from fastpref.validate.operator import Operator
 from fastpref.validate.run import Row, run_case, using
 
 SCHEMA = 1
+INTERRUPTED = 130  # the exit status
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUICK_FAMILIES = ("random", "masked", "odd", "empty", "integers")
 LARGE_BYTES = 12 << 30
@@ -37,7 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("triton", "portable"), help="default: all that run on the device")
     parser.add_argument("--op", metavar="SUBSTRING", default="", help="only operators whose name contains this")
     parser.add_argument("--quick", action="store_true", help="fewer input families, and one dtype where rows overlap")
+    parser.add_argument(
+        "--jobs", type=_positive, default=1, metavar="N", help="processes that share the cases (default: %(default)s)"
+    )
     parser.add_argument("--verbose", action="store_true", help="one line a result instead of the worst of each group")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, want at least 1")
+    return value
 
 
 class Plan(NamedTuple):
@@ -154,22 +168,56 @@ class Table:
                 print(f"    FAIL {what}: {row.verdict.detail}", file=self.file, flush=True)
 
 
-def evaluate(p: Plan, pattern: str, quick: bool, table: Table) -> list[Row]:
-    """All results; a group is printed as soon as it is complete."""
-    groups: dict[str, list[tuple[Operator, str, torch.dtype, list[str]]]] = {}
+Case = tuple[Operator, str, torch.dtype, list[str]]
+
+
+def evaluate(p: Plan, pattern: str, quick: bool, table: Table, jobs: int = 1) -> Iterator[Row]:
+    """All results, in the order of the operators; a group is printed as soon as it is complete."""
+    groups: dict[str, list[Case]] = {}
     for case in cases(p, pattern, quick):
-        groups.setdefault(case[0].group or case[0].name, []).append(case)
-    every: list[Row] = []
-    for name, members in groups.items():
-        found: dict[tuple[str, str], list[Row]] = {}
-        for op, family, dtype, backends in members:
-            if backends:
-                for row in run_case(op, family, dtype, p.device, backends):
+        if case[-1]:
+            groups.setdefault(case[0].group or case[0].name, []).append(case)
+    with _workers(p, jobs) as results_of:
+        pending = {name: [results_of(case) for case in members] for name, members in groups.items()}
+        for name, results in pending.items():
+            found: dict[tuple[str, str], list[Row]] = {}
+            for rows in results:
+                for row in rows():
                     found.setdefault((row.backend, row.dtype), []).append(row)
-        for key in sorted(found, key=lambda key: key[0]):
-            table.group(name, found[key])
-            every += found[key]
-    return every
+            for key in sorted(found, key=lambda key: key[0]):
+                table.group(name, found[key])
+                yield from found[key]
+
+
+@contextlib.contextmanager
+def _workers(p: Plan, jobs: int) -> Iterator[Callable[[Case], Callable[[], list[Row]]]]:
+    """What starts a case and returns what waits for its rows: here, one after the other, or in `jobs` processes."""
+    if jobs == 1:
+        yield lambda case: functools.partial(_results, OPERATORS.index(case[0]), *case[1:], p.device)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield lambda case: pool.submit(_in_worker, OPERATORS.index(case[0]), *case[1:], p.device).result
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _results(index: int, family: str, dtype: torch.dtype, backends: list[str], device: torch.device) -> list[Row]:
+    return list(run_case(OPERATORS[index], family, dtype, device, backends))
+
+
+def _in_worker(index: int, family: str, dtype: torch.dtype, backends: list[str], device: torch.device) -> list[Row]:
+    with _as_measured(device):
+        return _results(index, family, dtype, backends, device)
+
+
+@contextlib.contextmanager
+def _as_measured(device: torch.device) -> Iterator[None]:
+    with plain_products(device), warnings.catch_warnings():
+        # NumPy, under Triton's interpreter, warns of arithmetic on lanes that the kernel then masks off
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+        yield
 
 
 def _print_accuracy(results: list[dict[str, Any]], file: Any) -> None:
@@ -209,14 +257,18 @@ def run(args: argparse.Namespace) -> int:
     print(file=out)
     rows: list[Row] = []
     measured: list[dict[str, Any]] = []
-    with plain_products(p.device), warnings.catch_warnings():
-        # NumPy, under Triton's interpreter, warns of arithmetic on lanes that the kernel then masks off
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+    interrupted = False
+    with _as_measured(p.device):
         table = Table(args.verbose, out)
-        rows += evaluate(p, args.op, args.quick, table)
-        if p.device.type == "cuda" and not args.quick and not args.op:
-            rows += _beyond_int32(p, table, out)
-    if not args.op and rows:
+        try:
+            for row in evaluate(p, args.op, args.quick, table, args.jobs):
+                rows.append(row)
+            if p.device.type == "cuda" and not args.quick and not args.op:
+                rows += _beyond_int32(p, table, out)
+        except KeyboardInterrupt:
+            interrupted = True
+            print("\ninterrupted: what follows is what was done until then", file=out)
+    if not args.op and rows and not interrupted:
         with using(p.backends[-1] if p.device.type == "cuda" else "portable"):  # bf16, which no interpreter rounds
             measured = accuracy.compare(p.device, 512 if args.quick else 1024)
         _print_accuracy(measured, out)
@@ -228,8 +280,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{len(rows)} results, {failed} failed, {seconds:.0f} s", file=out)
     if args.json:
         record = {
-            "schema": SCHEMA, "machine": this, "notes": p.notes, "seconds": round(seconds, 1), "passed": failed == 0,
-            "failed": failed, "rows": [_as_json(row) for row in rows], "accuracy": measured,
+            "schema": SCHEMA, "machine": this, "notes": p.notes, "seconds": round(seconds, 1),
+            "interrupted": interrupted, "passed": failed == 0 and not interrupted, "failed": failed,
+            "rows": [_as_json(row) for row in rows], "accuracy": measured,
         }  # fmt: skip
         text = json.dumps(record, indent=1, allow_nan=False)
         if args.json == "-":
@@ -237,7 +290,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             with open(args.json, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
-    return 1 if failed else 0
+    return INTERRUPTED if interrupted else 1 if failed else 0
 
 
 def _beyond_int32(p: Plan, table: Table, out: Any) -> list[Row]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -349,58 +347,3 @@ def test_a_run_that_the_device_refuses_costs_that_run_alone(monkeypatch):
         "x, b": "OutOfResources: out of resource: shared memory", "x, c": "ValueError: got a relative error of 1",
         "y": "OutOfResources: no memory",
     }  # fmt: skip
-
-
-def gpu_script(out: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), str(out), *arguments]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable} | variables
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-
-def test_gpu_script_without_a_gpu(tmp_path):
-    done = gpu_script(tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == "benchmarks/gpu.sh: PyTorch finds no CUDA device on this machine, so nothing was run.\n"
-    assert done.stdout == "" and list(tmp_path.iterdir()) == []
-
-
-def test_gpu_script_goes_on_after_a_failure(tmp_path):
-    stub = tmp_path / "python"
-    stub.write_text(
-        '#!/bin/sh\ncase "$*" in *benchmarks.experiments*) exit 3 ;; *"benchmarks logits"*) exit 124 ;; esac\n'
-    )
-    stub.chmod(0o755)
-    done = gpu_script(tmp_path / "out", PYTHON=str(stub))
-    assert done.returncode == 1
-    summary = done.stdout.split("\n\n")[-1].splitlines()
-    assert [line.split(",")[0] for line in summary] == [
-        "ok      validate",
-        "ok      head",
-        "FAILED  logits: took longer than 30 s",
-        *(f"ok      {name}" for name in ("kl", "reward", "losses", "train", "scale")),
-        "FAILED  experiments: exit status 3",
-        "ok      report",
-    ]
-
-
-def test_gpu_script_ends_within_9_minutes():
-    text = (ROOT / "benchmarks/gpu.sh").read_text()
-    suites = re.search(r"for suite_and_limit in (.*); do", text)[1].split()
-    assert [s.split(":")[0] for s in suites] == list(suite.NAMES)
-    steps = {name: int(limit) for name, limit in re.findall(r'step (\w+) (\d+) "\$python"', text)}
-    assert set(steps) == {"validate", "experiments", "tune", "tests", "hosts", "report"}
-    apart = ("tests", "hosts")  # not part of all
-    total = sum(int(s.split(":")[1]) for s in suites) + sum(v for name, v in steps.items() if name not in apart)
-    assert total <= 9 * 60
-
-
-def test_gpu_script_rehearsal_leaves_a_record(tmp_path):
-    done = gpu_script(tmp_path, "experiments", REHEARSE="1", OMP_NUM_THREADS="1", TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*-experiments-cpu-*.json")
-    assert {r["case"] for r in record.read(path)["rows"]} == set(experiments.EXPERIMENTS)
-
-
-def test_gpu_script_explains_its_arguments(tmp_path):
-    done = gpu_script(tmp_path, "nonsense")
-    assert done.returncode == 64 and "bash benchmarks/gpu.sh OUTDIR" in done.stderr
