@@ -95,7 +95,7 @@ def rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run
 
     def configured(call: Callable[[], object], block: int, warps: int) -> Callable[[], object]:
         # the launcher's own choice, replaced for the call
-        launcher = importlib.import_module("fastpref_kernels.row_logprob")
+        launcher: Any = importlib.import_module("fastpref_kernels.row_logprob")
 
         def run() -> object:
             own, launcher.row_block = launcher.row_block, lambda *_: (block, warps)

@@ -184,9 +184,9 @@ def evaluate(p: Plan, pattern: str, quick: bool, table: Table, jobs: int = 1) ->
             for rows in results:
                 for row in rows():
                     found.setdefault((row.backend, row.dtype), []).append(row)
+                    yield row
             for key in sorted(found, key=lambda key: key[0]):
                 table.group(name, found[key])
-                yield from found[key]
 
 
 @contextlib.contextmanager

@@ -168,7 +168,8 @@ def test_a_quick_run_passes_and_records_what_it_did(some_operators, monkeypatch,
     text = capsys.readouterr().out
     assert "FAIL" not in text and " 0 failed" in text and "log_softmax in fp32" in text
     card = json.loads(path.read_text())
-    assert card.keys() == {"schema", "machine", "notes", "seconds", "passed", "failed", "rows", "accuracy"}
+    names = {"schema", "machine", "notes", "seconds", "interrupted", "passed", "failed", "rows", "accuracy"}
+    assert card.keys() == names and not card["interrupted"]
     assert card["machine"].keys() >= {"fastpref", "torch", "triton", "device", "cpu", "commit", "date", "threads"}
     assert card["passed"] and card["failed"] == 0
     case = {"op", "backend", "device", "dtype", "family", "output"}
@@ -284,3 +285,29 @@ def test_sampled_rows_of_huge_logits():
     """The machinery of the check beyond 2^31 elements, on a few thousand."""
     rows = list(beyond_int32.check(torch.device(DEVICE), ["portable"], rows=70, vocab=300))
     assert len(rows) == 4 and all(row.verdict.passed for row in rows), rows
+
+
+def test_jobs_give_the_results_of_one_process(tmp_path):
+    """In the same order; seconds aside, the same file."""
+    found = []
+    for jobs in ("1", "2"):
+        file = tmp_path / f"{jobs}.json"
+        assert validate("--quick", "--op", "kl_estimate", "--jobs", jobs, "--json", str(file)) == 0
+        found.append(json.loads(file.read_text())["rows"])
+    assert found[0] == found[1] != []
+
+
+def test_an_interrupt_keeps_the_results_until_then(monkeypatch, tmp_path, capsys):
+    run_case, begun = scorecard.run_case, []
+
+    def interrupted(operator, *arguments):
+        begun.append(operator.name)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return run_case(operator, *arguments)
+
+    monkeypatch.setattr(scorecard, "run_case", interrupted)
+    assert validate("--quick", "--op", "kl_estimate", "--json", str(tmp_path / "found.json")) == 130
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["interrupted"] and not found["passed"]
+    assert "interrupted" in capsys.readouterr().out
