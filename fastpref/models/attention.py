@@ -185,7 +185,7 @@ def attention(
         options = {name: value for name, value in (options | kwargs).items() if value is not None}
         return _delegate(delegate, module)(module, query, key, value, attention_mask, **options)
     unknown = [name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
-    if unknown or attention_mask is not None:
+    if unknown or (attention_mask is not None and attention_mask.shape != (1, 1, 1, 1)):
         raise ValueError(f"{', '.join(unknown) or 'attention_mask'}: got one in packed attention, want none")
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave fp32 queries and keys beside half values
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -233,6 +233,12 @@ def disable(model: Any) -> None:
     current = model.config._attn_implementation
     if current.startswith(_PREFIX):
         model.set_attn_implementation(current.removeprefix(_PREFIX))
+
+
+def prepared_mask(input_ids: Tensor) -> Tensor:
+    """A mask that masks nothing, for packed rows: transformers hands a 4-d one through to `attention`. Without any, it
+    would look for packed sequences in the positions, on the host, in every forward."""
+    return torch.zeros(1, 1, 1, 1, device=input_ids.device)
 
 
 @contextlib.contextmanager

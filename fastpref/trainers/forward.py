@@ -21,7 +21,10 @@ WRONG = 0.1  # of the error of an attention that mixes sequences
 def hidden_rows(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """The backbone's last hidden states `[N, d]` of a batch from `fastpref.data.packing.pack`."""
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    with attention.packed_rows() if attention.KWARG in inputs else contextlib.nullcontext():
+    packed = attention.KWARG in inputs
+    if packed:
+        inputs["attention_mask"] = attention.prepared_mask(inputs["input_ids"])
+    with attention.packed_rows() if packed else contextlib.nullcontext():
         output = backbone(model)(**inputs, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
 

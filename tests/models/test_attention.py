@@ -197,6 +197,14 @@ class TestFallback:
             assert choose_layout(model, "auto")[1] is False
 
 
+def test_packed_rows_are_not_looked_for_on_the_host(monkeypatch):
+    model = family("Llama")
+    layout, ours = choose_layout(model, "auto")
+    assert ours
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda *_: pytest.fail("asked"))
+    hidden_rows(model, pack(groups(), layout))
+
+
 def test_hidden_rows_of_a_padded_batch():
     model = family("Llama")
     batch = pack(groups(), "padded")
