@@ -40,6 +40,9 @@ def dataset(method: str) -> Dataset:
         return Dataset.from_dict({"prompt": QUESTIONS, "completion": GOOD})
     if method in ("grpo", "rloo", "online_dpo"):
         return Dataset.from_dict({"prompt": QUESTIONS})
+    if method == "prm":
+        steps = [[good, bad] for good, bad in zip(GOOD, BAD, strict=True)]
+        return Dataset.from_dict({"prompt": QUESTIONS, "completions": steps, "labels": [[True, False]] * 4})
     if method == "kto":
         answers, labels = GOOD[:2] + BAD[2:], [True, True, False, False]
         return Dataset.from_dict({"prompt": QUESTIONS, "completion": answers, "label": labels})

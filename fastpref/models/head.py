@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastpref.models.wrappers import has_parameters, inner_model, whole
 
-HEAD_TOLERANCE = 1e-4  # relative to the largest logit; two ways of computing them in fp32 differ by some 1e-6
+HEAD_TOLERANCE = 1e-4  # relative; two ways of computing logits in fp32 differ by some 1e-6
+PROBED, LARGEST_HIDDEN = 50.0, 2.0**14  # the largest logit and hidden state of a probe; fp16 ends at 2^16
 
 
 class Head(NamedTuple):
@@ -93,26 +94,61 @@ def output_head(model: Any) -> Head:
     Raises:
         ValueError: it does not, so the model does something to its logits that fastpref does not know.
     """
-    head, seen = read_head(model), []
+    head = read_head(model)
     if not has_parameters(model):
         return head
-    hook = backbone(model).register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state))
-    try:
-        device = head.weight.device
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
-            vocab = inner_model(model).config.get_text_config().vocab_size
-            ids = torch.arange(8, device=device)[None] % vocab
-            wanted = model(input_ids=ids, use_cache=False).logits.float()
-            found = head.logits(seen[-1].to(head.weight.dtype)).float() if seen else wanted.new_empty(0)
-    finally:
-        hook.remove()
-    limit = max(HEAD_TOLERANCE, 4 * torch.finfo(head.weight.dtype).eps) * wanted.abs().max()
-    if found.shape != wanted.shape or not (found - wanted).abs().max() <= limit:
+    wanted, found = _probed_logits(model, head)
+    limit = max(HEAD_TOLERANCE, 2 * torch.finfo(found.dtype).eps)  # of the logits, their scale and their cap
+    found, wanted = found.double(), wanted.double()
+    if found.shape != wanted.shape or not (found - wanted).norm() <= limit * wanted.norm():
         raise ValueError(
             f"model: got {type(model).__name__}, whose logits are not its hidden states times its output embeddings; "
             "want a model with a plain output head (a scale and a soft cap are known)"
         )
     return head
+
+
+def _probed_logits(model: Any, head: Head) -> tuple[Tensor, Tensor]:
+    """The model's own logits of a few tokens, and the head's of the same hidden states in the same precision.
+
+    Those are scaled until the largest logit is PROBED, or as large as the soft cap: logits of fresh weights are too
+    small to show a cap, and what is done to larger ones is hidden by it.
+    """
+    device, body = head.weight.device, backbone(model)
+    probed = PROBED if head.softcap is None else min(PROBED, head.softcap)
+    seen, dtypes = [], [head.weight.dtype]  # of the hidden states that reach the head, and of what the head makes
+
+    def no_autocast(*_: Any) -> None:
+        """A forward that Accelerate prepared, once or twice, switches autocast on before it comes here."""
+        torch.set_autocast_enabled(device.type, False)
+
+    def scaled(module: Any, inputs: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        largest = head._replace(softcap=None).logits(hidden.to(head.weight.dtype)).abs().max()
+        factor = torch.minimum(probed / largest.float(), LARGEST_HIDDEN / hidden.abs().max().float())
+        output.last_hidden_state = hidden * factor.to(hidden.dtype)
+        seen.append(output.last_hidden_state)
+        return output
+
+    hooks = [body.register_forward_pre_hook(no_autocast), body.register_forward_hook(scaled)]
+    layer = inner_model(model).get_output_embeddings()
+    hooks.append(layer.register_forward_hook(lambda layer, inputs, output: dtypes.append(output.dtype)))
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),  # dropout draws
+            torch.autocast(device.type, enabled=False),
+        ):
+            ids = torch.arange(8, device=device)[None] % inner_model(model).config.get_text_config().vocab_size
+            wanted = model(input_ids=ids, use_cache=False).logits
+            if not seen:
+                return wanted, wanted.new_empty(0)
+            bias = None if head.bias is None else head.bias.to(dtypes[-1])
+            found = head._replace(weight=head.weight.to(dtypes[-1]), bias=bias).logits(seen[-1].to(dtypes[-1]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return wanted, found
 
 
 def _has_adapter(layer: nn.Module) -> bool:
