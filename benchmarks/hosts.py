@@ -34,8 +34,9 @@ from torch import Tensor
 from benchmarks import measure, record, suite
 from benchmarks.measure import MIB
 from benchmarks.suite import relative_error
-from benchmarks.trainers import model_folder, pairs_of
+from benchmarks.trainers import model_folder
 from fastpref import DPOLoss, models
+from fastpref.commands.demo.comparison import pairs_of
 from fastpref.integrations import trl as fast_trl
 from fastpref.integrations.transformers import batch_loss, reference_logps
 from fastpref.models.attention import KWARG, packed_rows

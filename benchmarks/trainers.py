@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from benchmarks import record
 from benchmarks.measure import MIB, quantile
 from benchmarks.suite import INTERRUPTED
+from fastpref.commands.demo.comparison import LIBRARIES, LOSS_TOLERANCE, Failed, Result, Run, train_in_process
 
-LIBRARIES = ("trl", "fastpref")
 CASES = {"online reference": False, "precomputed reference": True}
-LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # of the mean loss: fp32; bf16, where TRL rounds its logits
 SIZES = {  # built from a config, with random weights: Llama-3.2-1B, Qwen2.5-0.5B, Llama-3.1-8B (their config.json)
     "llama-1b": ("Llama", {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -75,95 +70,6 @@ def model_folder(name: str, folder: Path) -> Path:
     return target
 
 
-def pairs_of(files: list[str] | None) -> Any:
-    """`prompt`, `chosen`, `rejected` of preference data in any format, in its order; of the sample without files."""
-    from datasets import Dataset
-
-    from fastpref.data.files import load_records
-    from fastpref.data.formats import paired
-    from fastpref.data.pairs import sample_pairs
-
-    if files is None:
-        return Dataset.from_list([pair._asdict() for pair in sample_pairs()[0]])
-    return paired(load_records(files)).select_columns(["prompt", "chosen", "rejected"])
-
-
-def child(args: argparse.Namespace) -> None:
-    """One run of one library; prints a JSON line."""
-    import torch
-    from transformers import AutoTokenizer, TrainerCallback
-
-    from fastpref.common.memory import peak_bytes
-
-    on_gpu = args.device == "cuda"
-    if args.library == "trl":
-        os.environ["CI"] = "1"  # no telemetry
-        from trl import DPOConfig, DPOTrainer
-
-        extra: dict[str, Any] = {}
-    else:
-        from fastpref.trainers import DPOConfig, DPOTrainer  # type: ignore[assignment]
-
-        extra = {"reference_cache": args.scratch}
-    dataset = pairs_of(args.data)
-    wanted = args.steps * args.batch_size
-    dataset = dataset.select([i % len(dataset) for i in range(wanted + wanted // 2 + 2)])
-
-    class Clock(TrainerCallback):
-        begun: ClassVar[list[float]] = []
-        ended: ClassVar[list[float]] = []
-
-        def _now(self) -> float:
-            if on_gpu:
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begun.append(self._now())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ended.append(self._now())
-
-    config = DPOConfig(
-        output_dir=f"{args.scratch}/{args.library}", per_device_train_batch_size=args.batch_size, max_steps=args.steps,
-        logging_steps=10, bf16=on_gpu, use_cpu=not on_gpu, learning_rate=1e-6, max_length=args.max_length,
-        gradient_checkpointing=args.checkpointing, save_strategy="no", disable_tqdm=True, report_to="none",
-        train_sampling_strategy="sequential", precompute_ref_log_probs=args.precompute,
-        model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32"}, **extra,
-    )  # fmt: skip
-    adapter = None
-    if args.lora_r:
-        from peft import LoraConfig
-
-        adapter = LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, target_modules="all-linear")
-    begin = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    trainer = DPOTrainer(
-        args.model, None, config, None, dataset, processing_class=tokenizer, callbacks=[Clock()], peft_config=adapter
-    )
-    ready = time.perf_counter()
-    result = trainer.train()
-    peak = peak_bytes(torch.device(args.device))
-    print("RESULT " + json.dumps({
-        "seconds": [b - a for a, b in zip(Clock.begun, Clock.ended, strict=True)][1:],  # the first one warms up
-        "setup_seconds": ready - begin, "peak_bytes": peak, "loss": result.training_loss,
-    }), flush=True)  # fmt: skip
-
-
-def run_child(args: argparse.Namespace, library: str, precompute: bool, model: Path, scratch: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.trainers", "--child", library, "--model", str(model)]
-    for name in ("steps", "batch_size", "max_length", "device", "lora_r"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    command += ["--scratch", tempfile.mkdtemp(dir=scratch)]  # and so no cache of an earlier run
-    command += ["--data", *args.data] if args.data else []
-    command += ["--precompute"] * precompute + ["--checkpointing"] * args.checkpointing
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"{library}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no result'}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
-
-
 def measure(args: argparse.Namespace, save: Callable[[record.Record], object] | None = None) -> record.Record:
     """Case after case; `save` gets the record after each. A library that fails costs its case alone."""
     rows: list[record.Row] = []
@@ -180,20 +86,21 @@ def measure(args: argparse.Namespace, save: Callable[[record.Record], object] | 
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(args.model, Path(scratch))
         for case, precompute in CASES.items():
-            found: dict[str, list[dict[str, Any]]] = {library: [] for library in LIBRARIES}
+            found: dict[str, list[Result]] = {library: [] for library in LIBRARIES}
+            run = _run_of(args, model, precompute)
             try:
                 for _ in range(args.repeats):
                     for library in LIBRARIES:
-                        found[library].append(run_child(args, library, precompute, model, scratch))
+                        found[library].append(train_in_process(library, run, scratch))
                         print(f"{case}: {library} {found[library][-1]}", flush=True)
-            except RuntimeError as error:
+            except Failed as error:
                 absent[case] = str(error)
                 print(f"{case}: {error}", flush=True)
                 continue
             except KeyboardInterrupt:
                 absent[case] = INTERRUPTED
                 break
-            difference = abs(found["trl"][0]["loss"] - found["fastpref"][0]["loss"])
+            difference = abs(found["trl"][0].loss - found["fastpref"][0].loss)
             passed = difference <= LOSS_TOLERANCE[args.device]
             gate.append({"case": case, "provider": "fastpref", "errors": {"loss": difference}, "passed": passed})
             if not passed:
@@ -206,11 +113,18 @@ def measure(args: argparse.Namespace, save: Callable[[record.Record], object] | 
     return so_far()
 
 
-def _row(case: str, library: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _run_of(args: argparse.Namespace, model: Path, precompute: bool) -> Run:
+    return Run(
+        str(model), args.data, args.steps, args.batch_size, args.max_length, args.device, precompute,
+        args.checkpointing, args.lora_r,
+    )  # fmt: skip
+
+
+def _row(case: str, library: str, runs: list[Result]) -> dict[str, Any]:
     return {
-        "case": case, "provider": library, "seconds": [s for run in runs for s in run["seconds"]],
-        "peak_bytes": max(run["peak_bytes"] for run in runs), "setup_seconds": [run["setup_seconds"] for run in runs],
-        "loss": runs[0]["loss"],
+        "case": case, "provider": library, "seconds": [s for run in runs for s in run.seconds],
+        "peak_bytes": max(run.peak_bytes or 0 for run in runs), "setup_seconds": [run.setup_seconds for run in runs],
+        "loss": runs[0].loss,
     }  # fmt: skip
 
 
@@ -261,17 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lora-r", type=int, default=0, metavar="R", help="train LoRA adapters of this rank on all linear layers")
     add("--checkpointing", action="store_true", help="recompute activations in the backward (TRL's default)")
     add("--json", type=Path, help="file or folder for the record")
-    for name, options in (
-        ("--child", {"dest": "library"}),
-        ("--precompute", {"action": "store_true"}),
-        ("--scratch", {}),
-    ):
-        add(name, help=argparse.SUPPRESS, **options)  # type: ignore[arg-type]
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without one
-    if args.library:
-        child(args)
-        return 0
     found = measure(args, None if args.json is None else functools.partial(record.write, path=args.json))
     print("\n" + table(found))
     if args.json is not None:

@@ -1,186 +1,162 @@
-"""The fused DPO loss beside eager PyTorch on one batch: gradients first, then time and peak memory.
+"""DPO training by fastpref's trainer and by TRL's, step for step: seconds, peak memory, the same loss.
 
-`python -m fastpref.commands.demo.comparison BATCH.pt WAY` is one of the fresh processes that `compare` measures in.
+Each run is a process of its own (`python -m fastpref.commands.demo.comparison LIBRARY RUN SCRATCH`), so that its peak
+is its own.
 """
 
 from __future__ import annotations
 
-import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from fastpref.common.memory import resident_bytes
-from fastpref.objectives.paired import DPOLoss
-
-REPEATS = 2  # beyond the first
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+LIBRARIES = ("trl", "fastpref")
+NAMES = {"trl": "TRL", "fastpref": "fastpref"}
+LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # of the mean loss: fp32; bf16, where TRL rounds its logits
+MIB = 1 << 20
 
 
-class HeadBatch(NamedTuple):
-    """What reaches a loss: hidden states `[2B, T, d]`, head, shifted labels, reference log-probs `[2B]`."""
+@dataclass(frozen=True)
+class Run:
+    """What both libraries are given."""
 
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    ref_logps: Tensor
-    beta: float
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> HeadBatch:
-        hidden, weight = (x.detach().to(device, dtype, copy=True) for x in (self.hidden, self.weight))
-        return HeadBatch(hidden, weight, self.labels.to(device), self.ref_logps.to(device), self.beta)
-
-
-class Measurement(NamedTuple):
-    seconds: float  # forward and backward, best of 1 + REPEATS
-    peak_bytes: int | None  # beyond the inputs; None where the system does not tell
+    model: str
+    data: list[str] | None  # files in any format; None: the sample
+    steps: int
+    batch_size: int
+    max_length: int
+    device: str
+    precompute: bool = False  # the reference's log-probs before training, instead of in every step
+    checkpointing: bool = False
+    lora_r: int = 0  # 0: all parameters
 
 
-def fused(batch: HeadBatch) -> Tensor:
-    return DPOLoss(batch.beta).from_hidden(batch.hidden, batch.weight, batch.labels, ref_logps=batch.ref_logps).loss
+@dataclass(frozen=True)
+class Result:
+    seconds: list[float]  # of every step but the first, which warms up
+    setup_seconds: float
+    peak_bytes: int | None
+    loss: float  # mean over the steps
 
 
-def eager(batch: HeadBatch) -> Tensor:
-    """As plain PyTorch writes it: all logits, their log-softmax, the labels' entries."""
-    logits = F.linear(batch.hidden, batch.weight)
-    scored = batch.labels != -100
-    logps = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    picked = logps.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
-    chosen, rejected = ((picked * scored).sum(1) - batch.ref_logps).chunk(2)
-    return -F.logsigmoid(batch.beta * (chosen - rejected)).mean()
+class Failed(RuntimeError):
+    """A library that is not installed, or stopped with an error."""
 
 
-WAYS: dict[str, Callable[[HeadBatch], Tensor]] = {"eager": eager, "fused": fused}
+def pairs_of(files: list[str] | None) -> Any:
+    """`prompt`, `chosen`, `rejected` of preference data in any format, in its order; of the sample without files."""
+    from datasets import Dataset
+
+    from fastpref.data.files import load_records
+    from fastpref.data.formats import paired
+    from fastpref.data.pairs import sample_pairs
+
+    if files is None:
+        return Dataset.from_list([pair._asdict() for pair in sample_pairs()[0]])
+    return paired(load_records(files)).select_columns(["prompt", "chosen", "rejected"])
 
 
-def step(way: Callable[[HeadBatch], Tensor], batch: HeadBatch) -> tuple[Any, Any]:
-    """(dH, dW) of one forward and backward."""
-    batch.hidden.grad = batch.weight.grad = None
-    way(batch).backward()
-    return batch.hidden.grad, batch.weight.grad
+def train(library: str, run: Run, scratch: str) -> Result:
+    """In this process."""
+    import torch
+    from transformers import AutoTokenizer, TrainerCallback
 
+    from fastpref.common.memory import peak_bytes
 
-def _requiring(batch: HeadBatch, trainable: bool = True) -> HeadBatch:
-    batch.hidden.requires_grad_()
-    batch.weight.requires_grad_(trainable)
-    return batch
+    on_gpu = run.device == "cuda"
+    extra: dict[str, Any] = {}
+    if library == "trl":
+        os.environ["CI"] = "1"  # no telemetry
+        from trl import DPOConfig, DPOTrainer
+    else:
+        from fastpref.trainers import DPOConfig, DPOTrainer  # type: ignore[assignment]
 
+        extra = {"reference_cache": scratch}
+    dataset = pairs_of(run.data)
+    wanted = run.steps * run.batch_size
+    dataset = dataset.select([i % len(dataset) for i in range(wanted + wanted // 2 + 2)])
 
-class GradientErrors(NamedTuple):
-    """Relative L2 errors against fp64."""
+    class Clock(TrainerCallback):
+        begun: ClassVar[list[float]] = []
+        ended: ClassVar[list[float]] = []
 
-    hidden: float
-    weight: float
+        def _now(self) -> float:
+            if on_gpu:
+                torch.cuda.synchronize()
+            return time.perf_counter()
 
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begun.append(self._now())
 
-def gradient_limit(batch: HeadBatch) -> float:
-    """1e-5 for the arithmetic in fp32; and a sum of n log-probs that is rounded after each of them is off by some
-    sqrt(n) roundings of its size, which moves the margin and so every gradient by beta times that."""
-    rounding = torch.finfo(torch.float32).eps / 2
-    off = (batch.labels != -100).sum(1).sqrt() * batch.ref_logps.abs() * rounding
-    return 1e-5 + batch.beta * float(off.max())
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ended.append(self._now())
 
+    config = DPOConfig(
+        output_dir=f"{scratch}/{library}", per_device_train_batch_size=run.batch_size, max_steps=run.steps,
+        logging_steps=10, bf16=on_gpu, use_cpu=not on_gpu, learning_rate=1e-6, max_length=run.max_length,
+        gradient_checkpointing=run.checkpointing, save_strategy="no", disable_tqdm=True, report_to="none",
+        train_sampling_strategy="sequential", precompute_ref_log_probs=run.precompute,
+        model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32"}, **extra,
+    )  # fmt: skip
+    adapter = None
+    if run.lora_r:
+        from peft import LoraConfig
 
-def true_gradients(batch: HeadBatch) -> tuple[Tensor, Tensor]:
-    """(dH, dW) in fp64 by autograd, one pair at a time: fp64 logits of the whole batch would be large."""
-    hidden, weight = (x.detach().double().requires_grad_() for x in (batch.hidden, batch.weight))
-    pairs = len(hidden) // 2
-    for pair in range(pairs):
-        rows = [pair, pairs + pair]
-        one = HeadBatch(hidden[rows], weight, batch.labels[rows], batch.ref_logps[rows].double(), batch.beta)
-        (eager(one) / pairs).backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return hidden.grad, weight.grad
-
-
-def gradient_errors(batch: HeadBatch, device: torch.device) -> dict[str, GradientErrors]:
-    batch = batch.to(device, torch.float32)
-    truth = true_gradients(batch)
-    _requiring(batch)
-    found = {}
-    for name, way in WAYS.items():
-        hidden, weight = (float((g - t).norm() / t.norm()) for g, t in zip(step(way, batch), truth, strict=True))
-        found[name] = GradientErrors(hidden, weight)
-    return found
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=run.lora_r, target_modules="all-linear")
     begin = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    trainer = DPOTrainer(
+        run.model, None, config, None, dataset, processing_class=tokenizer, callbacks=[Clock()], peft_config=adapter
+    )
+    ready = time.perf_counter()
+    loss = trainer.train().training_loss
+    seconds = [b - a for a, b in zip(Clock.begun, Clock.ended, strict=True)]
+    return Result(seconds[1:], ready - begin, peak_bytes(torch.device(run.device)), loss)
 
 
-def measure(way: Callable[[HeadBatch], Tensor], batch: HeadBatch, trainable: bool) -> Measurement:
-    """In a fresh process: memory that an earlier call left with the allocator would hide what this one takes.
-
-    The peak is that of the calls after the first, against what was there before the first: what is kept from one
-    call to the next counts. The code is loaded by then.
-    """
-    device = batch.hidden.device
-    small = HeadBatch(torch.randn(2, 2, 4), torch.randn(8, 4), torch.ones(2, 2).long(), torch.zeros(2), batch.beta)
-    step(way, _requiring(small.to(device, batch.hidden.dtype), trainable))
-    _requiring(batch, trainable)
-    gc.collect()
-    before = _memory_in_use(device)
-    seconds = [_seconds(lambda: step(way, batch), device)]
-    _restart_peak(device)
-    seconds += [_seconds(lambda: step(way, batch), device) for _ in range(REPEATS)]
-    peak = _peak_memory(device)
-    return Measurement(min(seconds), None if before is None or peak is None else peak - before)
+def train_in_process(library: str, run: Run, scratch: str) -> Result:
+    """Raises Failed."""
+    folder = tempfile.mkdtemp(dir=scratch)  # its own, and so no cache of an earlier run
+    command = [sys.executable, "-m", "fastpref.commands.demo.comparison", library, json.dumps(asdict(run)), folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        raise Failed(f"{NAMES[library]}: {(done.stderr.strip().splitlines() or ['no result'])[-1]}")
+    return Result(**json.loads(lines[-1].removeprefix("RESULT ")))
 
 
-def _memory_in_use(device: torch.device) -> int | None:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes("VmRSS")
+def compare(run: Run) -> dict[str, Result]:
+    """By "trl", "fastpref" and "fastpref, cached reference". Raises Failed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = {library: train_in_process(library, run, scratch) for library in LIBRARIES}
+        cached = replace(run, precompute=True)
+        return found | {"fastpref, cached reference": train_in_process("fastpref", cached, scratch)}
 
 
-def _peak_memory(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
+def same_loss(found: dict[str, Result], device: str) -> bool:
+    return abs(found["trl"].loss - found["fastpref"].loss) <= LOSS_TOLERANCE[device]
 
 
-def _restart_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif _CLEAR_REFS.exists():
-        _CLEAR_REFS.write_text("5")
+def show(found: dict[str, Result], run: Run) -> None:
+    """A table, and in words whether both computed the same loss."""
+    print(f"{'':28}{'pairs per second':>17}{'':>8}{'peak memory':>14}{'':>8}{'mean loss':>11}")
+    rates = {name: run.batch_size * len(r.seconds) / sum(r.seconds) for name, r in found.items()}
+    for name, result in found.items():
+        rate, speed = rates[name], f"{rates[name] / rates['trl']:.2f} x"
+        peak, of_trl = result.peak_bytes, found["trl"].peak_bytes
+        memory = ("?", "") if peak is None or not of_trl else (f"{peak / MIB:,.0f} MiB", f"{peak / of_trl:.2f} x")
+        print(f"{NAMES.get(name, name):28}{rate:17.3f}{speed:>8}{memory[0]:>14}{memory[1]:>8}{result.loss:11.6f}")
+    if not same_loss(found, run.device):
+        print("The mean losses are NOT the same.")
 
 
-def compare(batch: HeadBatch, device: torch.device) -> dict[tuple[str, bool], Measurement]:
-    """(way, is the head trainable) -> its measurement, each in a process of its own."""
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "batch.pt"
-        torch.save(tuple(batch.to(torch.device("cpu"), torch.float32)), path)
-        for trainable in (True, False):
-            for way in WAYS:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "fastpref.commands.demo.comparison",
-                    str(path),
-                    way,
-                    str(device),
-                    str(trainable),
-                ]
-                answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                found[way, trainable] = Measurement(*json.loads(answer))
-    return found
-
-
-def main(path: str, way: str, device: str, trainable: str) -> None:
-    batch = HeadBatch(*torch.load(path, mmap=True))
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    print(json.dumps(measure(WAYS[way], batch.to(torch.device(device), dtype), trainable == "True")))
+def main(library: str, run: str, scratch: str) -> None:
+    print("RESULT " + json.dumps(asdict(train(library, Run(**json.loads(run)), scratch))), flush=True)
 
 
 if __name__ == "__main__":
