@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from fastpref.common import checks
 from fastpref.data.packing import LAYOUTS
@@ -33,7 +36,9 @@ class PreferenceConfig(TrainingArguments):
 
     logging_steps: float = option(10, "Log every so many update steps, or share of them.")
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward: less memory, more time.")
-    bf16: bool | None = option(None, "bf16 autocast. By default on, unless fp16 is.")  # type: ignore[assignment]
+    bf16: bool | None = option(  # type: ignore[assignment]
+        None, "bf16 autocast. By default on where the device has it, unless fp16 is on; else training is in fp32."
+    )
     report_to: list[str] | str | None = option("none", "Where to report logs to, besides the console and files.")
     model_init_kwargs: dict[str, Any] | str | None = option(None, "For from_pretrained, when the model is a path.")
     trust_remote_code: bool = option(False, "Run Python code that comes with a model or tokenizer.")
@@ -66,7 +71,7 @@ class PreferenceConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        self._choose_precision()
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
         super().__post_init__()
@@ -85,6 +90,19 @@ class PreferenceConfig(TrainingArguments):
         if isinstance(self.pad_to_multiple_of, str):
             text = self.pad_to_multiple_of.lower()
             self.pad_to_multiple_of = None if text in ("auto", "none", "null") else int(text)
+
+    def _choose_precision(self) -> None:
+        """bf16 by default, and fp32 with a sentence where transformers would refuse it. fp16 on a CPU, which Accelerate
+        passes over in silence, is fp32 with a sentence too."""
+        fallback = "there is no accelerator that has it; training is in fp32"
+        if self.fp16 and not self.bf16 and (self.use_cpu or not torch.accelerator.is_available()):
+            self.fp16 = self.bf16 = False
+            warnings.warn(f"fp16: {fallback}", stacklevel=1)  # one place, so that Python says it once
+        if self.bf16 is None:
+            has_it = self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()
+            self.bf16 = not self.fp16 and has_it
+            if not (self.fp16 or has_it):
+                warnings.warn(f"bf16: {fallback}", stacklevel=1)
 
 
 @dataclass

@@ -214,3 +214,13 @@ def test_dropout_of_the_adapters_was_turned_off(base, files, tmp_path, capsys):
     job = prepare("dpo", [*options, "--lora_r", "2", "--lora_dropout", "0.25"])
     rates = {m.p for name, m in job.trainer.model.named_modules() if "lora_dropout" in name and hasattr(m, "p")}
     assert rates == {0.25}
+
+
+def test_the_precision_that_is_printed_is_the_one_that_runs(base, files, tmp_path, capsys) -> None:
+    for given, printed in (([], "fp32"), (["--bf16"], "bf16"), (["--fp16"], "fp32")):
+        argv = ["--model", base, "--data", files["pairs"], "--output_dir", str(tmp_path / "out"), *QUICK, *given]
+        trainer = prepare("cpo", argv).trainer
+        with trainer.accelerator.autocast():
+            autocast = torch.is_autocast_enabled("cpu")
+        assert f"Training on the CPU in {printed}\n" in capsys.readouterr().out
+        assert autocast == (printed == "bf16")
