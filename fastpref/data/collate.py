@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpref.data.ids import IGNORE_INDEX, common_prefix_length
 from fastpref.data.pairs import Pair
-
-IGNORE_INDEX = -100
+from fastpref.data.template import template_ids
 
 
 class TokenizedPair(NamedTuple):
@@ -36,20 +35,12 @@ class PairBatch(NamedTuple):
         return PairBatch(*(x.to(device) for x in self))
 
 
-def _template_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
-
-
-def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(first, second, strict=False)))
-
-
 def tokenize_pair(pair: Pair, tokenizer: Any) -> TokenizedPair:
     """As TRL does: a completion is what the template adds to the prompt with its generation header, whatever
     closes the assistant's turn included. The prompt ends where it stops being a prefix of either sequence."""
-    prompt = _template_ids(tokenizer, pair.prompt, add_generation_prompt=True)
-    chosen = _template_ids(tokenizer, pair.prompt + pair.chosen)
-    rejected = _template_ids(tokenizer, pair.prompt + pair.rejected)
+    prompt = template_ids(tokenizer, pair.prompt, add_generation_prompt=True)
+    chosen = template_ids(tokenizer, pair.prompt + pair.chosen)
+    rejected = template_ids(tokenizer, pair.prompt + pair.rejected)
     n = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
     return TokenizedPair(chosen[:n], chosen[n:], rejected[n:])
 

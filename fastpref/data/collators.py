@@ -64,13 +64,8 @@ class PairCollator(PackedCollator):
     score_prompts: bool = False
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
-        return [
-            [
-                Scored(e["prompt_ids"] + e[f"{side}_ids"], len(e["prompt_ids"]) + e.get(f"{side}_skip", 0), kept)
-                for side, kept in (("chosen", 1 if self.score_prompts else None), ("rejected", None))
-            ]
-            for e in examples
-        ]
+        sides = (("chosen", 1 if self.score_prompts else None), ("rejected", None))
+        return [[_response(e, side, e.get(f"{side}_skip", 0), kept) for side, kept in sides] for e in examples]
 
     def part(self, examples: Sequence[Example]) -> dict[str, Any]:
         batch = super().part(examples)
@@ -78,7 +73,7 @@ class PairCollator(PackedCollator):
 
     def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        if "ref_chosen_logps" in examples[0]:
+        if examples[0].get("ref_chosen_logps") is not None:
             sides = [[e[f"ref_{side}_logps"] for e in examples] for side in ("chosen", "rejected")]
             found["ref_logps"] = torch.tensor(sides[0] + sides[1], dtype=torch.float32)
         if self.score_prompts:
@@ -96,9 +91,12 @@ class RewardCollator(PackedCollator):
         return [[Scored(ids, len(ids)) for ids in (e["chosen_ids"], e["rejected_ids"])] for e in examples]
 
     def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
-        if examples[0].get("margin") is None:
+        margins = [e.get("margin") for e in examples]
+        if all(margin is None for margin in margins):
             return {}
-        return {"margin": torch.tensor([e["margin"] for e in examples], dtype=torch.float32)}
+        if None in margins:
+            raise ValueError(f"margin: got None beside {next(m for m in margins if m is not None)}, want all or none")
+        return {"margin": torch.tensor(margins, dtype=torch.float32)}
 
 
 @dataclass
@@ -123,7 +121,7 @@ class UnpairedCollator(PackedCollator):
     """`prompt_ids, completion_ids, label`, and KTO's mismatched `kl_completion_ids`, which are parts of their own."""
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
-        return [[_completion(e["prompt_ids"], e["completion_ids"])] for e in examples]
+        return [[_response(e, "completion")] for e in examples]
 
     def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
         found: dict[str, Any] = {"desirable": torch.tensor([bool(e["label"]) for e in examples])}
@@ -132,14 +130,14 @@ class UnpairedCollator(PackedCollator):
         return found
 
     def kl_part(self, examples: Sequence[Example]) -> dict[str, Any]:
-        part = self.pack([[_mismatched(e)] for e in examples]) | {"examples": len(examples)}
+        part = self.pack([[_response(e, "kl_completion")] for e in examples]) | {"examples": len(examples)}
         if "ref_KL_logps" in examples[0]:
             part["ref_logps"] = torch.tensor([e["ref_KL_logps"] for e in examples], dtype=torch.float32)
         return part
 
     def reference_part(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Both completions of each prompt, for a pass that needs no gradient: [B; B mismatched]."""
-        groups = [[*group, _mismatched(e)] for group, e in zip(self.groups(examples), examples, strict=True)]
+        groups = [[_response(e, side) for side in ("completion", "kl_completion")] for e in examples]
         return self.pack(groups) | {"examples": len(examples)}
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -149,9 +147,7 @@ class UnpairedCollator(PackedCollator):
         return batch
 
 
-def _completion(prompt: list[int], completion: list[int]) -> Scored:
-    return Scored(prompt + completion, len(prompt))
-
-
-def _mismatched(example: Example) -> Scored:
-    return _completion(example["prompt_ids"], example["kl_completion_ids"])
+def _response(example: Example, side: str, skip: int = 0, kept: int | None = None) -> Scored:
+    """A response after its prompt; the first `skip` tokens of it still are context."""
+    prompt, ids, mask = example["prompt_ids"], example[f"{side}_ids"], example.get(f"{side}_mask")
+    return Scored(prompt + ids, len(prompt) + skip, kept, None if mask is None else mask[skip:])

@@ -2,93 +2,218 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os.path
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from fastpref.data.collate import IGNORE_INDEX, common_prefix_length
+from fastpref.data import remarks, template
+from fastpref.data.ids import IGNORE_INDEX, common_prefix_length
+from fastpref.data.special_tokens import bare_ids, ended, text_ids, with_bos, with_eos
 
 Record = dict[str, Any]
+PAIR = ("chosen", "rejected")
 
-logger = logging.getLogger(__name__)
+
+class Response(NamedTuple):
+    """Token ids, and which of them are scored (None: all)."""
+
+    ids: list[int]
+    mask: list[int] | None = None
+
+    def cut(self, length: int) -> Response:
+        return Response(self.ids[:length], None if self.mask is None else self.mask[:length])
+
+    def after(self, length: int) -> Response:
+        return Response(self.ids[length:], None if self.mask is None else self.mask[length:])
+
+    def behind(self, context: list[int]) -> Response:
+        """With the end of its context before it, which is not scored."""
+        return Response(context + self.ids, None if self.mask is None else [0] * len(context) + self.mask)
+
+    @property
+    def scored(self) -> bool:
+        """Is there a token that is?"""
+        return bool(self.ids if self.mask is None else any(self.mask))
 
 
-def part(example: Record, sides: Sequence[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """(prompt, responses), parted where the prompt alone stops being a prefix of one of the sequences."""
+class Parted(NamedTuple):
+    prompt: list[int]
+    responses: list[Response]
+    remarks: int = 0  # flags of fastpref.data.remarks
+
+
+def part(
+    example: Record, sides: Sequence[str], tokenizer: Any, *, responses_as_written: bool = False,
+    assistant_only_loss: bool = False,
+) -> Parted:  # fmt: skip
+    """A prompt and the responses to it, parted where the prompt alone stops being a prefix of one of the sequences.
+
+    `responses_as_written`: a response is its text's tokens and EOS (or the record's `{side}_response_ids`), whatever
+    the chat template would make of it. `assistant_only_loss`: of a response's messages the assistant's are scored.
+    """
     if f"{sides[0]}_ids" in example:
-        return token_ids(example, "prompt_ids"), [token_ids(example, f"{side}_ids") for side in sides]
+        given = [_given(example, side, assistant_only_loss) for side in sides]
+        return Parted(token_ids(example, "prompt_ids"), given, _same([response.ids for response in given]))
+    if responses_as_written:
+        return _as_written(example, sides, tokenizer)
     if is_conversational(example, ("prompt", *sides)):
-        options = template_options(example)
-        prompt = template_ids(tokenizer, example["prompt"], add_generation_prompt=True, **options)
-        sequences = [template_ids(tokenizer, example["prompt"] + example[side], **options) for side in sides]
-    else:
-        prompt = tokenizer(text=example["prompt"])["input_ids"]
-        texts = [example["prompt"] + with_eos(example[side], tokenizer) for side in sides]
-        sequences = [tokenizer(text=text)["input_ids"] for text in texts]
-    n = min(common_prefix_length(prompt, ids) for ids in sequences)
+        return _rendered(example, sides, tokenizer, assistant_only_loss)
+    _refuse_texts(assistant_only_loss)
+    prompt = prompt_ids(example, tokenizer)
+    texts = [example["prompt"] + with_eos(example[side], tokenizer) for side in sides]
+    sequences = [Response(text_ids(tokenizer, text)) for text in texts]
+    return _parted(prompt, sequences, 0)
+
+
+def prompt_ids(example: Mapping[str, Any], tokenizer: Any) -> list[int]:
+    """The record's `prompt`, alone: messages up to the generation header (with its `tools` and
+    `chat_template_kwargs`); text as the tokenizer begins texts."""
+    prompt = example["prompt"]
+    if isinstance(prompt, str):
+        return text_ids(tokenizer, prompt)
+    options = template.template_options(example)
+    return template.template_ids(tokenizer, prompt, add_generation_prompt=True, **options)
+
+
+def _rendered(example: Record, sides: Sequence[str], tokenizer: Any, assistant_only: bool) -> Parted:
+    options, asked = template.template_options(example), len(example["prompt"])
+    sequences, found = [], 0
+    for side in sides:
+        messages = example["prompt"] + example[side]
+        ids = template.template_ids(tokenizer, messages, **options)
+        mask = template.assistant_mask(tokenizer, messages, asked, ids, **options) if assistant_only else None
+        sequences.append(Response(ids, mask))
+        found |= _altered(template.template_text(tokenizer, messages, **options), example[side])
+    return _parted(prompt_ids(example, tokenizer), sequences, found)
+
+
+def _parted(prompt: list[int], sequences: list[Response], found: int) -> Parted:
+    n = min(common_prefix_length(prompt, sequence.ids) for sequence in sequences)
     if n < len(prompt):
-        _warn_once(
-            "the prompt's tokens are not a prefix of prompt and response: the chat template renders it in another way, "
-            "or tokens merge across its end. What follows the part in common counts as response, and %r of the prompt "
-            "is left out, so that the model is trained in another context than it sees in generation.",
-            tokenizer.decode(prompt[n:]),
+        found |= remarks.OTHER_PROMPT
+    responses = [sequence.after(n) for sequence in sequences]
+    return Parted(prompt[:n], responses, found | _same([r.ids for r in responses]))
+
+
+def _altered(text: str, response: Sequence[Record]) -> int:
+    return 0 if template.keeps(text, response) else remarks.ALTERED
+
+
+def _same(responses: Sequence[list[int]]) -> int:
+    return remarks.SAME if len(responses) == 2 and responses[0] == responses[1] else 0
+
+
+def _as_written(example: Record, sides: Sequence[str], tokenizer: Any) -> Parted:
+    if not example.get("prompt"):
+        raise ValueError("prompt: got none with responses_as_written, want a text or messages")
+    responses = [written_ids(example, side, tokenizer) for side in sides]
+    return Parted(prompt_ids(example, tokenizer), [Response(ids) for ids in responses], _same(responses))
+
+
+def written_ids(example: Record, side: str, tokenizer: Any) -> list[int]:
+    """A response's tokens as they were sampled, if the record has them, or else of its text, and EOS."""
+    sampled = example.get(f"{side}_response_ids")
+    if sampled is not None:
+        return list(sampled)
+    response = example[side]
+    if not isinstance(response, str):
+        response = _only_text(side, response)
+    return ended(tokenizer, bare_ids(tokenizer, response))
+
+
+def _only_text(side: str, messages: Sequence[Record]) -> str:
+    message = template.without_none(messages[0]) if len(messages) == 1 else {}
+    if set(message) != {"role", "content"} or message["role"] != "assistant" or not isinstance(message["content"], str):
+        raise ValueError(
+            f"{side}: got messages of {', '.join(m['role'] for m in messages)} with responses_as_written, want one of "
+            "the assistant, with all of the response as the text of its content"
         )
-    return list(sequences[0][:n]), [list(ids[n:]) for ids in sequences]
+    return message["content"]
 
 
-def wholes(example: Record, tokenizer: Any) -> list[list[int]]:
-    """[chosen, rejected], each after the prompt, which is empty where the two have nothing in common."""
-    sides, prompt = ("chosen", "rejected"), example.get("prompt")
-    conversational = is_conversational(example, ("prompt", *sides) if prompt else sides)
-    sequences = [prompt + example[side] if prompt else example[side] for side in sides]
-    if conversational:
-        options = template_options(example)
-        return [template_ids(tokenizer, messages, **options) for messages in sequences]
+def wholes(example: Record, tokenizer: Any, *, responses_as_written: bool = False) -> tuple[list[list[int]], int]:
+    """([chosen, rejected], remarks), each after the prompt, which is empty where the two have nothing in common."""
+    prompt = example.get("prompt", [])
+    if prompt is None:
+        raise ValueError("prompt: got None, want a text or messages")
+    if responses_as_written:
+        asked, responses, found = _as_written(example, PAIR, tokenizer)
+        return [asked + response.ids for response in responses], found
+    if is_conversational(example, ("prompt", *PAIR) if prompt else PAIR):
+        options, found, sequences = template.template_options(example), 0, []
+        for side in PAIR:
+            messages = [*prompt, *example[side]]
+            sequences.append(template.template_ids(tokenizer, messages, **options))
+            found |= _altered(template.template_text(tokenizer, messages, **options), example[side])
+        return sequences, found | _same(sequences)
     # the EOS token is looked for in the whole: in an implicit prompt's texts it may be in common
-    return [tokenizer(text=with_eos(text, tokenizer))["input_ids"] for text in sequences]
+    texts = [with_eos((prompt or "") + example[side], tokenizer) for side in PAIR]
+    sequences = [text_ids(tokenizer, text) for text in texts]
+    return sequences, _same(sequences)
 
 
-def in_context(example: Record, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """(context, response) of chosen and rejected, as TRL's CPO and ORPO make them, from texts."""
-    sides = ("chosen", "rejected")
-    if "chosen_ids" in example:
-        return [(token_ids(example, "prompt_ids"), example[f"{side}_ids"]) for side in sides]
-    prompt, *texts = template_texts(example, tokenizer)
-    return [_context_and_answer(tokenizer, prompt, text) for text in texts]
+class InContext(NamedTuple):
+    contexts: list[list[int]]  # of chosen and rejected
+    responses: list[Response]
+    remarks: int = 0
+
+
+def in_context(
+    example: Record, tokenizer: Any, *, responses_as_written: bool = False, assistant_only_loss: bool = False
+) -> InContext:
+    """Chosen and rejected with the context of each, as TRL's CPO and ORPO make them, from texts."""
+    if "chosen_ids" in example or responses_as_written:
+        options = {"responses_as_written": responses_as_written, "assistant_only_loss": assistant_only_loss}
+        prompt, responses, found = part(example, PAIR, tokenizer, **options)
+        return InContext([prompt, prompt], responses, found)
+    prompt_text, *texts = template_texts(example, tokenizer)
+    found = 0
+    masks: list[list[int] | None] = [None, None]
+    if not isinstance(example["prompt"], str):
+        for text, side in zip(texts, PAIR, strict=True):
+            found |= _altered(prompt_text + text, example[side])
+    elif assistant_only_loss:
+        _refuse_texts(assistant_only_loss)
+    if assistant_only_loss:
+        masks = [_mask_of(example, side, tokenizer) for side in PAIR]
+    two = [_context_and_answer(tokenizer, prompt_text, text, mask) for text, mask in zip(texts, masks, strict=True)]
+    responses = [response for _, response in two]
+    return InContext([context for context, _ in two], responses, found | _same([r.ids for r in responses]))
+
+
+def _mask_of(example: Record, side: str, tokenizer: Any) -> list[int]:
+    options, messages = template.template_options(example), example["prompt"] + example[side]
+    ids = template.template_ids(tokenizer, messages, **options)
+    return template.assistant_mask(tokenizer, messages, len(example["prompt"]), ids, **options)
 
 
 def template_texts(example: Record, tokenizer: Any) -> tuple[str, ...]:
     """(prompt, chosen, rejected) as texts; a prompt that ends in an assistant's message is continued."""
-    names = ("prompt", "chosen", "rejected")
+    names = ("prompt", *PAIR)
     if not is_conversational(example, names):
         return tuple(example[name] for name in names)
-    options = template_options(example)
+    options = template.template_options(example)
     role = example["prompt"][-1]["role"]
     if role not in ("user", "tool", "assistant"):
         raise ValueError(f"prompt: got a last message of role {role!r}, want 'user', 'tool' or 'assistant'")
     going_on = role == "assistant"
-    prompt = tokenizer.apply_chat_template(
-        example["prompt"], tokenize=False, add_generation_prompt=not going_on, continue_final_message=going_on,
-        **options,
-    )  # fmt: skip
-    texts = [
-        tokenizer.apply_chat_template(example["prompt"] + example[side], tokenize=False, **options)
-        for side in ("chosen", "rejected")
-    ]
+    prompt = template.template_text(
+        tokenizer, example["prompt"], add_generation_prompt=not going_on, continue_final_message=going_on, **options
+    )
+    texts = [template.template_text(tokenizer, example["prompt"] + example[side], **options) for side in PAIR]
     prompt = os.path.commonprefix([prompt, *texts])  # noqa: RUF071 - of characters, as meant
     return prompt, *(text[len(prompt) :] for text in texts)
 
 
-def _context_and_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """`build_tokenized_answer` of TRL, with its BOS and EOS: a prompt's last token may have merged with the answer."""
-    alone, whole = _bare_ids(tokenizer, prompt), _bare_ids(tokenizer, prompt + answer)
+def _context_and_answer(tokenizer: Any, prompt: str, answer: str, mask: list[int] | None) -> tuple[list[int], Response]:
+    """`build_tokenized_answer` of TRL, with its BOS and EOS: a prompt's last token may have merged with the answer.
+    `mask` is of the whole; EOS counts as what comes before it."""
+    alone, whole = bare_ids(tokenizer, prompt), bare_ids(tokenizer, prompt + answer)
     start = len(alone) if whole[: len(alone)] == alone else len(alone) - 1
-    context, ids, bos, eos = whole[:start], whole[start:], tokenizer.bos_token_id, _eos(tokenizer, "eos_token_id")
-    if bos is not None and context[:1] != [bos]:
-        context = [bos, *context]
-    return context, ids if ids[-1:] == [eos] else [*ids, eos]
+    ids = ended(tokenizer, whole[start:])
+    if mask is not None:
+        mask = mask[start:] + mask[-1:] * (start + len(ids) - len(mask))
+    return with_bos(tokenizer, whole[:start]), Response(ids, mask)
 
 
 def solution(
@@ -98,11 +223,15 @@ def solution(
     if not isinstance(example["prompt"], str):
         raise ValueError(f"prompt: got {type(example['prompt']).__name__}, want a text")
     steps, marks = example["completions"], example["labels"]
-    if len(marks) != len(steps):
-        raise ValueError(f"labels: got {len(marks)}, want one for each of {len(steps)} completions")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompt, *encoded = (_bare_ids(tokenizer, text) for text in (example["prompt"], *steps))
-    end = _bare_ids(tokenizer, separator)
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        raise ValueError(f"completions: got {steps!r:.80}, want a list of texts")
+    if not isinstance(marks, list) or len(marks) != len(steps):
+        got = len(marks) if isinstance(marks, list) else marks
+        raise ValueError(f"labels: got {got}, want one for each of {len(steps)} completions")
+    if not all(mark in (False, True) for mark in marks):
+        raise ValueError(f"labels: got {marks!r:.80}, want True or False of each step")
+    prompt, *encoded = (bare_ids(tokenizer, text) for text in (example["prompt"], *steps))
+    end = bare_ids(tokenizer, separator)
     ids: list[int] = []
     labels: list[int] = []
     for i, (step, mark) in enumerate(zip(encoded, marks, strict=True), 1):
@@ -111,33 +240,7 @@ def solution(
         ids += step + end
         ignored = last_only and i < len(steps)
         labels += [IGNORE_INDEX] * (len(step + end) - 1) + [IGNORE_INDEX if ignored else int(mark)]
-    return bos + prompt, ids, labels
-
-
-def _bare_ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def template_ids(tokenizer: Any, messages: list[Record], **options: Any) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
-
-
-def template_options(example: Record) -> Record:
-    tools = example.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(example.get("chat_template_kwargs") or {})}
-
-
-def with_eos(text: str, tokenizer: Any) -> str:
-    eos = _eos(tokenizer, "eos_token")
-    return text if text.endswith(eos) else text + eos
-
-
-def _eos(tokenizer: Any, attribute: str) -> Any:
-    value = getattr(tokenizer, attribute)
-    if value is None:
-        raise ValueError(f"tokenizer: got no {attribute}, want one, which ends responses")
-    return value
+    return with_bos(tokenizer, prompt), ids, labels
 
 
 def is_conversational(example: Record, names: Sequence[str]) -> bool:
@@ -154,13 +257,25 @@ def is_conversational(example: Record, names: Sequence[str]) -> bool:
 def token_ids(example: Record, name: str) -> list[int]:
     if name not in example:
         raise ValueError(f"{name}: got none beside {', '.join(sorted(example))}, want it: only rewards need no prompt")
+    if not isinstance(example[name], list):
+        raise ValueError(f"{name}: got {example[name]!r:.80}, want a list of token ids")
     return example[name]
 
 
-_warned: set[str] = set()
+def _given(example: Record, side: str, assistant_only: bool) -> Response:
+    """A response that comes as token ids, with its mask where the data has one."""
+    ids, name = token_ids(example, f"{side}_ids"), f"{side}_mask"
+    if name not in example:
+        if assistant_only:
+            raise ValueError(f"{name}: got none with assistant_only_loss, want one beside {side}_ids")
+        return Response(ids)
+    mask = example[name]
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(value in (0, 1) for value in mask):
+        got = f"{len(mask)} values" if isinstance(mask, list) else repr(mask)
+        raise ValueError(f"{name}: got {got}, want 0 or 1 for each of {len(ids)} tokens of {side}_ids")
+    return Response(ids, [int(value) for value in mask])
 
 
-def _warn_once(message: str, *values: Any) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message, *values)
+def _refuse_texts(assistant_only: bool) -> None:
+    if assistant_only:
+        raise ValueError("assistant_only_loss: got texts, want messages, or token ids with a mask")

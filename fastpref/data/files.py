@@ -109,8 +109,10 @@ def _read(file: Path) -> Dataset:
         raise ValueError(f"{file}: got {file.suffix or 'no suffix'!r}, want one of {', '.join(BUILDERS)}")
     if not file.stat().st_size:
         raise ValueError(f"{file}: got no records, want at least 1")
+    # only an empty cell is none: pandas takes "NA", "None" and "null" for it, too, which may be answers
+    options: Any = {"keep_default_na": False, "na_values": [""]} if file.suffix == ".csv" else {}
     try:
-        dataset: Any = load_dataset(BUILDERS[file.suffix], data_files=glob.escape(str(file)), split="train")
+        dataset: Any = load_dataset(BUILDERS[file.suffix], data_files=glob.escape(str(file)), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError) as error:
         where = _damage(file) if BUILDERS[file.suffix] == "json" else None
         raise ValueError(f"{file}{where or f': {error.__cause__ or error}'}") from error

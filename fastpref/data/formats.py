@@ -16,16 +16,21 @@ and single responses as
     messages, label (or conversations, label)    LLaMA-Factory: the last message is the response
     prompt_ids, completion_ids, label            token ids
 
-Every function takes a `Dataset` or an `IterableDataset`, decides by the columns and the first record, and passes other
-columns through. `num_proc` is for a `Dataset`.
+A text prompt beside messages is a user's message; one that whole conversations begin with, or a copy of their
+question, is not asked twice. Beside token ids, `chosen_mask` and `rejected_mask` (`completion_mask`) may say with 0 and
+1 which tokens of a response are scored.
+
+Every function takes a `Dataset` or an `IterableDataset`, decides by the columns, and passes other columns through.
+`num_proc` is for a `Dataset`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastpref import __version__
+from fastpref.data.template import without_none
 
 Record = dict[str, Any]
 Message = dict[str, Any]
@@ -45,6 +50,7 @@ UNPAIRED = (
     "conversations, label",
     "prompt_ids, completion_ids, label",
 )
+PAIR = ("chosen", "rejected")
 STEPWISE = ("prompt, completions, labels", "input_ids, labels")
 PROMPTS = ("prompt", "messages", "conversations", "instruction")
 LEGACY = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
@@ -59,26 +65,26 @@ def paired(dataset: Any, num_proc: int | None = None) -> Any:
     Raises:
         ValueError: says which columns there are and which are wanted, or which record is wrong.
     """
-    columns, first = peek(dataset)
+    columns, _ = peek(dataset)
     if set(LEGACY) <= columns and "chosen_ids" not in columns:
         return dataset.rename_columns(LEGACY)
     if {"chosen_ids", "rejected_ids"} <= columns:
         return dataset
     if not {"chosen", "rejected"} <= columns:
         raise _not_understood(columns, PAIRED)
-    convert = _pair_converter(columns, first)
-    return dataset if convert is None else _map(dataset, convert, columns, num_proc)
+    return _map(dataset, _explicit_pair, columns, num_proc)
 
 
-def _pair_converter(columns: set[str], first: Record) -> Callable[[Record], Record] | None:
-    if "prompt" not in columns:
-        if columns & {"conversations", "messages"} and not _begins_before_the_response(first["chosen"]):
-            return _pair_of_turns
-        return _pair_of_instruction if "instruction" in columns else _pair_with_implicit_prompt
-    prompt, response = is_conversational(first["prompt"]), is_conversational(first["chosen"])
-    if response and not prompt:  # a copy of the question, which the messages begin with
-        return _pair_with_implicit_prompt
-    return _pair_of_messages if prompt and not response else None
+def _explicit_pair(example: Record) -> Record:
+    """A record's own columns say what it is: `prompt`, turns, an instruction, or two whole conversations."""
+    if "prompt" in example:
+        return _explicit(example, PAIR)
+    turns = {"conversations", "messages"} & set(example)
+    if turns and not _begins_before_the_response(example["chosen"]):
+        return {"prompt": _system(example) + _turns(example)} | _responses(example)
+    if "instruction" in example and not turns:
+        return {"prompt": _instruction(example)} | _responses(example)
+    return _pair_with_implicit_prompt(example)
 
 
 def _begins_before_the_response(value: Any) -> bool:
@@ -86,16 +92,68 @@ def _begins_before_the_response(value: Any) -> bool:
     return is_conversational(value) and value[0]["role"] != "assistant"
 
 
-def _pair_of_turns(example: Record) -> Record:
-    return {"prompt": _system(example) + _turns(example)} | _responses(example)
+def _explicit(example: Record, sides: Sequence[str]) -> Record:
+    """A prompt, and responses to it, all texts or all messages.
+
+    Raises:
+        ValueError: one of them is missing, or a response begins with messages that are not the prompt.
+    """
+    prompt, *responses = (_value(name, example[name]) for name in ("prompt", *sides))
+    if all(isinstance(value, str) for value in (prompt, *responses)):
+        return {"prompt": prompt, **dict(zip(sides, responses, strict=True))}
+    prompt, talks = _of_messages(prompt, [_as_messages(response) for response in responses], sides)
+    return {"prompt": prompt, **dict(zip(sides, talks, strict=True))}
 
 
-def _pair_of_instruction(example: Record) -> Record:
-    return {"prompt": _instruction(example)} | _responses(example)
+def _value(name: str, value: Any) -> str | list[Message]:
+    """A text, or messages."""
+    if isinstance(value, str):
+        return value
+    if value is None or not isinstance(value, list | dict):
+        raise ValueError(f"{name}: got {value!r:.80}, want a text or messages")
+    return [without_none(_message(name, turn)) for turn in (value if isinstance(value, list) else [value])]
 
 
-def _pair_of_messages(example: Record) -> Record:
-    return _responses(example)
+def _as_messages(response: str | list[Message]) -> list[Message]:
+    return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+
+
+def _of_messages(
+    prompt: str | list[Message], responses: list[list[Message]], sides: Sequence[str]
+) -> tuple[list[Message] | str, list[list[Message]]]:
+    """(prompt, responses) where responses are messages: those that answer, or whole conversations."""
+    going_on = isinstance(prompt, list) and (not prompt or prompt[-1]["role"] == "assistant")
+    if isinstance(prompt, list) and prompt and all(response[: len(prompt)] == prompt for response in responses):
+        responses = [response[len(prompt) :] for response in responses]
+        going_on = True
+    for side, response in zip(sides, responses, strict=True):
+        if not response:
+            raise ValueError(f"{side}: got no messages, want at least 1")
+    if going_on or all(response[0]["role"] not in ("system", "developer", "user") for response in responses):
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, responses
+    shared = _shared(responses)
+    if not _is_copy(prompt, shared):
+        raise ValueError(
+            f"{sides[0]}: got a conversation that begins with {responses[0][0]!r:.80}, want one that begins with the "
+            "prompt, or the response alone"
+        )
+    return shared, [response[len(shared) :] for response in responses]
+
+
+def _shared(conversations: list[list[Message]]) -> list[Message]:
+    """What they begin with, and at least a response follows; of one all but the last message."""
+    first, *others = conversations
+    shortest = min(map(len, conversations)) - 1
+    same = (i for i in range(shortest) if any(other[i] != first[i] for other in others))
+    return first[: next(same, shortest)]
+
+
+def _is_copy(prompt: str | list[Message], shared: list[Message]) -> bool:
+    """Is the prompt what the conversations ask, or the text of a question in them?"""
+    if isinstance(prompt, list):
+        return shared[-len(prompt) :] == prompt
+    texts = [message.get("content") for message in shared]
+    return any(isinstance(text, str) and text and (prompt.strip() in text or text in prompt) for text in texts)
 
 
 def _pair_with_implicit_prompt(example: Record) -> Record:
@@ -104,6 +162,7 @@ def _pair_with_implicit_prompt(example: Record) -> Record:
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str | list):
             raise ValueError(f"{name}: got {type(value).__name__}, want a text or a list of messages")
+    chosen, rejected = (_value(name, value) for name, value in (("chosen", chosen), ("rejected", rejected)))
     shorter = min(len(chosen), len(rejected))
     n = next((i for i in range(shorter) if chosen[i] != rejected[i]), max(0, shorter - 1))
     if 0 < n < shorter and chosen[n] != rejected[n] and chosen[n - 1] == " ":
@@ -123,20 +182,26 @@ def unpaired(dataset: Any, num_proc: int | None = None) -> Any:
         dataset = paired(dataset, num_proc)
         # not by num_proc processes, on which the order would depend
         return dataset.map(_unpair, batched=True, batch_size=1000, remove_columns=column_names(dataset))
-    if "label" in columns and ({"prompt", "completion"} <= columns or {"prompt_ids", "completion_ids"} <= columns):
+    if "label" in columns and {"prompt_ids", "completion_ids"} <= columns:
         return dataset
+    if "label" in columns and {"prompt", "completion"} <= columns:
+        return _map(dataset, _explicit_single, columns, num_proc)
     if "label" in columns and columns & {"conversations", "messages"}:
         return _map(dataset, _response_of_turns, columns, num_proc)
     raise _not_understood(columns, UNPAIRED + PAIRED[:-2])
 
 
+def _explicit_single(example: Record) -> Record:
+    return _explicit(example, ("completion",))
+
+
 def _unpair(batch: Record) -> Record:
-    pairs = len(batch["chosen"])
-    others = {name: values * 2 for name, values in batch.items() if name not in ("chosen", "rejected")}
-    return others | {
-        "completion": batch["chosen"] + batch["rejected"],
-        "label": [True] * pairs + [False] * pairs,
-    }
+    batch, pairs = dict(batch), len(batch["chosen"])
+    found: Record = {"label": [True] * pairs + [False] * pairs}
+    for end in ("", "_response_ids"):
+        if f"chosen{end}" in batch:
+            found[f"completion{end}"] = batch.pop(f"chosen{end}") + batch.pop(f"rejected{end}")
+    return {name: values * 2 for name, values in batch.items()} | found
 
 
 def _response_of_turns(example: Record) -> Record:
@@ -269,6 +334,8 @@ def _system(example: Record) -> list[Message]:
 
 def _instruction(example: Record) -> list[Message]:
     """LLaMA-Factory's reading of Alpaca records: `history` is a list of [question, answer]."""
+    if not isinstance(example["instruction"], str):
+        raise ValueError(f"instruction: got {example['instruction']!r:.80}, want a text")
     turns = _system(example)
     for question, answer in example.get("history") or []:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

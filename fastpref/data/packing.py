@@ -18,25 +18,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastpref.data.collate import IGNORE_INDEX, common_prefix_length
+from fastpref.data.ids import IGNORE_INDEX, common_prefix_length
 from fastpref.models.attention import Segment, Segments
 
 LAYOUTS = ("shared", "packed", "padded")
 
 
 class Scored(NamedTuple):
-    """A sequence of token ids, whose tokens from `first` on are scored.
+    """A sequence of token ids, whose tokens from `first` on are scored; with a `mask`, those of them where it is 1.
 
-    Rows exist from the one that scores token `kept` on (`kept <= first`): those before `first` have no label.
+    Rows exist for these, and from token `kept` on (`kept <= first`) for those before `first`, which have no label.
     """
 
     ids: Sequence[int]
     first: int
     kept: int | None = None
+    mask: Sequence[int] | None = None  # of ids[first:]
 
-    def start(self) -> int:
-        """The first token that has a row: nothing scores the first of a sequence."""
-        return max(1, self.first if self.kept is None else self.kept)
+    def tokens(self) -> np.ndarray:
+        """Indices of the tokens that have a row: nothing scores the first of a sequence."""
+        at = np.arange(max(1, self.first if self.kept is None else self.kept), len(self.ids))
+        if self.mask is None:
+            return at
+        has_row = np.ones(len(self.ids), dtype=bool)
+        has_row[self.first :] = np.asarray(self.mask, dtype=bool)
+        return at[has_row[at]]
 
 
 class _Place(NamedTuple):
@@ -46,8 +52,7 @@ class _Place(NamedTuple):
     shared: int
     own: int
 
-    def positions(self, start: int, end: int) -> np.ndarray:
-        at = np.arange(start, end)
+    def positions(self, at: np.ndarray) -> np.ndarray:
         return np.where(at < self.shared, self.prefix + at, self.own + at - self.shared)
 
 
@@ -73,12 +78,11 @@ def pack(groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0)
 def scored_rows(sequences: Sequence[Scored], places: Sequence[_Place]) -> dict[str, torch.Tensor]:
     rows, labels, sizes, last = [], [], [0], []
     for sequence, place in zip(sequences, places, strict=True):
-        start, end = sequence.start(), len(sequence.ids)
-        rows.append(place.positions(start - 1, end - 1) if end > start else np.empty(0, dtype=np.int64))
-        target = np.asarray(sequence.ids[start:], dtype=np.int64)
-        labels.append(np.where(np.arange(start, end) < sequence.first, IGNORE_INDEX, target))
-        sizes.append(max(0, end - start))
-        last.append(place.positions(end - 1, end))
+        tokens = sequence.tokens()
+        rows.append(place.positions(tokens - 1))
+        labels.append(np.where(tokens < sequence.first, IGNORE_INDEX, _ids_at(sequence, tokens)))
+        sizes.append(len(tokens))
+        last.append(place.positions(np.array([len(sequence.ids) - 1])))
     return {
         "rows": torch.from_numpy(np.concatenate(rows)),
         "labels": torch.from_numpy(np.concatenate(labels)),
@@ -89,7 +93,11 @@ def scored_rows(sequences: Sequence[Scored], places: Sequence[_Place]) -> dict[s
 
 def scored_tokens(sequences: Sequence[Scored]) -> torch.Tensor:
     """The token of every row that `scored_rows` gives, labelled or not."""
-    return torch.tensor([token for s in sequences for token in s.ids[s.start() :]])
+    return torch.from_numpy(np.concatenate([_ids_at(s, s.tokens()) for s in sequences]))
+
+
+def _ids_at(sequence: Scored, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(sequence.ids, dtype=np.int64)[tokens]
 
 
 def _padded(sequences: Sequence[Scored], pad_token_id: int) -> tuple[dict[str, Any], list[_Place]]:

@@ -4,89 +4,104 @@ Every function takes a `Dataset` or an `IterableDataset` as `fastpref.data.forma
 returns one with only the columns it names, and `length`: the row's tokens when what its sequences begin with is there
 once. `num_proc` is for a `Dataset`, `name` for its progress bar and messages.
 
+`options` of all but steps are `responses_as_written`, and of those whose tokens are scored `assistant_only_loss` (see
+`fastpref.data.encode.part`): with it, or where the data has token ids with masks, there are columns `chosen_mask,
+rejected_mask` or `completion_mask` of 0 and 1, one for each token of a response.
+
+What is left out, and what is odd, is said once with its number (of a stream at its end, too).
+
 All raise ValueError where a record is wrong (its number is given), or where no record is left after those without room
 for a response within `max_length` (None: never cut).
 """
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fastpref import __version__
-from fastpref.data.collate import IGNORE_INDEX, common_prefix_length
-from fastpref.data.encode import in_context, part, solution, wholes
+from fastpref.data.encode import PAIR, Response, in_context, part, solution, token_ids, wholes
 from fastpref.data.formats import column_names
+from fastpref.data.ids import IGNORE_INDEX, common_prefix_length
+from fastpref.data.remarks import LEFT_OUT, Remarks, remarks_of, with_remarks
 from fastpref.objectives.unpaired import mismatched_indices
 
 Record = dict[str, Any]
-IDS = ["int32"]  # a list of them
+IDS, MASK = ["int32"], ["int8"]  # lists of them
+RESPONSES = ("completion_ids", "completion_mask", "kl_completion_ids", "kl_completion_mask")
 BATCH = 1000  # records that `map` passes at once
-
-logger = logging.getLogger(__name__)
 
 
 def tokenize_paired(
-    dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train"
-) -> Any:
+    dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train",
+    **options: bool,
+) -> Any:  # fmt: skip
     """`prompt_ids, chosen_ids, rejected_ids` as TRL's `DPOTrainer` scores them.
 
     A text's response ends with the EOS token; of messages it is all that the chat template puts after the prompt with
     its generation header. The prompt ends where it stops being a prefix of either sequence. `ref_chosen_logps`,
     `ref_rejected_logps` and `margin` are passed through.
     """
-    columns = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}
+    columns = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS} | _masks(dataset, PAIR, options)
     numbers = ("ref_chosen_logps", "ref_rejected_logps", "margin")
     return _tokenized(
-        dataset, _paired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length
+        dataset, _paired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
     )
 
 
 def tokenize_unpaired(
     dataset: Any, tokenizer: Any, *, max_length: int | None, block_size: int | None, num_proc: int | None = None,
-    name: str = "train",
+    name: str = "train", **options: bool,
 ) -> Any:  # fmt: skip
     """`prompt_ids, completion_ids, label`, and `kl_completion_ids` as TRL's `KTOTrainer` mismatches them: completions
     rotated by one within consecutive blocks of `block_size` records (None: without them). The prompt of a mismatched
     pair is the record's own. `ref_logps` is passed through; and `ref_KL_logps` with the `kl_completion_ids` that it
-    belongs to, which then stay as they are.
+    belongs to, which then stay as they are (and `kl_completion_mask`, where completions have masks).
     """
-    columns: dict[str, Any] = {"prompt_ids": IDS, "completion_ids": IDS, "label": "bool"}
+    masks = _masks(dataset, ("completion",), options)
+    columns: dict[str, Any] = {"prompt_ids": IDS, "completion_ids": IDS, "label": "bool"} | masks
     numbers: tuple[str, ...] = ("ref_logps",)
-    mismatched = block_size is not None and {"kl_completion_ids", "ref_KL_logps"} <= set(column_names(dataset))
+    kl_columns = {"kl_completion_ids": IDS} | ({"kl_completion_mask": MASK} if masks else {})
+    mismatched = block_size is not None and {*kl_columns, "ref_KL_logps"} <= set(column_names(dataset))
     if mismatched:
-        columns["kl_completion_ids"] = IDS
+        columns |= kl_columns
         numbers += ("ref_KL_logps",)
     dataset = _tokenized(
-        dataset, _unpaired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length
+        dataset, _unpaired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
     )
     found = {**columns, **_present(dataset, numbers), "length": "int32"}
     if block_size is not None:
-        found["kl_completion_ids"] = IDS
+        found |= kl_columns
     # by one process, or blocks would end where its share does; blocks are whole in every batch
     block = block_size or 1
-    return dataset.map(
+    result = dataset.map(
         _cut_and_mismatch, batched=True, batch_size=block * max(1, BATCH // block),
         features=_features(found),
         fn_kwargs={"max_length": max_length, "block_size": block_size, "version": __version__},
     )  # fmt: skip
+    return with_remarks(result, remarks_of(dataset))
 
 
 def tokenize_reward(
-    dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train"
-) -> Any:
+    dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train",
+    **options: bool,
+) -> Any:  # fmt: skip
     """`chosen_ids, rejected_ids`: whole sequences, as in TRL's `RewardTrainer`, which leaves out pairs of which one is
     longer than `max_length`. `margin` is passed through."""
     columns = {"chosen_ids": IDS, "rejected_ids": IDS}
     return _tokenized(
-        dataset, _reward_row, columns, ("margin",), name, num_proc, tokenizer=tokenizer, max_length=max_length
-    )
+        dataset, _reward_row, columns, ("margin",), name, num_proc, tokenizer=tokenizer, max_length=max_length,
+        **options,
+    )  # fmt: skip
 
 
 def tokenize_reference_free(
-    dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train"
-) -> Any:
+    dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train",
+    **options: bool,
+) -> Any:  # fmt: skip
     """`prompt_ids, chosen_ids, rejected_ids, chosen_skip, rejected_skip` as TRL's `CPOTrainer` and `ORPOTrainer`
     score them: the chat template makes texts, whose sequences begin with one BOS token and end with one EOS token.
 
@@ -98,9 +113,9 @@ def tokenize_reference_free(
     """
     columns = {
         "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS, "chosen_skip": "int32", "rejected_skip": "int32",
-    }  # fmt: skip
+    } | _masks(dataset, PAIR, options)  # fmt: skip
     return _tokenized(
-        dataset, _reference_free_row, columns, (), name, num_proc, tokenizer=tokenizer, max_length=max_length
+        dataset, _reference_free_row, columns, (), name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
     )
 
 
@@ -126,61 +141,96 @@ def tokenize_stepwise(
 # one record each: its columns, or None where it is left out
 
 
-def _paired_row(example: Record, tokenizer: Any, max_length: int | None) -> Record | None:
-    prompt, (chosen, rejected) = part(example, ("chosen", "rejected"), tokenizer)
-    if max_length is not None and len(prompt) >= max_length:
+def _paired_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
+    prompt, responses, found = part(example, PAIR, tokenizer, **options)
+    kept = _fitting([prompt, prompt], responses, PAIR, max_length)
+    if kept is None:
         return None
-    chosen, rejected = (_cut(prompt, ids, max_length) for ids in (chosen, rejected))
-    length = len(prompt) + len(chosen) + len(rejected)
-    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
+    length = len(prompt) + sum(len(response.ids) for response in kept)
+    return {"prompt_ids": prompt, "length": length, "remarks": found} | _response_columns(kept, PAIR)
 
 
-def _unpaired_row(example: Record, tokenizer: Any, max_length: int | None) -> Record | None:
+def _unpaired_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
     """The completion whole: it is cut after another prompt too."""
-    prompt, (completion,) = part(example, ("completion",), tokenizer)
-    if max_length is not None and len(prompt) >= max_length:
+    prompt, responses, found = part(example, ("completion",), tokenizer, **options)
+    if _fitting([prompt], responses, ("completion",), max_length) is None:
         return None
     if example["label"] not in (False, True):
         raise ValueError(f"label: got {example['label']!r}, want True or False")
-    return {"prompt_ids": prompt, "completion_ids": completion, "label": bool(example["label"]), "length": 0}
+    row = {"prompt_ids": prompt, "label": bool(example["label"]), "length": 0, "remarks": found}
+    return row | _response_columns(responses, ("completion",))
+
+
+def _fitting(
+    contexts: Sequence[list[int]], responses: Sequence[Response], sides: Sequence[str], max_length: int | None
+) -> list[Response] | None:
+    """The responses cut to their room after their contexts; None where one of them has none, or nothing scored in it.
+
+    Raises:
+        ValueError: a response's mask scores nothing, whatever the room.
+    """
+    for side, response in zip(sides, responses, strict=True):
+        if response.mask is not None and not response.scored:
+            raise ValueError(f"{side}: got no token that is scored, want at least 1 that is the assistant's")
+    if max_length is None:
+        return list(responses)
+    room = [max_length - len(context) for context in contexts]
+    kept = [response.cut(max(0, length)) for response, length in zip(responses, room, strict=True)]
+    if min(room) <= 0 or any(response.mask is not None and not response.scored for response in kept):
+        return None
+    return kept
+
+
+def _response_columns(responses: Sequence[Response], sides: Sequence[str]) -> Record:
+    found: Record = {}
+    for side, response in zip(sides, responses, strict=True):
+        found[f"{side}_ids"] = response.ids
+        if response.mask is not None:
+            found[f"{side}_mask"] = response.mask
+    return found
 
 
 def _cut_and_mismatch(batch: Record, max_length: int | None, block_size: int | None, version: str) -> Record:
-    prompts, completions = batch["prompt_ids"], batch["completion_ids"]
-    found = {"completion_ids": completions}
-    if "kl_completion_ids" in batch:
-        found["kl_completion_ids"] = batch["kl_completion_ids"]
-    elif block_size is not None:
-        others = mismatched_indices(len(completions), block_size) if block_size > 1 else range(len(completions))
-        found["kl_completion_ids"] = [completions[i] for i in others]
+    prompts = batch["prompt_ids"]
+    found = {name: batch[name] for name in RESPONSES if name in batch}
+    if "kl_completion_ids" not in batch and block_size is not None:
+        others = mismatched_indices(len(prompts), block_size) if block_size > 1 else range(len(prompts))
+        found |= {f"kl_{name}": [values[i] for i in others] for name, values in found.items()}
     for column, responses in found.items():
         found[column] = [_cut(prompt, ids, max_length) for prompt, ids in zip(prompts, responses, strict=True)]
-    lengths = [sum(map(len, row)) for row in zip(prompts, *found.values(), strict=True)]
+    tokens = (values for name, values in found.items() if name.endswith("_ids"))
+    lengths = [sum(map(len, row)) for row in zip(prompts, *tokens, strict=True)]
     return batch | found | {"length": lengths}
 
 
-def _reward_row(example: Record, tokenizer: Any, max_length: int | None) -> Record | None:
+def _reward_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
     if "chosen_ids" in example:
-        chosen, rejected = example["chosen_ids"], example["rejected_ids"]
+        (chosen, rejected), found = (token_ids(example, f"{side}_ids") for side in PAIR), 0
     else:
-        chosen, rejected = wholes(example, tokenizer)
+        (chosen, rejected), found = wholes(example, tokenizer, **options)
+    for side, ids in zip(PAIR, (chosen, rejected), strict=True):
+        if not ids:
+            raise ValueError(f"{side}: got no tokens, want at least 1")
     if max_length is not None and max(len(chosen), len(rejected)) > max_length:
         return None
     length = len(chosen) + len(rejected) - common_prefix_length(chosen, rejected)
-    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": length}
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": length, "remarks": found}
 
 
-def _reference_free_row(example: Record, tokenizer: Any, max_length: int | None) -> Record | None:
-    pairs = [(context, _cut(context, answer, max_length)) for context, answer in in_context(example, tokenizer)]
-    if not all(answer for _, answer in pairs):
+def _reference_free_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
+    contexts, responses, found = in_context(example, tokenizer, **options)
+    for side, response in zip(PAIR, responses, strict=True):
+        if not response.ids:
+            raise ValueError(f"{side}: got a response of no tokens, want at least 1, such as EOS: its mean is taken")
+    kept = _fitting(contexts, responses, PAIR, max_length)
+    if kept is None:
         return None
-    n = common_prefix_length(pairs[0][0], pairs[1][0])
-    chosen, rejected = (context[n:] + answer for context, answer in pairs)
+    n = common_prefix_length(*contexts)
     return {
-        "prompt_ids": pairs[0][0][:n], "chosen_ids": chosen, "rejected_ids": rejected,
-        "chosen_skip": len(pairs[0][0]) - n, "rejected_skip": len(pairs[1][0]) - n,
-        "length": n + len(chosen) + len(rejected),
-    }  # fmt: skip
+        "prompt_ids": contexts[0][:n], "chosen_skip": len(contexts[0]) - n, "rejected_skip": len(contexts[1]) - n,
+        "length": n + sum(len(context[n:] + r.ids) for context, r in zip(contexts, kept, strict=True)),
+        "remarks": found,
+    } | _response_columns([r.behind(context[n:]) for context, r in zip(contexts, kept, strict=True)], PAIR)  # fmt: skip
 
 
 def _stepwise_row(
@@ -206,40 +256,88 @@ def _cut(prompt: Sequence[int], response: list[int], max_length: int | None) -> 
 # data sets
 
 
+def _masks(dataset: Any, sides: Sequence[str], options: Mapping[str, bool]) -> dict[str, Any]:
+    """The columns of masks that the rows will have."""
+    there = set(column_names(dataset))
+    given = [f"{side}_mask" for side in sides if f"{side}_mask" in there]
+    if given and not {f"{side}_{kind}" for side in sides for kind in ("ids", "mask")} <= there:
+        wanted = ", ".join(f"{side}_{kind}" for kind in ("ids", "mask") for side in sides)
+        raise ValueError(
+            f"{given[0]}: got one beside {', '.join(sorted(there - {*given}))}, want {wanted}: masks are of token ids"
+        )
+    return {f"{side}_mask": MASK for side in sides} if given or options.get("assistant_only_loss") else {}
+
+
 def _tokenized(
     dataset: Any, row: Callable[..., Record | None], columns: Mapping[str, Any], numbers: Sequence[str], name: str,
     num_proc: int | None, **options: Any,
 ) -> Any:  # fmt: skip
     found = {**columns, **_present(dataset, numbers), "length": "int32"}
     sized = hasattr(dataset, "__len__")
+    told = Remarks(name, options["max_length"], stream=not sized)
+    if sized:
+        found |= {"record": "int64", "remarks": "int8"}
+    # datasets finds a cached result by the function's name: not one of another version
+    given: Record = {"row": row, "columns": list(found), "options": options, "version": __version__}
+    given |= {"numbers": [number for number in numbers if number in found]}
     result = dataset.map(
         _rows, batched=True, batch_size=BATCH, with_indices=True, remove_columns=column_names(dataset),
-        features=_features(found),
-        # datasets finds a cached result by the function's name: not one of another version
-        fn_kwargs={"row": row, "columns": list(found), "options": options, "version": __version__},
+        features=_features(found), fn_kwargs=given if sized else given | {"told": told, "seen": {}},
         **({"num_proc": num_proc, "desc": f"Tokenizing {name} data"} if sized else {}),
     )  # fmt: skip
-    if sized and len(result) < len(dataset):
-        lost = f"{len(dataset) - len(result)} of {len(dataset)} records do not fit max_length={options['max_length']}"
-        if not len(result):
-            raise ValueError(f"max_length: got {options['max_length']}, want more: {lost} ({name})")
-        logger.warning("%s: left out, %s", name, lost)
-    return result
+    return _settled(result, len(dataset), told, given["numbers"]) if sized else with_remarks(result, told)
 
 
 def _rows(
     batch: Record, indices: Sequence[int], row: Callable[..., Record | None], columns: Sequence[str], options: Record,
-    version: str,
+    version: str, numbers: Sequence[str], told: Remarks | None = None, seen: dict[str, bool] | None = None,
 ) -> Record:  # fmt: skip
     kept = []
+    seen = {} if seen is None else seen
     for index, example in zip(indices, _examples(batch), strict=True):
         try:
             found = row(example, **options)
+            for name in numbers:
+                _check_number(name, example[name], seen)
         except ValueError as error:
             raise ValueError(f"dataset, record {index + 1}: {error}") from None
+        flags = LEFT_OUT if found is None else found.pop("remarks", 0)
+        if told is not None:
+            told.add(index + 1, flags)
         if found is not None:
-            kept.append(example | found)
+            kept.append(example | found | {"record": index + 1, "remarks": flags})
     return {column: [found[column] for found in kept] for column in columns}
+
+
+def _check_number(name: str, value: Any, seen: dict[str, bool]) -> None:
+    """A column of numbers has one in every record, or in none."""
+    if value is not None and (isinstance(value, str) or math.isnan(float(value))):
+        raise ValueError(f"{name}: got {value!r}, want a number")
+    if seen.setdefault(name, value is not None) != (value is not None):
+        raise ValueError(_uneven(name, value))
+
+
+def _uneven(name: str, value: Any) -> str:
+    return f"{name}: got {value}, want a number in every record or in none; were files with and without read together?"
+
+
+def _settled(result: Any, records: int, told: Remarks, numbers: Sequence[str]) -> Any:
+    """Says what was found, and takes the columns away that say it."""
+    kept, found = (np.asarray(result.with_format("numpy")[name][:]) for name in ("record", "remarks"))
+    flags = np.full(records, LEFT_OUT, dtype=np.int8)
+    flags[kept.astype(np.int64) - 1] = found
+    told.add_all(flags)
+    if not len(result):
+        lost = told.sentence(LEFT_OUT).removeprefix("left out, ")
+        raise ValueError(f"max_length: got {told.max_length}, want more: {lost} ({told.name})")
+    told.say()
+    for name in numbers:
+        empty = np.isnan(np.asarray(result.with_format("numpy")[name][:], dtype=np.float64))
+        if empty.any() and not empty.all():
+            raise ValueError(f"dataset, record {kept[empty.argmax()]}: {_uneven(name, None)}")
+        if empty.all() and name.startswith("ref_"):
+            result = result.remove_columns(name)
+    return result.remove_columns(["record", "remarks"])
 
 
 def _examples(batch: Record) -> Iterator[Record]:

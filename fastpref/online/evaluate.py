@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--beta", type=at_least(float, 0, exclusive=True), default=0.1, help="of a policy's rewards (default: 0.1)")
     add("--batch-size", type=at_least(int, 1), default=8, help="sequences at once (default: %(default)s)")
     add("--max-length", type=at_least(int, 1), help="tokens of a sequence (default: all)")
+    add("--responses-as-written", action="store_true", help="no chat template for responses, as in training with it")
+    add("--assistant-only-loss", action="store_true", help="score the assistant's messages alone, with --model")
     add("--bins", type=at_least(int, 1), default=10, help="of the calibration (default: %(default)s)")
     add("--json", metavar="FILE", help="all figures")
     add("--plot", metavar="FILE.png", help="a reliability diagram")
@@ -36,8 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.reward_model is not None and args.reference is not None:
         raise ValueError("--reference: got one with a reward model, want it with --model only")
+    if args.reward_model is not None and args.assistant_only_loss:
+        raise ValueError("--assistant-only-loss: got it with a reward model, which scores no tokens; want --model")
     pairs = load_pairs(args.data)
-    options: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length, "bins": args.bins}
+    options: dict[str, Any] = {
+        name: getattr(args, name) for name in ("batch_size", "max_length", "bins", "responses_as_written")
+    }
     with Progress(2 * len(pairs), "responses") as bar:
         options["progress"] = bar.update
         if args.reward_model is not None:
@@ -47,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
             policy, tokenizer = loading.load_policy(args.model, args.device, args.dtype)
             reference = args.reference and loading.load_policy(args.reference, args.device, args.dtype)[0]
             found = evaluation.evaluate_policy(
-                policy, tokenizer, pairs, reference=reference or None, beta=args.beta, **options
-            )
+                policy, tokenizer, pairs, reference=reference or None, beta=args.beta,
+                assistant_only_loss=args.assistant_only_loss, **options,
+            )  # fmt: skip
     print("\n".join(report_lines(found)))
     if args.json:
         write_whole(Path(args.json), (json.dumps(found, indent=1) + "\n").encode())

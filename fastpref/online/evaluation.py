@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastpref.common import checks
 from fastpref.data import encode
+from fastpref.data.remarks import Remarks
 from fastpref.objectives.reward import RewardHead
 from fastpref.online import statistics
-from fastpref.online.judges import cut
 from fastpref.online.pairing import characters
 from fastpref.online.sequences import PolicyScores, TokenSequence, policy_scores, rewards
 
@@ -22,7 +22,8 @@ Kept = tuple[list[Mapping[str, Any]], list[TokenSequence]]
 
 def evaluate_policy(
     model: Any, tokenizer: Any, pairs: Pairs, *, reference: Any = None, beta: float = 0.1,
-    batch_size: int = 8, max_length: int | None = None, bins: int = 10, progress: Callable[[int], None] | None = None,
+    batch_size: int = 8, max_length: int | None = None, bins: int = 10, responses_as_written: bool = False,
+    assistant_only_loss: bool = False, progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A language model's preferences between the responses of each pair.
 
@@ -30,6 +31,7 @@ def evaluate_policy(
     `beta * logps`. A pair's margin is the chosen reward less the rejected one; the accuracy is the share of margins
     above 0. `pairs` have `prompt`, `chosen` and `rejected`, as messages or as text (see `fastpref.data.formats`).
     Responses are cut where a sequence has `max_length` tokens, and pairs left out whose prompt alone has as many.
+    `responses_as_written` and `assistant_only_loss` as in training (see `fastpref.data.encode.part`).
 
     Returns:
         JSON values. Besides what `evaluate_reward_model` gives: `logps`, of each side the mean of summed log-probs
@@ -43,16 +45,19 @@ def evaluate_policy(
         ValueError: no pair is short enough, or the reference has another vocabulary.
     """
     checks.positive("beta", beta)
-    sequences = []
-    for pair in pairs:
-        prompt, responses = encode.part(dict(pair), SIDES, tokenizer)
-        sequences += [TokenSequence(prompt, ids) for ids in responses]
+    options = {"responses_as_written": responses_as_written, "assistant_only_loss": assistant_only_loss}
+
+    def of_pair(pair: dict[str, Any]) -> tuple[list[TokenSequence], int]:
+        prompt, responses, found = encode.part(pair, SIDES, tokenizer, **options)
+        return [TokenSequence(prompt, *response) for response in responses], found
+
+    sequences = _encoded(pairs, of_pair)
     room = [
         max_length is None or max(len(s.prompt) for s in _two(sequences, i)) < max_length for i in range(len(pairs))
     ]
     kept, sequences = _kept(pairs, sequences, room, max_length)
     found = policy_scores(
-        model, [cut(s, max_length) for s in sequences], tokenizer, reference=reference, batch_size=batch_size,
+        model, [s.cut(max_length) for s in sequences], tokenizer, reference=reference, batch_size=batch_size,
         progress=progress,
     )  # fmt: skip
     reward = beta * (found.logps if found.ref_logps is None else found.logps - found.ref_logps)
@@ -76,7 +81,7 @@ def evaluate_policy(
 
 def evaluate_reward_model(
     model: RewardHead, tokenizer: Any, pairs: Pairs, *, batch_size: int = 8, max_length: int | None = None,
-    bins: int = 10, progress: Callable[[int], None] | None = None,
+    bins: int = 10, responses_as_written: bool = False, progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A reward model's preferences between the responses of each pair; pairs with a sequence of more than
     `max_length` tokens are left out.
@@ -86,13 +91,36 @@ def evaluate_reward_model(
         `rewards` and `margins`; `calibration` of sigmoid(margin) (see `statistics.calibration`); `length_bias`, by
         the responses' lengths in characters.
     """
-    sequences = [TokenSequence([], ids) for pair in pairs for ids in encode.wholes(dict(pair), tokenizer)]
+
+    def of_pair(pair: dict[str, Any]) -> tuple[list[TokenSequence], int]:
+        sequences, found = encode.wholes(pair, tokenizer, responses_as_written=responses_as_written)
+        return [TokenSequence([], ids) for ids in sequences], found
+
+    sequences = _encoded(pairs, of_pair)
     room = [
         max_length is None or max(len(s.response) for s in _two(sequences, i)) <= max_length for i in range(len(pairs))
     ]
     kept, sequences = _kept(pairs, sequences, room, max_length)
     reward = rewards(model, sequences, tokenizer, batch_size=batch_size, progress=progress)
     return {"kind": "reward model"} | _of_rewards(reward, kept, len(pairs), bins)
+
+
+def _encoded(pairs: Pairs, of_pair: Callable[[dict[str, Any]], tuple[list[TokenSequence], int]]) -> list[TokenSequence]:
+    """Two sequences of each pair; what is odd about them is said.
+
+    Raises:
+        ValueError: names the pair that is wrong.
+    """
+    sequences, told = [], Remarks("evaluation")
+    for i, pair in enumerate(pairs, 1):
+        try:
+            some, flags = of_pair(dict(pair))
+        except ValueError as error:
+            raise ValueError(f"pairs, record {i}: {error}") from None
+        told.add(i, flags)
+        sequences += some
+    told.say()
+    return sequences
 
 
 def _two(sequences: Sequence[TokenSequence], pair: int) -> Sequence[TokenSequence]:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fastpref.online import loading, sequences
+from fastpref.data.encode import prompt_ids
+from fastpref.online import loading
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.prompts import read_prompts
 from fastpref.online.records import Journal, Record
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=at_least(int, 1), default=16, help="responses at once (default: %(default)s)")
     add("--limit", type=at_least(int, 1), metavar="N", help="the first N prompts only")
     add("--chat", action="store_true", help="prompts of text are a user's message, not the beginning of a text")
+    add("--save-ids", action="store_true", help="keep the sampled tokens, for training with responses_as_written")
     add("--overwrite", action="store_true", help="begin anew where OUT.jsonl exists")
     loading.add_machine_arguments(parser)
 
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = loading.load_policy(args.model, args.device, args.dtype)
     done = generate_file(
         model, tokenizer, prompts, args.output, sampling, batch_size=args.batch_size, overwrite=args.overwrite,
-        progress=True,
+        save_ids=args.save_ids, progress=True,
     )  # fmt: skip
     print(f"{args.output}: {done} prompts done now, {len(prompts)} in all, {sampling.k} responses each")
     return 0
@@ -52,25 +54,29 @@ def run(args: argparse.Namespace) -> int:
 
 def generate_file(
     model: Any, tokenizer: Any, prompts: Sequence[Mapping[str, Any]], output: str | os.PathLike[str],
-    sampling: Sampling | None = None, *, batch_size: int = 16, overwrite: bool = False, progress: bool = False,
+    sampling: Sampling | None = None, *, batch_size: int = 16, overwrite: bool = False, save_ids: bool = False,
+    progress: bool = False,
 ) -> int:  # fmt: skip
     """Sample responses to each record's `prompt` into JSON lines; returns how many prompts were done by this call.
 
     A line is the record itself with `index`, `responses` and, for each response, `response_tokens` and `finished`
-    (false: cut at `max_new_tokens`). A file that a stopped run left is continued, with the very responses that the
-    run would have given (see `sample_responses`); one that is complete is left alone.
+    (false: cut at `max_new_tokens`), with `save_ids` `response_ids`, too: the sampled tokens, what ended them included,
+    which training with `responses_as_written` takes in place of the text. A file that a stopped run left is continued,
+    with the very responses that the run would have given (see `sample_responses`); one that is complete is left alone.
 
     Raises:
         ValueError: the file was begun with other prompts, another model or other sampling (see `Journal`).
     """
     how = sampling or Sampling()
-    ids = [sequences.prompt_ids(p, tokenizer) for p in prompts]
+    ids = [prompt_ids(p, tokenizer) for p in prompts]
     settings = asdict(how) | {
         "model": loading.fingerprint(model),
         "prompts": _fingerprint(ids, prompts),
         "end_tokens": end_tokens(model, tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    if save_ids:
+        settings["save_ids"] = True
     journal = Journal(output, len(prompts), settings, overwrite)
     if journal.finished:
         return 0
@@ -88,6 +94,8 @@ def generate_file(
                 "response_tokens": [r.tokens for r in responses],
                 "finished": [r.finished for r in responses],
             }
+            if save_ids:
+                record["response_ids"] = [r.ids for r in responses]
             journal.append([record])
     return journal.done - start
 

@@ -23,7 +23,7 @@ from fastpref.online.sequences import (
     in_windows,
     policy_scores,
     rewards,
-    sequence_ids,
+    sequences_of,
 )
 
 Records = Sequence[Mapping[str, Any]]
@@ -83,13 +83,14 @@ def function_scorer(function: Judge, workers: int = 1) -> Scorer:
 
 
 def _windowed(
-    tokenizer: Any, batch_size: int, max_length: int | None, run: Callable[[list[TokenSequence]], list[float]]
-) -> Scorer:
+    tokenizer: Any, batch_size: int, max_length: int | None, as_written: bool,
+    run: Callable[[list[TokenSequence]], list[float]],
+) -> Scorer:  # fmt: skip
     """A scorer of `run`, which scores sequences, on windows of records that do not depend on where it starts."""
 
     def window(records: list[Mapping[str, Any]]) -> list[Scores]:
-        flat = [sequence_ids(record, response, tokenizer) for record in records for response in record["responses"]]
-        found = iter(run([cut(s, max_length) for s in flat]))
+        of_records = (sequences_of(record, tokenizer, responses_as_written=as_written)[0] for record in records)
+        found = iter(run([sequence.cut(max_length) for some in of_records for sequence in some]))
         return [[next(found) for _ in record["responses"]] for record in records]
 
     def score(records: Records, start: int = 0) -> Iterator[Scores]:
@@ -99,26 +100,21 @@ def _windowed(
     return score
 
 
-def cut(sequence: TokenSequence, max_length: int | None) -> TokenSequence:
-    """The first `max_length` tokens."""
-    if max_length is None:
-        return sequence
-    prompt = sequence.prompt[:max_length]
-    return TokenSequence(prompt, sequence.response[: max_length - len(prompt)])
-
-
 def reward_model_scorer(
-    model: RewardHead, tokenizer: Any, *, batch_size: int = 8, max_length: int | None = None
-) -> Scorer:
+    model: RewardHead, tokenizer: Any, *, batch_size: int = 8, max_length: int | None = None,
+    responses_as_written: bool = False,
+) -> Scorer:  # fmt: skip
     """Rewards of whole conversations, cut after `max_length` tokens."""
     return _windowed(
-        tokenizer, batch_size, max_length, lambda s: rewards(model, s, tokenizer, batch_size=batch_size).tolist()
-    )
+        tokenizer, batch_size, max_length, responses_as_written,
+        lambda s: rewards(model, s, tokenizer, batch_size=batch_size).tolist(),
+    )  # fmt: skip
 
 
 def implicit_reward_scorer(
-    model: Any, reference: Any, tokenizer: Any, beta: float = 0.1, *, batch_size: int = 8, max_length: int | None = None
-) -> Scorer:
+    model: Any, reference: Any, tokenizer: Any, beta: float = 0.1, *, batch_size: int = 8,
+    max_length: int | None = None, responses_as_written: bool = False,
+) -> Scorer:  # fmt: skip
     """`beta * log(policy / reference)`: what DPO's policy is the optimum of (Rafailov et al. 2023, eq. 5), up to a
     constant of the prompt."""
     checks.positive("beta", beta)
@@ -128,4 +124,4 @@ def implicit_reward_scorer(
         assert found.ref_logps is not None
         return (beta * (found.logps - found.ref_logps)).tolist()
 
-    return _windowed(tokenizer, batch_size, max_length, run)
+    return _windowed(tokenizer, batch_size, max_length, responses_as_written, run)

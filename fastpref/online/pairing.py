@@ -16,7 +16,17 @@ from fastpref.online import statistics
 from fastpref.online.prompts import checked_prompt, checked_responses
 from fastpref.online.records import Record
 
-MADE_HERE = ("prompt", "responses", "response_tokens", "finished", "scores", "ranks", "chosen", "rejected")
+MADE_HERE = (
+    "prompt",
+    "responses",
+    "response_tokens",
+    "response_ids",
+    "finished",
+    "scores",
+    "ranks",
+    "chosen",
+    "rejected",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Candidate(NamedTuple):
     text: str
     judged: np.ndarray  # [judges], higher is better
     score: float  # all judges' in one
+    ids: list[int] | None = None  # the sampled tokens
 
 
 def _borda(judged: np.ndarray) -> np.ndarray:
@@ -97,7 +108,8 @@ def make_pairs(records: Sequence[Record], rules: PairRules | None = None) -> tup
     """Preference pairs, as TRL reads them, and a report of what was kept and why.
 
     A pair has `prompt`, `chosen`, `rejected` (messages; text, if the prompt is), `margin`, `chosen_score`,
-    `rejected_score`, with several judges `agreement`, and the record's other fields. Of responses that are equal but
+    `rejected_score`, with several judges `agreement`, from `response_ids` `chosen_response_ids` and
+    `rejected_response_ids`, and the record's other fields. Of responses that are equal but
     for white space only the first counts. TRL's reward trainer takes `margin` as the margin of its loss.
 
     Raises:
@@ -138,8 +150,9 @@ def _candidates(record: Record, where: str, rules: PairRules, counts: Counter[st
             kept.append(i)
     if not kept:
         return []
+    ids = record.get("response_ids") or [None] * len(responses)
     found = [
-        Candidate(responses[i], judged[:, i], float(score))
+        Candidate(responses[i], judged[:, i], float(score), ids[i])
         for i, score in zip(kept, COMBINE[rules.combine](judged[:, kept]), strict=True)
     ]
     return sorted(found, key=lambda c: -c.score)
@@ -180,6 +193,8 @@ def _pair(record: Record, chosen: Candidate, rejected: Candidate) -> Record:
 
     pair = {"prompt": prompt, "chosen": response(chosen.text), "rejected": response(rejected.text)}
     pair |= {"margin": chosen.score - rejected.score, "chosen_score": chosen.score, "rejected_score": rejected.score}
+    if chosen.ids is not None and rejected.ids is not None:
+        pair |= {"chosen_response_ids": chosen.ids, "rejected_response_ids": rejected.ids}
     if len(chosen.judged) > 1:
         pair["agreement"] = agreement(chosen, rejected)
     return pair | {name: value for name, value in record.items() if name not in MADE_HERE and name not in pair}

@@ -35,20 +35,14 @@ def read_prompts(path: str | os.PathLike[str], *, chat: bool = False) -> list[Re
 def _converted(path: str | os.PathLike[str]) -> list[Record]:
     from fastpref.data import formats
     from fastpref.data.files import load_records
+    from fastpref.data.template import without_none
 
     dataset = load_records(path)
     prompts = formats.prompts(dataset)["prompt"]
     return [
-        {"prompt": _without_none(prompt), **{k: v for k, v in row.items() if k not in CONSUMED and v is not None}}
+        without_none({"prompt": prompt, **{name: value for name, value in row.items() if name not in CONSUMED}})
         for prompt, row in zip(prompts, dataset, strict=True)
     ]
-
-
-def _without_none(prompt: Any) -> Any:
-    """A table has every message's keys in every message, with None where there was nothing."""
-    if not isinstance(prompt, list):
-        return prompt
-    return [{k: v for k, v in message.items() if v is not None} for message in prompt]
 
 
 def checked_prompt(record: Mapping[str, Any], where: str) -> Prompt:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastpref.common import checks
+from fastpref.data.encode import prompt_ids
 from fastpref.online.randomness import draw, keys
-from fastpref.online.sequences import WINDOW_BATCHES, Prompt, batches_by_length, in_windows, pad_id, padded, prompt_ids
+from fastpref.online.sequences import WINDOW_BATCHES, Prompt, batches_by_length, in_windows, pad_id, padded
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Response(NamedTuple):
     text: str
     tokens: int  # what ends it included
     finished: bool  # it ended by itself, not at max_new_tokens
+    ids: list[int]  # the tokens, what ends it included
 
 
 def sample_responses(
@@ -174,4 +176,5 @@ def _processors(how: Sampling, table: Tensor, prompt_length: int) -> list[Any]:
 def _response(ids: list[int], ends: list[int], tokenizer: Any) -> Response:
     count = next((i for i, token in enumerate(ids) if token in ends), None)
     text = tokenizer.decode(ids[:count], skip_special_tokens=True)
-    return Response(text, len(ids) if count is None else count + 1, count is not None)
+    sampled = ids if count is None else ids[: count + 1]
+    return Response(text, len(sampled), count is not None, sampled)

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fastpref.data.remarks import Remarks
 from fastpref.online import judges, loading
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.judges import Scorer
 from fastpref.online.prompts import checked_prompt, checked_responses
 from fastpref.online.records import Journal, Record, read_records, to_line
-from fastpref.online.sequences import TokenSequence, sequence_ids
+from fastpref.online.sequences import sequences_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=at_least(int, 1), default=1, help="threads that call the function (default: %(default)s)")
     add("--batch-size", type=at_least(int, 1), default=8, help="sequences at once (default: %(default)s)")
     add("--max-length", type=at_least(int, 1), help="tokens of a sequence that a model reads (default: all)")
+    add("--responses-as-written", action="store_true", help="no chat template for responses, as in training with it")
     add("--overwrite", action="store_true", help="begin anew where OUT.jsonl exists")
     loading.add_machine_arguments(parser)
 
@@ -48,14 +50,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _scorer(args: argparse.Namespace, records: Sequence[Record]) -> tuple[Scorer, dict[str, Any]]:
     """And what its scores of the records depend on."""
-    options = {"batch_size": args.batch_size, "max_length": args.max_length}
+    written = args.responses_as_written
+    options = {"batch_size": args.batch_size, "max_length": args.max_length, "responses_as_written": written}
     if args.function is not None:
         function = judges.load_function(args.function)
         return judges.function_scorer(function, args.workers), {"function": args.function}
     if args.reward_model is not None:
         model, tokenizer = loading.load_reward_model(args.reward_model, args.device, args.dtype)
         settings = {"reward_model": loading.fingerprint(model), "max_length": args.max_length}
-        settings["tokens"] = _fingerprint(records, tokenizer)
+        settings["tokens"] = _fingerprint(records, tokenizer, written)
         return judges.reward_model_scorer(model, tokenizer, **options), settings
     if args.model is None or args.reference is None:
         raise ValueError("--implicit: got no --model or no --reference, want both")
@@ -65,21 +68,26 @@ def _scorer(args: argparse.Namespace, records: Sequence[Record]) -> tuple[Scorer
         "implicit": [loading.fingerprint(policy), loading.fingerprint(reference)],
         "beta": args.beta,
         "max_length": args.max_length,
-        "tokens": _fingerprint(records, tokenizer),
+        "tokens": _fingerprint(records, tokenizer, written),
     }
     return judges.implicit_reward_scorer(policy, reference, tokenizer, args.beta, **options), settings
 
 
-def _fingerprint(records: Sequence[Record], tokenizer: Any) -> str:
-    """Of what tokenizer and template make of the records."""
+def _fingerprint(records: Sequence[Record], tokenizer: Any, responses_as_written: bool) -> str:
+    """Of what tokenizer and template make of the records; says what is odd about it."""
     from fastpref.data.reference_cache import Fingerprint
 
-    found = Fingerprint()
+    found, told = Fingerprint(), Remarks("score")
     for i, record in enumerate(records):
         checked_prompt(record, f"record {i}")
         checked_responses(record, f"record {i}")
-        sequences = (sequence_ids(record, response, tokenizer) for response in record["responses"])
-        found.rows((sequence._asdict() for sequence in sequences), TokenSequence._fields)
+        try:
+            sequences, flags = sequences_of(record, tokenizer, responses_as_written=responses_as_written)
+        except ValueError as error:
+            raise ValueError(f"record {i}: {error}") from None
+        told.add(i, flags)
+        found.rows((sequence._asdict() for sequence in sequences), ("prompt", "response"))
+    told.say()
     return found.hexdigest()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs
 from fastpref.data import encode
-from fastpref.data.collate import IGNORE_INDEX
+from fastpref.data.ids import IGNORE_INDEX
 from fastpref.models import hidden_states, output_head
 from fastpref.objectives.reward import RewardHead
 
@@ -20,27 +20,48 @@ WINDOW_BATCHES = 8  # batches that are sorted by length together; what is at mos
 
 
 class TokenSequence(NamedTuple):
-    """Token ids: the prompt's, and those of the response with whatever ends it."""
+    """Token ids: the prompt's, and those of the response with whatever ends it; which of these are scored (None:
+    all)."""
 
     prompt: list[int]
     response: list[int]
+    mask: list[int] | None = None
 
+    def scored(self) -> Tensor:
+        """Indices of the tokens that are: nothing scores the first of a sequence."""
+        begin, end = len(self.prompt), len(self.prompt) + len(self.response)
+        at = torch.arange(begin, end) if self.mask is None else torch.tensor(self.mask).nonzero()[:, 0] + begin
+        return at[at > 0]
 
-def prompt_ids(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    """The record's `prompt`: messages through the chat template up to the assistant's turn (with its `tools` and
-    `chat_template_kwargs`); text as it is."""
-    prompt = record["prompt"]
-    if isinstance(prompt, str):
-        return list(tokenizer(text=prompt)["input_ids"])
-    options = encode.template_options(dict(record))
-    return list(encode.template_ids(tokenizer, prompt, add_generation_prompt=True, **options))
+    def cut(self, max_length: int | None) -> TokenSequence:
+        """The first `max_length` tokens."""
+        if max_length is None:
+            return self
+        prompt = self.prompt[:max_length]
+        room = max_length - len(prompt)
+        return TokenSequence(prompt, self.response[:room], None if self.mask is None else self.mask[:room])
 
 
 def sequence_ids(record: Mapping[str, Any], response: str, tokenizer: Any) -> TokenSequence:
     """A response after the record's prompt, with what ends it, as the trainers make it."""
-    placed = response if isinstance(record["prompt"], str) else [{"role": "assistant", "content": response}]
-    prompt, (ids,) = encode.part({**record, "response": placed}, ("response",), tokenizer)
-    return TokenSequence(prompt, ids)
+    return sequences_of({**record, "responses": [response]}, tokenizer)[0][0]
+
+
+def sequences_of(
+    record: Mapping[str, Any], tokenizer: Any, *, responses_as_written: bool = False
+) -> tuple[list[TokenSequence], int]:
+    """Each of the record's `responses` as `sequence_ids` gives it, or as it is written; and flags of
+    `fastpref.data.remarks`."""
+    sequences, found = [], 0
+    sampled = record.get("response_ids") or [None] * len(record["responses"])
+    others = {name: value for name, value in record.items() if name != "response_ids"}  # it would be a response's own
+    for text, ids in zip(record["responses"], sampled, strict=True):
+        placed = text if isinstance(record["prompt"], str) else [{"role": "assistant", "content": text}]
+        example = {**others, "response": placed, "response_response_ids": ids}
+        parted = encode.part(example, ("response",), tokenizer, responses_as_written=responses_as_written)
+        sequences.append(TokenSequence(parted.prompt, *parted.responses[0]))
+        found |= parted.remarks
+    return sequences, found
 
 
 def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:
@@ -131,9 +152,9 @@ def _labelled(sequences: Iterable[TokenSequence], pad_token_id: int) -> tuple[Te
     rows = list(sequences)
     ids, mask = padded([s.prompt + s.response for s in rows], pad_token_id, "right")
     labels = torch.full_like(ids, IGNORE_INDEX)
-    for i, (prompt, response) in enumerate(rows):
-        first, end = max(len(prompt), 1), len(prompt) + len(response)  # nothing scores the first token of a sequence
-        labels[i, first - 1 : end - 1] = ids[i, first:end]
+    for i, sequence in enumerate(rows):
+        at = sequence.scored()
+        labels[i, at - 1] = ids[i, at]
     return ids, mask, labels
 
 

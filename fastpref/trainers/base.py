@@ -18,6 +18,7 @@ from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.forward import choose_layout
 from fastpref.trainers.loading import disable_dropout, refuse_router_loss
 from fastpref.trainers.metrics import MetricSums
+from fastpref.trainers.streams import StreamRemarks
 
 
 class Items(NamedTuple):
@@ -87,6 +88,7 @@ class PreferenceTrainer(Trainer):
         collator.pad_token_id = processing_class.pad_token_id
         collator.token_budget = args.token_budget
         collator.layout, collator.ours = choose_layout(self.model, args.layout)
+        self.add_callback(StreamRemarks(self.train_dataset, self.eval_dataset))
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._tokens_seen = 0.0
 

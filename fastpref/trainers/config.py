@@ -47,6 +47,11 @@ class PreferenceConfig(TrainingArguments):
     dataset_num_proc: int | None = option(None, "Processes that prepare the data.")
     max_length: int | None = option(1024, "Tokens in a sequence; longer ones are cut at the end (None: never).")
     truncation_mode: str = option("keep_start", "Only 'keep_start'.")
+    responses_as_written: bool = option(
+        False,
+        "A response is its text's tokens and EOS after the prompt's chat template, as it was sampled: for reasoning "
+        "models, whose templates leave the reasoning out. Otherwise it goes through the template, as in TRL.",
+    )
     padding_free: bool = option(True, "Kept for TRL's scripts: batches have no padding (see layout).")
     pad_to_multiple_of: int | str | None = option("auto", "Kept for TRL's scripts: masked padding has no effect.")
     pad_token: str | None = option(None, "Used for padding, instead of the tokenizer's.")
@@ -106,7 +111,24 @@ class PreferenceConfig(TrainingArguments):
 
 
 @dataclass
-class ReferenceConfig(PreferenceConfig):
+class PolicyConfig(PreferenceConfig):
+    """Methods that score tokens."""
+
+    assistant_only_loss: bool = option(
+        False, "Of a response's messages score the assistant's alone: no tool outputs, no later turns of the user."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.assistant_only_loss and self.responses_as_written:
+            raise ValueError(
+                "responses_as_written: got True with assistant_only_loss, want one of them: such a response is one "
+                "message"
+            )
+
+
+@dataclass
+class ReferenceConfig(PolicyConfig):
     """Methods with a reference model."""
 
     learning_rate: float = option(1e-6, "Peak learning rate.")
@@ -170,7 +192,7 @@ class KTOConfig(ReferenceConfig):
 
 
 @dataclass
-class ReferenceFreeConfig(PreferenceConfig):
+class ReferenceFreeConfig(PolicyConfig):
     learning_rate: float = option(1e-6, "Peak learning rate.")
     max_completion_length: int | None = option(None, "Kept for TRL's scripts: encoder-decoder models only.")
     generate_during_eval: bool = option(False, "Not supported.")
@@ -237,3 +259,8 @@ class PRMConfig(PreferenceConfig):
     max_prompt_length: int | None = option(None, "Tokens of the prompt; the last ones are kept.")
     step_separator: str = option("\n", "What ends a step: its last token is the one that is labelled.")
     train_on_last_step_only: bool = option(False, "Only the last step has a label.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.responses_as_written:
+            raise unsupported("responses_as_written", True, "steps are texts, which no chat template changes")

@@ -21,6 +21,7 @@ from fastpref.trainers.forward import scored_hidden
 from fastpref.trainers.policy import PolicyTrainer, ReferencedTrainer
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+MASKS = ("chosen_mask", "rejected_mask")
 SKIPS = ("chosen_skip", "rejected_skip")
 
 
@@ -79,14 +80,14 @@ class PairTraining(PolicyTrainer):
 
 
 class _ReferencedPairs(PairTraining, ReferencedTrainer):
-    signature_columns = (*IDS, "ref_chosen_logps", "ref_rejected_logps")
+    signature_columns = (*IDS, *MASKS, "ref_chosen_logps", "ref_rejected_logps")
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
-    hashed_columns = IDS
+    hashed_columns = (*IDS, *MASKS)
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_paired(
             formats.paired(dataset), self.tokenizer_in_use, max_length=args.max_length, num_proc=args.dataset_num_proc,
-            name=name,
+            name=name, responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
         )  # fmt: skip
 
     def reference_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
@@ -146,8 +147,7 @@ class IPOTrainer(_ReferencedPairs):
 
 
 class _ReferenceFree(PairTraining):
-    signature_columns = (*IDS, *SKIPS)
-    score_prompts = False
+    signature_columns = (*IDS, *MASKS, *SKIPS)
 
     def __init__(
         self, model: Any = None, args: Any = None, data_collator: Any = None, train_dataset: Any = None,
@@ -159,18 +159,21 @@ class _ReferenceFree(PairTraining):
             model = model_init()
         args = given_args(args, self.config_class, model, type(self).__name__.removesuffix("Trainer"))
         self.loss_fn = self.loss_of(args)
+        collator = PairCollator(score_prompts=self.scores_prompts(args))
         super().__init__(
-            model, args, PairCollator(score_prompts=self.score_prompts), train_dataset, eval_dataset, processing_class,
-            data_collator=data_collator, **options,
+            model, args, collator, train_dataset, eval_dataset, processing_class, data_collator=data_collator, **options
         )  # fmt: skip
 
     def loss_of(self, args: Any) -> PairedLoss:
         raise NotImplementedError
 
+    def scores_prompts(self, args: Any) -> bool:
+        return False
+
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_reference_free(
             formats.paired(dataset), self.tokenizer_in_use, max_length=args.max_length, num_proc=args.dataset_num_proc,
-            name=name,
+            name=name, responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
         )  # fmt: skip
 
 
@@ -201,16 +204,19 @@ class SimPOTrainer(_ReferenceFree):
 
 
 class ORPOTrainer(_ReferenceFree):
-    """TRL 1.16's experimental `ORPOTrainer`: the NLL is over the chosen prompts and responses."""
+    """TRL 1.16's experimental `ORPOTrainer`: the NLL is over the chosen prompts and responses, and with
+    `assistant_only_loss` over what the assistant wrote in the chosen responses."""
 
     config_class = ORPOConfig
-    score_prompts = True
 
     def loss_of(self, args: Any) -> ORPOLoss:
         return ORPOLoss(args.beta)
 
+    def scores_prompts(self, args: Any) -> bool:
+        return not args.assistant_only_loss
+
     def loss_options(self, part: Mapping[str, Any]) -> dict[str, Any]:
-        return {"prompt_labels": part["prompt_labels"]}
+        return {"prompt_labels": part["prompt_labels"]} if "prompt_labels" in part else {}
 
     def add_method_metrics(self, out: PreferenceOutput, part: Mapping[str, Any], nll_tokens: Tensor | int) -> None:
         odds = log_odds(out.chosen_logps, out.rejected_logps)

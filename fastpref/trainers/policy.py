@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpref import linear_token_logprobs, linear_token_statistics, models
-from fastpref.data.collate import IGNORE_INDEX
 from fastpref.data.collators import PackedCollator
+from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.reference_cache import ReferenceCache
 from fastpref.models import inner_model, is_peft, sharded_like, whole
 from fastpref.reference import TokenStatistics
@@ -83,7 +83,7 @@ class ReferencedTrainer(PolicyTrainer):
     """With a reference model, whose log-probs come from a cache, or from a forward of it in every step."""
 
     reference_columns: tuple[str, ...]  # what a cache holds of each example
-    hashed_columns: tuple[str, ...]  # the token ids that it depends on
+    hashed_columns: tuple[str, ...]  # the token ids and masks that it depends on, where they are
 
     def __init__(
         self, model: Any, ref_model: Any, args: Any, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
@@ -184,7 +184,8 @@ class ReferencedTrainer(PolicyTrainer):
         if set(self.reference_columns) <= set(dataset.column_names):
             return dataset
         settings = [self.accelerator.mixed_precision, *self.reference_settings()]
-        key = fingerprint(self.reference, dataset, self.hashed_columns, settings)
+        columns = [name for name in self.hashed_columns if name in dataset.column_names]
+        key = fingerprint(self.reference, dataset, columns, settings)
         folder = self.args.reference_cache or models.cache_folder() / "reference"
         cache = ReferenceCache(folder, key, len(dataset), len(self.reference_columns))
         with self._progress(name, len(dataset)) as advance, self.reference.model() as model:

@@ -91,8 +91,9 @@ class RewardTrainer(_HeadTrainer):
         if args.chat_template_path is not None:
             tokenizer.chat_template = _chat_template(args.chat_template_path)
         return tokenize.tokenize_reward(
-            formats.paired(dataset), tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=name
-        )
+            formats.paired(dataset), tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
+            responses_as_written=args.responses_as_written,
+        )  # fmt: skip
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         hidden, head = hidden_rows(self.inner, part), self.score_head()

@@ -29,7 +29,8 @@ class KTOTrainer(ReferencedTrainer):
 
     config_class = KTOConfig
     signature_columns = (
-        "prompt_ids", "completion_ids", "label", "kl_completion_ids", "ref_logps", "ref_KL_logps",
+        "prompt_ids", "completion_ids", "completion_mask", "label", "kl_completion_ids", "kl_completion_mask",
+        "ref_logps", "ref_KL_logps",
     )  # fmt: skip
 
     def __init__(
@@ -43,8 +44,8 @@ class KTOTrainer(ReferencedTrainer):
             raise ValueError(f"train_sampling_strategy: got {args.train_sampling_strategy!r}, want 'sequential'")
         if self.with_kl and args.per_device_train_batch_size < 2:
             raise ValueError("per_device_train_batch_size: got 1, want at least 2: KTO mismatches within a batch")
-        ids = ("prompt_ids", "completion_ids")
-        self.hashed_columns = (*ids, "kl_completion_ids") if self.with_kl else ids
+        ids = ("prompt_ids", "completion_ids", "completion_mask")
+        self.hashed_columns = (*ids, "kl_completion_ids", "kl_completion_mask") if self.with_kl else ids
         self.reference_columns = ("ref_logps", "ref_KL_logps") if self.with_kl else ("ref_logps",)
         super().__init__(
             model, ref_model, args, UnpairedCollator(), train_dataset, eval_dataset, processing_class,
@@ -62,6 +63,7 @@ class KTOTrainer(ReferencedTrainer):
             formats.unpaired(dataset), self.tokenizer_in_use, max_length=args.max_length,
             num_proc=args.dataset_num_proc, name=name,
             block_size=args.per_device_train_batch_size if self.with_kl else None,
+            responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
         )  # fmt: skip
 
     def reference_part(self, examples: list[dict[str, Any]]) -> dict[str, Any]:

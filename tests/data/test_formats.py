@@ -5,18 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support_data import assistant, dataset, user
 
 from fastpref.data import formats
 
 datasets = pytest.importorskip("datasets", reason="needs `pip install 'fastpref[train]'`")
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def turn(who: str, text: str) -> dict[str, str]:
@@ -47,10 +40,6 @@ SAME_PAIR = {
         "chosen": "Four.", "rejected": "Five.",
     },
 }  # fmt: skip
-
-
-def dataset(*records: dict[str, Any]) -> Any:
-    return datasets.Dataset.from_list(list(records))
 
 
 def forms(*records: dict[str, Any]) -> list[Any]:

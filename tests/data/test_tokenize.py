@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support_data import assistant, user
 
 from fastpref import models
-from fastpref.data import encode, formats, tokenize
+from fastpref.data import formats, tokenize
 
 datasets = pytest.importorskip("datasets", reason="needs `pip install 'fastpref[train]'`")
 
@@ -19,14 +20,6 @@ WORDS = "The sky is blue. The sun is in the sea. Say hello world, hello there. T
 THINKING = models.CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think></think>' }}")
 TOOLS = "{% if tools %}{{ 'Tools: ' + tools | tojson + '\n' }}{% endif %}{% if loud %}{{ 'LOUD\n' }}{% endif %}"
 NAMES = ("plain", "bos", "tools")
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def make(name: str) -> Any:
@@ -222,11 +215,11 @@ def test_dropped_pairs_are_counted(tokenizers, caplog) -> None:
     assert "eval: left out, 1 of 3 records do not fit max_length=60" in caplog.text
 
 
-def test_a_prompt_that_is_no_prefix_is_told_once(tokenizers, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(encode, "_warned", set())
-    for _ in range(2):
-        found = tokenize.tokenize_paired(pairs("talks"), tokenizers["tools"], max_length=None)
-    assert [r.getMessage().count("'<think></think>' of the prompt") for r in caplog.records] == [1]
+def test_prompts_that_are_no_prefix_are_counted(tokenizers, caplog) -> None:
+    found = tokenize.tokenize_paired(pairs("talks"), tokenizers["tools"], max_length=None)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("train: the prompt's tokens are not a prefix of prompt and response in 3 of 3 records")
+    assert "(number 1, 2, 3)" in message
     assert tokenizers["tools"].decode(found[0]["prompt_ids"]).endswith("<|im_start|>assistant\n")
 
 

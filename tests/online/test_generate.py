@@ -28,11 +28,11 @@ from transformers import (
 )  # fmt: skip
 
 from fastpref.commands import cli
+from fastpref.data.encode import prompt_ids
 from fastpref.online import Sampling, generate_file, load_policy, sample_responses
 from fastpref.online.prompts import read_prompts
 from fastpref.online.randomness import draw, keys, uniforms
 from fastpref.online.sampling import _response
-from fastpref.online.sequences import prompt_ids
 
 HOW = Sampling(k=2, max_new_tokens=6, seed=3)
 TEXTS = [r["prompt"] for r in PROMPTS]
@@ -130,7 +130,7 @@ def test_responses_are_those_of_a_plain_loop(policy, changes) -> None:
                 break
         ended = ids[-1] == tokenizer.eos_token_id
         text = tokenizer.decode(ids[length : len(ids) - ended], skip_special_tokens=True)
-        assert found[index][response] == (text, len(ids) - length, ended)
+        assert found[index][response] == (text, len(ids) - length, ended, ids[length:])
 
 
 def test_batches_do_not_change_responses(policy) -> None:
@@ -206,9 +206,9 @@ def test_a_response_ends_at_its_first_end(policy) -> None:
     tokenizer = policy[1]
     (end,) = tokenizer("<|im_end|>")["input_ids"]
     a, b = tokenizer("a")["input_ids"] + tokenizer("b")["input_ids"]
-    assert _response([a, end, b, end], [end], tokenizer) == ("a", 2, True)
-    assert _response([a, b], [end], tokenizer) == ("ab", 2, False)
-    assert _response([end, end], [end], tokenizer) == ("", 1, True)
+    assert _response([a, end, b, end], [end], tokenizer) == ("a", 2, True, [a, end])
+    assert _response([a, b], [end], tokenizer) == ("ab", 2, False, [a, b])
+    assert _response([end, end], [end], tokenizer) == ("", 1, True, [end])
 
 
 def test_a_stopped_run_goes_on_to_the_same_file(policy, tmp_path, monkeypatch, capsys) -> None:

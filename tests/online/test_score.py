@@ -83,7 +83,7 @@ def test_implicit_rewards(policy) -> None:
     found = list(implicit_reward_scorer(model, reference, tokenizer, beta=0.5, batch_size=4)(RECORDS[:2]))
 
     def logp(which, record, response) -> float:
-        head, tail = sequence_ids(record, response, tokenizer)
+        head, tail, _ = sequence_ids(record, response, tokenizer)
         ids = torch.tensor([head + tail])
         with torch.no_grad():
             logps = which(ids).logits[0, :-1].log_softmax(-1)

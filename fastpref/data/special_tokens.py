@@ -1,0 +1,50 @@
+"""What a tokenizer puts before and after a text: decided here, for training, generation, scores and evaluation alike.
+
+A sequence begins with what the tokenizer begins texts with (a BOS token, or nothing), and once only where the text
+brings it along. It ends with one EOS token where a response ends, and with none elsewhere: a tokenizer that ends every
+text with EOS would end prompts with it, too. Of messages, the chat template writes all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def bare_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens, and none that the tokenizer adds."""
+    return list(tokenizer(text=text, add_special_tokens=False)["input_ids"])
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens after those that texts begin with."""
+    ids, beginning = bare_ids(tokenizer, text), _beginning(tokenizer)
+    return ids if ids[: len(beginning)] == beginning else beginning + ids
+
+
+def with_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """After a BOS token, if the tokenizer has one: what TRL's reference-free and process reward trainers add."""
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def with_eos(text: str, tokenizer: Any) -> str:
+    eos = _eos(tokenizer, "eos_token")
+    return text if text.endswith(eos) else text + eos
+
+
+def ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    eos = _eos(tokenizer, "eos_token_id")
+    return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    probe = bare_ids(tokenizer, "a")
+    whole = list(tokenizer(text="a")["input_ids"])
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(probe)] == probe), [])
+
+
+def _eos(tokenizer: Any, attribute: str) -> Any:
+    value = getattr(tokenizer, attribute)
+    if value is None:
+        raise ValueError(f"tokenizer: got no {attribute}, want one, which ends responses")
+    return value

@@ -1,0 +1,28 @@
+"""Data sets whose end is not known before they have been read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fastpref.data.remarks import say_remarks
+
+
+class StreamRemarks(TrainerCallback):
+    """Says at the end of an epoch, a run or an evaluation what of a stream was left out, or is odd."""
+
+    def __init__(self, train_dataset: Any, eval_dataset: Any) -> None:
+        self.training, self.evaluation = train_dataset, eval_dataset
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        say_remarks(self.training)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        say_remarks(self.training)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        given = self.evaluation
+        for dataset in given.values() if isinstance(given, Mapping) else [given]:
+            say_remarks(dataset)
