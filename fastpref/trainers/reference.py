@@ -17,7 +17,7 @@ from fastpref import models
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import Fingerprint, ReferenceCache
 from fastpref.models import inner_model, is_peft
-from fastpref.trainers.forward import choose_layout
+from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.loading import disable_dropout
 
 COPY = "ref"  # the adapter that keeps what a PeftModel's own adapter was before training
