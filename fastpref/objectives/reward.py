@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastpref import ops, reference
 from fastpref.common import checks
+from fastpref.models import adapters, inner_model
 
 RANKING_METHODS = ("pairs", "plackett_luce")
 
@@ -215,22 +216,34 @@ class RewardHead(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> RewardHead:
-        """A folder or model that `AutoModelForSequenceClassification` reads, with `num_labels == 1`."""
+        """A folder or model that `AutoModelForSequenceClassification` reads, with `num_labels == 1`; or an adapter of
+        one with its head, which then stays in the backbone's layers (so its rewards are those of training)."""
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)
+        adapter = adapters.adapter_config(path)
+        base = path if adapter is None else adapter.base_model_name_or_path
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(base)
+        if adapter is not None and "score" in (adapter.modules_to_save or ()):
+            config.num_labels = 1
         if config.num_labels != 1:
             raise ValueError(f"{os.fspath(path)}: got a model with num_labels={config.num_labels}, want 1")
-        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, **kwargs)
-        score = getattr(model, "score", None)
+        model = inner_model(adapters.load(AutoModelForSequenceClassification, path, config=config, **kwargs))
+        score = adapters.active_module(getattr(model, "score", None))
         if not isinstance(score, nn.Linear):
             raise ValueError(f"{os.fspath(path)}: got {type(model).__name__}, want a model whose head is named score")
-        return cls(model.base_model, score)
+        found = cls(model.base_model, score)
+        if adapter is not None:
+            found.peft_config = model.peft_config
+        return found
 
     def save_pretrained(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write what `AutoModelForSequenceClassification` and `RewardHead` load."""
         from transformers import AutoModelForSequenceClassification
 
+        if adapters.own_names(self):
+            raise ValueError(
+                f"{type(self).__name__}: got adapters in its layers, want them merged by PEFT before saving"
+            )
         with torch.device("meta"):  # its class and its layout, with our parameters
             model = AutoModelForSequenceClassification.from_config(self.config)
         setattr(model, self._backbone_name, self.backbone)

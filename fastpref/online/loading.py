@@ -11,6 +11,7 @@ import torch
 from fastpref import models
 from fastpref.common import checks
 from fastpref.common.terminal import hide_library_bars
+from fastpref.models import adapters
 from fastpref.objectives.reward import RewardHead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,28 +41,34 @@ def _folder(name: str | os.PathLike[str]) -> str:
 
 def load_policy(name: str | os.PathLike[str], device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
     """(language model in eval mode, tokenizer) of a folder, a hub id, an adapter's folder (with peft), or smollm2."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     hide_library_bars()
     where = default_device(device)
-    model: Any = AutoModelForCausalLM.from_pretrained(_folder(name), dtype=default_dtype(dtype, where))
-    return model.to(where).eval(), AutoTokenizer.from_pretrained(_folder(name))
+    model = adapters.load(AutoModelForCausalLM, _folder(name), dtype=default_dtype(dtype, where))
+    return models.inner_model(model).to(where).eval(), _tokenizer(name)  # the adapter stays in its layers
 
 
 def load_reward_model(
     name: str | os.PathLike[str], device: str | None = None, dtype: str | None = None
 ) -> tuple[RewardHead, Any]:
-    """(reward model in eval mode, tokenizer) of what `AutoModelForSequenceClassification` reads with one label."""
-    from transformers import AutoTokenizer
-
+    """(reward model in eval mode, tokenizer) of what `AutoModelForSequenceClassification` reads with one label, or of
+    an adapter of it."""
     hide_library_bars()
     where = default_device(device)
     model = RewardHead.from_pretrained(_folder(name), dtype=default_dtype(dtype, where))
-    return model.to(where).eval(), AutoTokenizer.from_pretrained(_folder(name))
+    return model.to(where).eval(), _tokenizer(name)
+
+
+def _tokenizer(name: str | os.PathLike[str]) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(adapters.tokenizer_source(_folder(name)))
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of weights and config: the same path can hold another model in the next round."""
+    """A hash of weights, config and adapters: the same path can hold another model in the next round."""
     from fastpref.data.reference_cache import Fingerprint
 
-    return Fingerprint().weights(model.state_dict().items()).config(models.inner_model(model).config).hexdigest()
+    found = Fingerprint().weights(model.state_dict().items()).config(models.inner_model(model).config)
+    return found.text(adapters.describe(model)).hexdigest()

@@ -15,8 +15,8 @@ from fastpref.common.memory import keep_freed_memory
 from fastpref.data.collators import PackedCollator
 from fastpref.models import inner_model, run_inside
 from fastpref.trainers.config import PreferenceConfig, unsupported
-from fastpref.trainers.layout import choose_layout
-from fastpref.trainers.loading import disable_dropout, refuse_router_loss
+from fastpref.trainers.forward import choose_layout
+from fastpref.trainers.loading import disable_dropout, one_arithmetic, refuse_frozen, refuse_router_loss
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.streams import StreamRemarks
 
@@ -60,6 +60,8 @@ class PreferenceTrainer(Trainer):
                 raise unsupported(name, "one", "there are no logits, and batches are packed; want None")
         if args.torch_compile:
             raise unsupported("torch_compile", True, "the head and its loss are fused with what would be compiled")
+        refuse_frozen(model)
+        one_arithmetic(model)
         refuse_router_loss(model, args)
         if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
             raise unsupported("device_map", "several devices", "want the whole model on one, or FSDP")

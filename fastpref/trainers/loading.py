@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastpref.models import inner_model, is_peft
+from fastpref.models import adapters, inner_model, is_peft
 from fastpref.trainers.config import PreferenceConfig, unsupported
+
+FACTORS = re.compile(r"lora_(embedding_)?[AB]\.")
 
 
 def load_model(model: Any, args: PreferenceConfig, auto_class: Any, quantization_config: Any = None, **options: Any):
-    """A model from a path or a hub id, in fp32 unless `model_init_kwargs` says otherwise; a model as it is."""
+    """A model from a path or a hub id, in fp32 unless `model_init_kwargs` says otherwise; a model as it is.
+
+    Where the path is an adapter's, the adapter on its base model, to go on with.
+    """
     if not isinstance(model, str):
         if quantization_config is not None:
             raise ValueError("quantization_config: got one with a loaded model, want it only with a model's name")
@@ -26,14 +33,15 @@ def load_model(model: Any, args: PreferenceConfig, auto_class: Any, quantization
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = getattr(torch, kwargs["dtype"])
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return auto_class.from_pretrained(model, **kwargs)
+    return adapters.load(auto_class, model, trainable=True, **kwargs)
 
 
-def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig) -> Any:
+def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig, given: Any = None) -> Any:
+    """The tokenizer, by default of the model that was `given` to the trainer: its name, or where it came from."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     if processing_class is None:
-        name = model.config._name_or_path
+        name = adapters.tokenizer_source(given) if isinstance(given, str) else model.config._name_or_path
         if not name:
             raise ValueError("processing_class: got None with a model that came from no folder, want its tokenizer")
         processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
@@ -58,21 +66,61 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
 
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(f"peft_config: got {type(peft_config).__name__}, want a peft.PeftConfig")
-        if is_peft(model):
-            raise ValueError("peft_config: got one with a model that has adapters, want merge_and_unload() first")
+        if is_peft(model) or getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "peft_config: got one with a model that has adapters, want None to go on with them, or "
+                "merge_and_unload() first"
+            )
+        adapters.take_out(model)
         model = get_peft_model(model, peft_config)
     if not is_peft(model):
         return model
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise unsupported("peft_config", "prompt learning", "want adapters inside the layers, such as LoRA")
+    _refuse_other_adapters(model.peft_config.values())
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        # bf16 adapters, as in QLoRA (arXiv 2305.14314, section 3); DoRA's magnitudes would not move in bf16 (TRL #7268)
+    if is_quantised(model):
+        # bf16 adapters, as in QLoRA (arXiv 2305.14314, section 3), of its low-rank factors: what is trained whole or is
+        # DoRA's magnitude would not move in bf16 (TRL #7268)
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            if parameter.requires_grad and FACTORS.search(name):
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def is_quantised(model: Any) -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def one_arithmetic(model: nn.Module) -> None:
+    """On a CPU, layers of bitsandbytes multiply integers in evaluation mode and dequantised weights in training: they
+    stay with the latter, so that a policy that has not moved is its reference."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.train()
+            module.train = _stay
+
+
+def _stay(mode: bool = True) -> None:
+    """In place of a module's `train`."""
+
+
+def _refuse_other_adapters(configs: Iterable[Any]) -> None:
+    if any(config.is_prompt_learning for config in configs):
+        raise unsupported("peft_config", "prompt learning", "want adapters inside the layers, such as LoRA")
+    if any(config.peft_type == "ADALORA" for config in configs):
+        reason = "it allots its ranks in a loop of its own, with a term in the loss; want another, such as LoRA"
+        raise unsupported("peft_config", "AdaLoRA", reason)
+
+
+def refuse_frozen(model: nn.Module) -> None:
+    """A run in which nothing trains would end as a success."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    hint = "parameters with requires_grad"
+    if hasattr(model, "peft_config"):
+        hint = "an adapter to train: its folder's name, or PeftModel.from_pretrained(..., is_trainable=True)"
+    raise ValueError(f"model: got {type(inner_model(model)).__name__} with nothing that trains, want {hint}")
 
 
 def refuse_router_loss(model: Any, args: PreferenceConfig) -> None:

@@ -38,8 +38,8 @@ class PolicyTrainer(PreferenceTrainer):
     ) -> None:  # fmt: skip
         from transformers import AutoModelForCausalLM
 
-        model = loading.load_model(model, args, AutoModelForCausalLM, quantization_config)
-        processing_class = load_tokenizer(processing_class, model, args)
+        given, model = model, loading.load_model(model, args, AutoModelForCausalLM, quantization_config)
+        processing_class = load_tokenizer(processing_class, model, args, given)
         model = wrap_peft(model, peft_config, args)
         models.read_head(model)  # refuses an adapter on the head
         super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **options)
@@ -106,6 +106,7 @@ class ReferencedTrainer(PolicyTrainer):
         self.reference = Reference.of(
             policy, ref_model, fresh_adapters=peft_config is not None, keep_copy=not self.precomputes
         )
+        self._refuse_scattered(self.reference.before)
         if self.reference.own is not None:
             self.reference.own = self._placed(self.reference.own)
         if args.sync_ref_model:
@@ -113,6 +114,20 @@ class ReferencedTrainer(PolicyTrainer):
         if self.precomputes:
             self.train_dataset = self.with_reference(self.train_dataset, "train")
             self.eval_dataset = self.with_reference(self.eval_dataset, "eval")
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; parameters that were set to train since the constructor belong to the reference, too."""
+        if self.reference.before is not None:
+            self.reference.before.extend()
+        return super().train(*args, **kwargs)
+
+    def _refuse_scattered(self, before: Any) -> None:
+        """Of FSDP's first version and of DeepSpeed's stage 3, no parameter can be exchanged with an earlier value."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        scattered = (self.is_fsdp_enabled and not self.accelerator.is_fsdp2) or getattr(plugin, "zero_stage", 0) == 3
+        if before and scattered and not self.precomputes:
+            reason = "what trained before the run is a part of it; want a ref_model, DDP, FSDP2 or ZeRO-2"
+            raise unsupported("ref_model", None, reason)
 
     def _placed(self, reference: Any) -> Any:
         """A reference that runs in every step is sharded like the policy; one that runs only now is whole."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,18 +15,18 @@ from transformers import TrainerCallback
 from fastpref import models
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import Fingerprint, ReferenceCache
-from fastpref.models import inner_model, is_peft
-from fastpref.trainers.layout import choose_layout
-from fastpref.trainers.loading import disable_dropout
-
-COPY = "ref"  # the adapter that keeps what a PeftModel's own adapter was before training
+from fastpref.models import adapters, inner_model, is_peft
+from fastpref.models.adapters import Snapshot, initialised_from_weights
+from fastpref.trainers.forward import choose_layout
+from fastpref.trainers.loading import disable_dropout, one_arithmetic
 
 
 class Reference:
-    """A model of its own, or the policy with its adapters off (or with a frozen copy of the adapter it came with)."""
+    """A model of its own, or the policy with its adapters off, or the policy as it was: what trains, exchanged with a
+    copy of what it has been."""
 
-    def __init__(self, policy: Any, own: Any = None) -> None:
-        self.policy, self.own = policy, own
+    def __init__(self, policy: Any, own: Any = None, before: Snapshot | None = None, adapted: bool = True) -> None:
+        self.policy, self.own, self.before, self._adapted = policy, own, before, adapted
 
     @classmethod
     def of(cls, policy: Any, ref_model: Any, *, fresh_adapters: bool, keep_copy: bool) -> Reference:
@@ -35,9 +34,9 @@ class Reference:
         if ref_model is not None and inner_model(ref_model) is inner_model(policy):
             raise ValueError("ref_model: got the policy itself, want another model or None (the policy as it is now)")
         if ref_model is None and is_peft(policy):
-            if not fresh_adapters or _initialised_from_weights(policy):
-                _copy_adapter(policy)
-        elif ref_model is None and keep_copy:
+            off = fresh_adapters and not initialised_from_weights(policy.peft_config[policy.active_adapter])
+            return cls(policy, before=Snapshot(policy, outside=off), adapted=not off)
+        if ref_model is None and keep_copy:
             ref_model = copy.deepcopy(policy)
         if ref_model is not None:
             ref_model.eval().requires_grad_(False)
@@ -46,7 +45,7 @@ class Reference:
     @property
     def is_lost_by_training(self) -> bool:
         """Is it the policy's own weights, which training changes?"""
-        return self.own is None and not is_peft(self.policy)
+        return self.own is None and self.before is None
 
     @contextlib.contextmanager
     def model(self) -> Iterator[Any]:
@@ -58,62 +57,27 @@ class Reference:
             training = self.policy.training
             self.policy.eval()
             stack.callback(self.policy.train, training)
-            if is_peft(self.policy):
-                stack.enter_context(_adapter(self.policy))
+            if not self._adapted:
+                stack.enter_context(adapters.adapters_off(self.policy))
+            if self.before is not None:
+                stack.enter_context(self.before.restored())
             yield self.policy
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        with self.model() as model:
-            copied = is_peft(model) and COPY in model.peft_config
-            for name, value in model.state_dict().items():
-                if not is_peft(model) or "lora_" not in name or (copied and f".{COPY}." in name):
-                    yield name, value
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of its weights and its config, as they are when first asked: hashed once for all data sets."""
-        found = Fingerprint().weights(self.weights())
-        model = self.own or self.policy
-        found.config(inner_model(model).config)
-        if is_peft(model) and COPY in model.peft_config:
-            found.text(json.dumps(model.peft_config[COPY].to_dict(), sort_keys=True, default=str))
-        return found.hexdigest()
-
-
-def _initialised_from_weights(policy: Any) -> bool:
-    """PiSSA and its kin move a part of the base weights into the fresh adapter: without it, the model is another."""
-    how = getattr(policy.peft_config[policy.active_adapter], "init_lora_weights", True)
-    return isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq"))
-
-
-def _copy_adapter(policy: Any) -> None:
-    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # the copy's weights are given, and the base keeps its own
-    policy.add_adapter(COPY, config)
-    for name, value in policy.named_parameters():
-        if f".{policy.active_adapter}." in name:
-            policy.get_parameter(name.replace(f".{policy.active_adapter}.", f".{COPY}.")).data.copy_(value.data)
-
-
-@contextlib.contextmanager
-def _adapter(policy: Any) -> Iterator[None]:
-    if COPY not in policy.peft_config:
-        with policy.disable_adapter():
-            yield
-        return
-    active = policy.active_adapter
-    policy.set_adapter(COPY)
-    try:
-        yield
-    finally:
-        policy.set_adapter(active)
+        """Of its weights, its config and its adapters, as they are when first asked: hashed once for all data sets."""
+        with self.model() as model:
+            unused = set() if self._adapted else adapters.own_names(model)
+            found = Fingerprint().weights((n, v) for n, v in model.state_dict().items() if n not in unused)
+            found.config(inner_model(model).config)
+            return (found.text(adapters.describe(model)) if self._adapted else found).hexdigest()
 
 
 def ready_reference(model: Any, collator: PackedCollator, disable: bool) -> None:
     """An explicit reference model, tried on the policy's batches; where it cannot run them, both get padded ones."""
     if disable:
         disable_dropout(model)
+    one_arithmetic(model)
     if choose_layout(model, collator.layout) != (collator.layout, collator.ours):
         collator.layout, collator.ours = "padded", False
     models.output_head(inner_model(model))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastpref.data import formats, tokenize
 from fastpref.data.collators import PackedCollator, RewardCollator, StepCollator
+from fastpref.models.adapters import active_module
 from fastpref.objectives.process_reward import ProcessRewardLoss
 from fastpref.objectives.reward import BradleyTerryLoss
 from fastpref.trainers.base import Items, PreferenceTrainer, given_args
@@ -30,20 +31,18 @@ class _HeadTrainer(PreferenceTrainer):
 
         if isinstance(model, str):
             set_seed(args.seed)  # the head is made of random numbers
+        given = model
         model = load_model(model, args, auto_class, quantization_config, **_labels(model, labels))
         if getattr(model.config, "num_labels", None) != labels:
             raise ValueError(f"model: got num_labels={model.config.num_labels}, want {labels}")
-        processing_class = load_tokenizer(processing_class, model, args)
+        processing_class = load_tokenizer(processing_class, model, args, given)
         model = wrap_peft(model, peft_config, args)
         super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **options)
         self.score_head()
 
     def score_head(self) -> nn.Linear:
         """The head in use: with adapters, the trained copy of it."""
-        head: Any = getattr(self.inner, "score", None)
-        copies = getattr(head, "modules_to_save", None)
-        if copies is not None:
-            head = copies[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapter[0]]
+        head: Any = active_module(getattr(self.inner, "score", None))
         if not isinstance(head, nn.Linear) or type(head) is not nn.Linear:
             raise unsupported(
                 "model", type(self.inner).__name__, f"its head `score` is {type(head).__name__}, want a plain nn.Linear"

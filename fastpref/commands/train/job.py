@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpref import models, trainers
-from fastpref.commands.train import summary
+from fastpref.commands.train import adapters, summary
 from fastpref.commands.train.options import LAST, RunOptions, read_options
 from fastpref.commands.train.progress import TrainingProgress
 from fastpref.common import memory, terminal
 from fastpref.data import formats, pairs
 from fastpref.data.files import load_records
+from fastpref.models.adapters import adapter_config
 from fastpref.trainers.config import PreferenceConfig
 from fastpref.trainers.policy import ReferencedTrainer
 
 LOGS = 50  # of a run, at least, if no more often than every step
+OURS = ("smollm2", "tiny")
 HOLD_OUT_SEED = 0  # not the run's: runs of other seeds are compared on the same records
 
 
@@ -81,14 +83,26 @@ def prepare(method: str, argv: Sequence[str]) -> Job:
         if args.process_index == 0:
             print(f"Training on the CPU in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}", flush=True)
     checkpoint = find_checkpoint(options.resume, args)
+    going_on = adapter_of(options.model)
+    peft_config = adapters.lora(options, METHODS[method].task, going_on)
+    if going_on is not None:
+        _go_on(going_on, method, options.model, args, fields)
     progress = TrainingProgress()
     trainer = METHODS[method].trainer(
         model=load_model(options.model, args), args=args, train_dataset=train, eval_dataset=heldout,
-        peft_config=lora(options, METHODS[method].task), callbacks=[progress],
+        peft_config=peft_config, quantization_config=adapters.quantization(options, args), callbacks=[progress],
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return Job(method, options, trainer, progress, checkpoint)
+
+
+def _go_on(config: Any, method: str, model: str, args: PreferenceConfig, fields: dict[str, Any]) -> None:
+    """With an adapter, which keeps the dropout that it was trained with; said once."""
+    if getattr(config, "lora_dropout", 0.0) and "disable_dropout" not in fields:
+        args.disable_dropout = False
+    if args.process_index == 0:
+        print(adapters.describe(model, config, issubclass(METHODS[method].trainer, ReferencedTrainer)), flush=True)
 
 
 def load_data(method: str, options: RunOptions) -> tuple[Any, Any]:
@@ -158,6 +172,15 @@ def find_checkpoint(resume: str | None, args: PreferenceConfig) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.partition("-")[2])))
 
 
+def adapter_of(name: str) -> Any | None:
+    """The configuration of the adapter that `--model` names, or None: it is a whole model."""
+    if name in OURS:
+        return None
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ValueError(f"--model: got {name!r}, which is no folder")
+    return adapter_config(name)
+
+
 def load_model(name: str, args: PreferenceConfig) -> str:
     """A folder or a hub id, which the trainer reads."""
     if name == "smollm2":
@@ -169,25 +192,7 @@ def load_model(name: str, args: PreferenceConfig) -> str:
             for part in models.tiny(texts):
                 part.save_pretrained(folder)
         return str(folder)
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise ValueError(f"--model: got {name!r}, which is no folder")
     return name
-
-
-def lora(options: RunOptions, task: str) -> Any:
-    if options.lora_r is None:
-        return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError(f"{error}; run `pip install 'fastpref[peft]'`") from error
-    targets: dict[str, Any] = {"target_modules": options.lora_target_modules}
-    if options.lora_target_modules is None:  # PEFT itself leaves out the output head, not every score head
-        targets = {"target_modules": "all-linear", "exclude_modules": ["score"]}
-    return LoraConfig(
-        task_type=task, r=options.lora_r, lora_alpha=options.lora_alpha or 2 * options.lora_r,
-        lora_dropout=options.lora_dropout, **targets,
-    )  # fmt: skip
 
 
 def run(job: Job) -> int:

@@ -12,23 +12,27 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from fastpref.commands.train.adapters import AdapterOptions, checked
 from fastpref.trainers.config import PreferenceConfig
 
 LAST = "last"
 
 
 @dataclass
-class RunOptions:
-    """What to train on which data."""
+class RunOptions(AdapterOptions):
+    """What to train on which data, and with which adapters."""
 
-    _argument_group_name = "model and data"
+    _argument_group_name = "model, data and adapters"
 
     config: str | None = field(
         default=None, metadata={"help": "A YAML file with any of these options; those given here win."}
     )
     model: str = field(
         default="smollm2",
-        metadata={"help": "A folder, a hub id, smollm2, or tiny (random weights, to try things out)."},
+        metadata={
+            "help": "A folder, a hub id, smollm2, or tiny (random weights, to try things out). An adapter goes on "
+            "training, compared with what it is now."
+        },
     )
     data: list[str] | None = field(
         default=None, metadata={"help": "Files or folders: JSON lines, JSON, Parquet, CSV, datasets (else a sample)."}
@@ -37,14 +41,6 @@ class RunOptions:
         default=None, metadata={"help": "The same for held-out data: evaluated before and after training."}
     )
     eval_split: float | None = field(default=None, metadata={"help": "Hold out this share of --data instead."})
-    lora_r: int | None = field(
-        default=None, metadata={"help": "Train LoRA adapters of this rank, instead of all weights."}
-    )
-    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale (default: twice the rank)."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers with adapters (default: all linear ones but heads)."}
-    )
     resume: str | None = field(
         default=None, metadata={"help": f"A checkpoint, or {LAST}: of --output_dir.", "nargs": "?", "const": LAST}
     )
@@ -82,6 +78,12 @@ class _Parser(HfArgumentParser):
     def names(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help"]
 
+    def dest(self, name: object) -> str:
+        """Of an option as a file names it: by any of its names, with hyphens or without."""
+        text = str(name).replace("_", "-")
+        spelt = {option.lstrip("-").replace("_", "-"): a.dest for a in self._actions for option in a.option_strings}
+        return spelt.get(text, str(name).replace("-", "_"))
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
@@ -113,7 +115,7 @@ def _from_yaml(parser: _Parser, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: got {type(found).__name__}, want options as `name: value`")
-    found, written = ({_dest(name): value for name, value in read.items()} for read in (found, written or {}))
+    found, written = ({parser.dest(name): value for name, value in read.items()} for read in (found, written or {}))
     known = [name for name in parser.names if name != "config"]
     for name in written:
         if name not in known:
@@ -124,10 +126,6 @@ def _from_yaml(parser: _Parser, path: Path) -> dict[str, Any]:
         return found | parser.given(arguments)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _dest(name: object) -> str:
-    return str(name).replace("-", "_")
 
 
 def _arguments(name: str, value: Any, written: Any) -> list[str]:
@@ -143,9 +141,5 @@ def _checked(options: RunOptions) -> RunOptions:
         raise ValueError(f"eval_split: got {options.eval_split}, want a share between 0 and 1")
     if options.eval_split is not None and options.eval_data is not None:
         raise ValueError("eval_split: got one beside eval_data, want one of them")
-    others = (options.lora_alpha, options.lora_target_modules, options.lora_dropout or None)
-    if options.lora_r is None and any(value is not None for value in others):
-        raise ValueError("lora_r: got none beside other LoRA options, want the adapters' rank")
-    if options.lora_r is not None and options.lora_r < 1:
-        raise ValueError(f"lora_r: got {options.lora_r}, want at least 1")
+    checked(options)
     return options

@@ -1,0 +1,245 @@
+"""PEFT's adapters: the folders they are saved in, and a model as it was before it trained.
+
+A folder with `adapter_config.json` names its base model. Wherever fastpref takes a model's name, it takes such one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.models.wrappers import is_peft, reshard, sharded_like
+
+TASKS = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+}
+BASES = ("base_layer", "original_module")  # what PEFT's layers stand around
+OF_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # in parameters' names
+
+
+def adapter_config(name: str | os.PathLike[str]) -> Any | None:
+    """PEFT's configuration, where a folder or a hub id is an adapter's; else None.
+
+    Raises:
+        ImportError: it is one, and PEFT is not installed.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if not os.path.isdir(name) and importlib.util.find_spec("peft") is None:
+        return None  # no look at the hub for what could not be loaded
+    found = find_adapter_config_file(os.fspath(name))
+    if found is None:
+        return None
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ImportError(f"{name} is an adapter: {error}; run `pip install 'fastpref[peft]'`") from error
+    return PeftConfig.from_pretrained(os.fspath(name))
+
+
+def load(auto_class: Any, name: str | os.PathLike[str], *, trainable: bool = False, **kwargs: Any) -> Any:
+    """`auto_class.from_pretrained(name)`; of an adapter a `PeftModel` around the base model that its configuration
+    names, to train on or frozen.
+
+    Raises:
+        ValueError: the adapter is for another task than the class, or its base model is not there.
+    """
+    config = adapter_config(name)
+    if config is None:
+        return auto_class.from_pretrained(name, **kwargs)
+    from peft import PeftModel
+
+    base, task = config.base_model_name_or_path, TASKS[auto_class.__name__]
+    if config.task_type not in (None, task):
+        raise ValueError(
+            f"model: got {os.fspath(name)}, an adapter for {config.task_type}, want one for {task}, or the adapter "
+            "merged into its base model (PEFT's merge_and_unload)"
+        )
+    if not base or ((Path(base).is_absolute() or base.startswith(".")) and not Path(base).is_dir()):
+        raise ValueError(
+            f"model: got {os.fspath(name)}, an adapter of {base!r}, which is no folder; want its base model under "
+            "base_model_name_or_path in adapter_config.json"
+        )
+    if config.revision is not None:
+        kwargs.setdefault("revision", config.revision)
+    with _quiet(bool(getattr(config, "modules_to_save", None))):
+        model = auto_class.from_pretrained(base, **kwargs)
+    # for inference in the model's dtype; what trains is kept in fp32
+    return PeftModel.from_pretrained(model, os.fspath(name), is_trainable=trainable, autocast_adapter_dtype=trainable)
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Without transformers' report of weights that the base model lacks: they come with the adapter."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    try:
+        if quiet:
+            logging.set_verbosity_error()
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def tokenizer_source(name: str | os.PathLike[str]) -> str:
+    """Where a model's tokenizer is: an adapter that was saved without one has its base model's."""
+    config = None if (Path(name) / "tokenizer_config.json").is_file() else adapter_config(name)
+    return os.fspath(name) if config is None else config.base_model_name_or_path
+
+
+def active_module(layer: Any) -> Any:
+    """Of a layer that PEFT trains a copy of (`modules_to_save`): the copy in use."""
+    copies = getattr(layer, "modules_to_save", None)
+    return layer if copies is None else copies[layer.active_adapters[0]]
+
+
+def describe(model: Any) -> str:
+    """The configurations of the active adapters as JSON: with the weights, all that they do depends on."""
+    found = {}
+    for name in model.active_adapters if is_peft(model) else getattr(model, "peft_config", {}):
+        config = model.peft_config[name].to_dict()
+        for where in ("base_model_name_or_path", "revision", "inference_mode"):
+            config.pop(where, None)
+        found[name] = config
+    return json.dumps(found, sort_keys=True, default=_sorted)
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def take_out(model: Any) -> None:
+    """Take out adapters that an earlier run put into the layers of what is no `PeftModel` itself: new ones belong on
+    the base model.
+
+    Raises:
+        ValueError: they changed the base model's weights.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    for config in model.peft_config.values():
+        if initialised_from_weights(config):
+            raise ValueError(
+                f"model: got one whose weights an earlier run's adapters changed ({config.init_lora_weights}), want it "
+                "loaded anew"
+            )
+    for path, layer in list(_layers(model)):
+        base = next(getattr(layer, name) for name in BASES if hasattr(layer, name))
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, base)
+    del model.peft_config
+    warnings.warn(
+        "model: had the adapters of an earlier run in its layers; they were taken out, and new ones start on the base "
+        "model", stacklevel=4,
+    )  # fmt: skip
+
+
+def initialised_from_weights(config: Any) -> bool:
+    """PiSSA and its kin move a part of the base weights into the fresh adapter: without it, the model is another."""
+    how = getattr(config, "init_lora_weights", True)
+    return isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
+def own_names(model: Any) -> set[str]:
+    """Names in the state dict that adapters brought: the others are the base model's."""
+    found: set[str] = set()
+    for path, module in _layers(model):
+        names = (name for name in module.state_dict() if not name.startswith(BASES))
+        found.update(f"{path}.{name}" for name in names)
+    return found
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    if importlib.util.find_spec("peft") is None:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield path, module
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """The model without its adapters. Afterwards what was active is again, and what trained is what did: PEFT would
+    turn on the gradients of all active adapters."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+class Snapshot:
+    """Parameters that train, as they are now: to be exchanged with what they have become, for a forward.
+
+    Args:
+        model: with its final names; it may be sharded later (FSDP2).
+        outside: only those that are not the adapters' own (biases, norms), which are still there with adapters off.
+    """
+
+    def __init__(self, model: nn.Module, *, outside: bool) -> None:
+        self._model = model
+        self._left_out = own_names(model) if outside else set()
+        self._values: dict[str, Tensor] = {}
+        self.extend()
+
+    def extend(self) -> None:
+        """By parameters that have been set to train since."""
+        for name, parameter in self._model.named_parameters():
+            name = OF_WRAPPERS.sub("", name)
+            if parameter.requires_grad and name not in self._values and name not in self._left_out:
+                self._values[name] = parameter.detach().clone()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """The model as it was. Bit for bit: values are exchanged, none is computed."""
+        if not self._values:
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        reshard(self._model)
+        for name, parameter in self._model.named_parameters():
+            name = OF_WRAPPERS.sub("", name)
+            if name not in self._values:
+                continue
+            # not an update: what autograd saved of the parameter is what it will be again
+            now = parameter.data
+            kept = self._placed(name, now)
+            was = now.clone()
+            now.copy_(kept)
+            kept.copy_(was)
+
+    def _placed(self, name: str, like: Tensor) -> Tensor:
+        """The value on the parameter's device, in its dtype and with its sharding: it was taken before training."""
+        value = self._values[name].to(like.device, like.dtype)
+        if type(value) is not type(like):
+            value = sharded_like(like, value)
+        self._values[name] = value
+        return value
