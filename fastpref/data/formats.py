@@ -129,13 +129,15 @@ def _of_messages(
     for side, response in zip(sides, responses, strict=True):
         if not response:
             raise ValueError(f"{side}: got no messages, want at least 1")
-    if going_on or all(response[0]["role"] not in ("system", "developer", "user") for response in responses):
+    whole = [response[0]["role"] in ("system", "developer", "user") for response in responses]
+    if going_on or not any(whole):
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, responses
     shared = _shared(responses)
     if not _is_copy(prompt, shared):
+        wrong = whole.index(True)
         raise ValueError(
-            f"{sides[0]}: got a conversation that begins with {responses[0][0]!r:.80}, want one that begins with the "
-            "prompt, or the response alone"
+            f"{sides[wrong]}: got a conversation that begins with {responses[wrong][0]!r:.80}, want one that "
+            "begins with the prompt, or the response alone"
         )
     return shared, [response[len(shared) :] for response in responses]
 

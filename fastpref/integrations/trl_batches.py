@@ -15,15 +15,14 @@ KEY = "fastpref"  # of the packed batch, in TRL's
 
 
 def _sequences(batch: Mapping[str, Any], prefix: str = "") -> list[Scored]:
-    """Those of a padded batch; without a completion mask, none of their tokens is scored."""
+    """Those of a padded batch, of which the completion mask's tokens are scored; without one, none is."""
     ids, attended = (batch[f"{prefix}{name}"].cpu().numpy() for name in ("input_ids", "attention_mask"))
     completion = batch[f"{prefix}completion_mask"].cpu().numpy() if f"{prefix}completion_mask" in batch else 0 * ids
     found = []
     for row, mask, scored in zip(ids, attended.astype(bool), completion.astype(bool), strict=True):
-        first = int(mask.sum() - scored[mask].sum())
-        if scored[mask][:first].any():
-            raise ValueError("completion_mask: got scored tokens before others, want the last ones of each sequence")
-        found.append(Scored(row[mask].tolist(), first))
+        of_row = scored[mask]
+        first = int(of_row.argmax()) if of_row.any() else len(of_row)
+        found.append(Scored(row[mask].tolist(), first, mask=of_row[first:]))
     return found
 
 

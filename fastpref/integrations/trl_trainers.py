@@ -29,7 +29,8 @@ from fastpref.objectives.paired import DPOLoss
 from fastpref.objectives.unpaired import KTOLoss, kto_kl
 from fastpref.trainers import paired, reward, unpaired
 from fastpref.trainers.base import Items, PreferenceTrainer
-from fastpref.trainers.forward import choose_layout, to_device
+from fastpref.trainers.forward import to_device
+from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.policy import PolicyTrainer
 from fastpref.trainers.reference import ready_reference
@@ -74,11 +75,12 @@ class _Packed(_Trainer):
         try:
             self._refuse()
             self._prepare_loss()
+            layout, ours = choose_layout(self.inner, "auto")
         except ValueError as error:
             warnings.warn(f"{type(self).__name__} computes losses as TRL does, without fastpref: {error}", stacklevel=4)
             return None
         pad = self.processing_class.pad_token_id
-        packing = self.collator_class(pad, *choose_layout(self.inner, "auto"), collator=self.data_collator)
+        packing = self.collator_class(pad, layout, ours, collator=self.data_collator)
         if getattr(self, "ref_model", None) is not None:
             ready_reference(self.accelerator.unwrap_model(self.ref_model), packing, False)
         return packing

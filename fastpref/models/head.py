@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastpref.models.layers import base, decoder
 from fastpref.models.wrappers import has_parameters, inner_model, whole
 
 HEAD_TOLERANCE = 1e-4  # relative; two ways of computing logits in fp32 differ by some 1e-6
 PROBED, LARGEST_HIDDEN = 50.0, 2.0**14  # the largest logit and hidden state of a probe; fp16 ends at 2^16
+SOFTCAPS = {"recurrent_gemma": ("logits_soft_cap",), "xlstm": ("output_logit_soft_cap",)}  # by other names
 
 
 class Head(NamedTuple):
@@ -50,7 +52,7 @@ def backbone(model: Any) -> nn.Module:
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         raise ValueError("model: got prompt learning, whose prompts enter before the backbone; want other adapters")
     model = inner_model(model)
-    found = getattr(model, "base_model", model)
+    found = base(model)
     if found is model or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: got {type(model).__name__}, want a transformers causal language model")
     return found
@@ -98,12 +100,17 @@ def output_head(model: Any) -> Head:
     are not here to try it (DeepSpeed's stage 3 shards them before there is a trainer).
 
     Raises:
-        ValueError: it does not, so the model does something to its logits that fastpref does not know.
+        ValueError: it does not, so the model does something to its logits that fastpref does not know; or they are not
+            finite.
     """
     head = read_head(model)
     if not has_parameters(model):
         return head
     wanted, found = _probed_logits(model, head)
+    if not wanted.isfinite().all():
+        raise ValueError(
+            f"model: got {type(model).__name__}, whose logits are not finite; want weights without NaN and infinities"
+        )
     limit = max(HEAD_TOLERANCE, 2 * torch.finfo(found.dtype).eps)  # of the logits, their scale and their cap
     found, wanted = found.double(), wanted.double()
     if found.shape != wanted.shape or not (found - wanted).norm() <= limit * wanted.norm():
@@ -120,7 +127,8 @@ def _probed_logits(model: Any, head: Head) -> tuple[Tensor, Tensor]:
     Those are scaled until the largest logit is PROBED, or as large as the soft cap: logits of fresh weights are too
     small to show a cap, and what is done to larger ones is hidden by it.
     """
-    device, body = head.weight.device, backbone(model)
+    backbone(model)  # or it is a model of another kind
+    device, body = head.weight.device, decoder(model)  # OPT's forward passes its backbone over
     probed = PROBED if head.softcap is None else min(PROBED, head.softcap)
     seen, dtypes = [], [head.weight.dtype]  # of the hidden states that reach the head, and of what the head makes
 
@@ -130,6 +138,8 @@ def _probed_logits(model: Any, head: Head) -> tuple[Tensor, Tensor]:
 
     def scaled(module: Any, inputs: Any, output: Any) -> Any:
         hidden = output.last_hidden_state
+        if hidden.shape[-1] != head.weight.shape[1]:
+            return output
         largest = head._replace(softcap=None).logits(hidden.to(head.weight.dtype)).abs().max()
         factor = torch.minimum(probed / largest.float(), LARGEST_HIDDEN / hidden.abs().max().float())
         output.last_hidden_state = hidden * factor.to(hidden.dtype)
@@ -175,4 +185,5 @@ def _logit_transform(model: Any) -> tuple[float, float | None]:
     if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM divide by it
         multiplies = config.model_type == "hyperclovax"
         scale = config.logits_scaling if multiplies else 1 / config.logits_scaling
-    return scale, getattr(config, "final_logit_softcapping", None)
+    caps = [getattr(config, name, None) for name in ("final_logit_softcapping", *SOFTCAPS.get(config.model_type, ()))]
+    return scale, next((cap for cap in caps if cap), None)

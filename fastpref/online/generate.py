@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fastpref.data.encode import prompt_ids
 from fastpref.online import loading
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.prompts import read_prompts
 from fastpref.online.records import Journal, Record
-from fastpref.online.sampling import Sampling, end_tokens, sample_responses
+from fastpref.online.sampling import Sampling, all_prompt_ids, end_tokens, sample_responses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +67,7 @@ def generate_file(
         ValueError: the file was begun with other prompts, another model or other sampling (see `Journal`).
     """
     how = sampling or Sampling()
-    ids = [prompt_ids(p, tokenizer) for p in prompts]
+    ids = all_prompt_ids(prompts, tokenizer)
     settings = asdict(how) | {
         "model": loading.fingerprint(model),
         "prompts": _fingerprint(ids, prompts),

@@ -202,7 +202,7 @@ def _pair(record: Record, chosen: Candidate, rejected: Candidate) -> Record:
 
 def characters(response: Any) -> int:
     """Of a response as text or messages."""
-    return len(response) if isinstance(response, str) else sum(len(m["content"]) for m in response)
+    return len(response) if isinstance(response, str) else sum(len(m.get("content") or "") for m in response)
 
 
 def _report(

@@ -68,10 +68,7 @@ def sample_responses(
         progress: called with the number of responses that each batch finished.
     """
     how = sampling or Sampling()
-    ids = [prompt_ids(p if isinstance(p, Mapping) else {"prompt": p}, tokenizer) for p in prompts]
-    empty = next((i for i, row in enumerate(ids) if not row), None)
-    if empty is not None:
-        raise ValueError(f"prompts[{empty}]: got no tokens, want at least 1")
+    ids = all_prompt_ids(prompts, tokenizer)
 
     def run(window: list[tuple[int, list[int]]]) -> list[list[Response]]:
         items = [(index, response) for index, _ in window for response in range(how.k)]
@@ -87,6 +84,22 @@ def sample_responses(
     size = max(1, WINDOW_BATCHES * batch_size // how.k)
     for responses in in_windows(run, list(enumerate(ids)), size, start):
         yield from responses
+
+
+def all_prompt_ids(prompts: Sequence[Prompt | Mapping[str, Any]], tokenizer: Any) -> list[list[int]]:
+    """
+    Raises:
+        ValueError: names the prompt that the chat template refuses, or that has no tokens.
+    """
+    found = []
+    for i, prompt in enumerate(prompts):
+        try:
+            found.append(prompt_ids(prompt if isinstance(prompt, Mapping) else {"prompt": prompt}, tokenizer))
+        except ValueError as error:
+            raise ValueError(f"prompts[{i}]: {error}") from None
+        if not found[-1]:
+            raise ValueError(f"prompts[{i}]: got no tokens, want at least 1")
+    return found
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -15,7 +15,7 @@ from fastpref.common.memory import keep_freed_memory
 from fastpref.data.collators import PackedCollator
 from fastpref.models import inner_model, run_inside
 from fastpref.trainers.config import PreferenceConfig, unsupported
-from fastpref.trainers.forward import choose_layout
+from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.loading import disable_dropout, one_arithmetic, refuse_frozen, refuse_router_loss
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.streams import StreamRemarks

@@ -17,7 +17,7 @@ from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import Fingerprint, ReferenceCache
 from fastpref.models import adapters, inner_model, is_peft
 from fastpref.models.adapters import Snapshot, initialised_from_weights
-from fastpref.trainers.forward import choose_layout
+from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.loading import disable_dropout, one_arithmetic
 
 

@@ -11,7 +11,7 @@ from support_data import assistant, dataset, user
 from fastpref import models
 from fastpref.data import formats, tokenize
 from fastpref.data.template import template_options, without_none
-from fastpref.online import evaluate_policy, make_pairs
+from fastpref.online import evaluate_policy, make_pairs, sample_responses
 from fastpref.online.sequences import sequences_of
 
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -61,6 +61,8 @@ def test_refusals_in_evaluation_and_scores(policy, tokenizer) -> None:
     prompt = [{"role": "system", "content": "Be brief."}, user("Two?")]
     with pytest.raises(ValueError, match=r"pairs, record 2: messages: got system, user"):
         evaluate_policy(*policy, [GOOD, GOOD | {"prompt": prompt}])
+    with pytest.raises(ValueError, match=r"prompts\[1\]: messages: got system, user"):
+        list(sample_responses(*policy, [GOOD["prompt"], prompt]))
     with pytest.raises(ValueError, match=r"messages: got system, user"):
         sequences_of({"prompt": prompt, "responses": ["a"]}, policy[1])
 

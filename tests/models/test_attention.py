@@ -3,12 +3,14 @@
 import pytest
 import torch
 import transformers
+from support_zoo import tiny_model
 from torch import Tensor
 
 from fastpref.data.packing import Scored, pack
 from fastpref.models import attention
 from fastpref.models.attention import Segment, Segments
-from fastpref.trainers.forward import choose_layout, hidden_rows, scored_hidden
+from fastpref.trainers.forward import hidden_rows, scored_hidden
+from fastpref.trainers.layout import choose_layout
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -186,15 +188,32 @@ class TestFallback:
             return original(query, key, value, whole, *args)
 
         monkeypatch.setattr(attention, "by_segment", careless)
-        with pytest.warns(UserWarning, match="runs 'packed' batches .*hidden states differ"):
+        with pytest.warns(UserWarning, match="runs 'packed' batches .*depend on those of other sequences"):
             assert choose_layout(model, "auto") == ("packed", False)
         assert model.config._attn_implementation == "sdpa"
 
+    def test_positions_that_do_not_begin_anew_are_found_out_in_half_precision_too(self, monkeypatch):
+        """At the scale of new weights bfloat16 hides them."""
+        config = transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+        model = transformers.AutoModelForCausalLM.from_config(config).bfloat16().eval()
+        original = model.transformer.forward
+
+        def careless(*args, position_ids=None, **kwargs):
+            return original(*args, **kwargs)
+
+        assert choose_layout(model, "auto") == ("shared", True)
+        attention.disable(model)
+        monkeypatch.setattr(model.transformer, "forward", careless)
+        with pytest.warns(UserWarning, match="runs 'padded' batches .*hidden states differ"):
+            assert choose_layout(model, "auto") == ("padded", False)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
     def test_a_layer_type_that_is_not_attention_is_read_off_the_config(self):
-        model = family("Qwen3")
-        model.config.layer_types = ["full_attention", "chunked_attention"]
-        with pytest.warns(UserWarning, match="chunked_attention layers"):
-            assert choose_layout(model, "auto")[1] is False
+        """On a few tokens attention in chunks is full attention."""
+        model = tiny_model("llama4_text", attention_chunk_size=64)
+        with pytest.warns(UserWarning, match="runs 'padded' batches .chunked_attention layers would carry"):
+            assert choose_layout(model, "auto") == ("padded", False)
 
 
 def test_packed_rows_are_not_looked_for_on_the_host(monkeypatch):

@@ -76,6 +76,16 @@ def test_half_precision_heads_are_verified_too(family, dtype) -> None:
         models.output_head(model)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_called_so(value) -> None:
+    """They were called a head of another kind."""
+    model = model_of("Llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = value
+    with pytest.raises(ValueError, match="whose logits are not finite; want weights without NaN and infinities"):
+        models.output_head(model)
+
+
 def test_verification_needs_no_eval_mode_and_leaves_no_hook() -> None:
     model = model_of("GPT2").train()
     assert model.config.resid_pdrop > 0

@@ -1,0 +1,61 @@
+"""The layout of several sequences that a model can run: by what it is made of, and by a trial."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from fastpref.data.packing import LAYOUTS
+from fastpref.models import attention, has_parameters, inner_model, other_mixers
+from fastpref.trainers.probe import batch_fault
+
+
+def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:
+    """(layout, whether fastpref's attention runs it) for this model: the first that gives its own hidden states.
+
+    Layers that carry something from token to token in another way than attention (state spaces, convolutions) get
+    padded batches, whatever the weights: padding is on the right, where causal layers never see it. For the others,
+    what a batch gives is tried on a few tokens, against the sequences one by one.
+
+    Raises:
+        ValueError: padded batches are not its sequences, either.
+    """
+    name = type(inner_model(model)).__name__
+    tried = {"auto": LAYOUTS, "packed": ("packed", "padded"), "shared": LAYOUTS, "padded": ("padded",)}[wanted]
+    reasons: list[str] = []
+    others = [] if wanted == "padded" else other_mixers(model)
+    if others:
+        reasons = [f"{', '.join(others)} layers would carry one sequence of a packed row into the next"]
+        tried = ("padded",)
+    reason: str | None = None
+    for layout in tried:
+        for ours in (True, False) if layout == "packed" else (layout == "shared",):
+            reason = _fault(model, layout, ours)
+            if reason is None:
+                if wanted != layout and reasons and layout != "shared":
+                    warnings.warn(f"layout: {name} runs {layout!r} batches ({'; '.join(reasons)})", stacklevel=3)
+                return layout, ours
+            reasons.append(f"not {layout!r}{'' if ours else ' with its own attention'}: {reason}")
+    raise ValueError(f"model: got {name}, whose padded batches do not give each sequence what it has alone: {reason}")
+
+
+def _fault(model: Any, layout: str, ours: bool) -> str | None:
+    """Why this model cannot run it, or None."""
+    inner = inner_model(model)
+    if getattr(inner.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if not has_parameters(inner):  # sharded before the trainer
+        known = ours and getattr(inner.config.get_text_config(), "layer_types", None)
+        return None if known or layout == "padded" else "its parameters are not here to try it"
+    if ours:
+        try:
+            attention.enable(inner)
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            return str(error).splitlines()[0]
+    try:
+        fault = batch_fault(inner, layout, ours)
+    except Exception as error:  # a model may refuse packed rows in any way
+        fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if fault is not None and ours:
+        attention.disable(inner)
+    return fault

@@ -1,0 +1,164 @@
+"""Does a model give the sequences of a batch the hidden states that each has alone? Tried on a few tokens.
+
+Two questions, neither of which the scale of the weights decides:
+
+- Does a token depend on one of another sequence? By the gradient, which is exactly zero where it does not.
+- Are the values right? In fp32, against what a rounding of the embeddings does to the same values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.data.packing import Scored, pack
+from fastpref.models import attention
+from fastpref.trainers.forward import hidden_rows, to_device
+
+TOKENS = 24
+
+
+class _Trial(NamedTuple):
+    sequences: list[Scored]
+    batch: dict[str, Any]
+    rows: list[Tensor]  # of each sequence, where its tokens lie in the batch
+
+
+def batch_fault(inner: Any, layout: str, ours: bool) -> str | None:
+    """Why the sequences of a batch are not as alone, or None. In evaluation mode; the model is left as it was."""
+    training = inner.training
+    inner.eval()
+    try:
+        trial = _trial(inner, layout, ours)
+        return _leak(inner, trial) or _difference(inner, trial)
+    finally:
+        inner.train(training)
+
+
+def _trial(inner: Any, layout: str, ours: bool) -> _Trial:
+    vocab = inner.config.get_text_config().vocab_size
+    ids = (torch.arange(TOKENS) * 7 + 3).remainder(vocab).tolist()
+    prompt, other = ids[:5], ids[5:8]
+    groups = [
+        [Scored(prompt + ids[8:12], 1), Scored(prompt + ids[12:18], 1)],
+        [Scored(other + ids[18:20], 1), Scored(other + ids[20:24], 1)],
+    ]
+    batch = to_device(pack(groups, layout), next(inner.parameters()).device)
+    if not ours:
+        batch.pop(attention.KWARG, None)
+    rows = batch["rows"].tensor_split(batch["cu_seqlens"][1:-1].tolist())  # all tokens but each sequence's last
+    whole = [torch.cat([r, last[None]]) for r, last in zip(rows, batch["last_rows"], strict=True)]
+    return _Trial([s for branch in zip(*groups, strict=True) for s in branch], batch, whole)
+
+
+def _leak(inner: Any, trial: _Trial) -> str | None:
+    leaf: list[Tensor] = []
+
+    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        leaf.append(output.detach().requires_grad_())
+        return leaf[-1].clone()  # which a model may change in place
+
+    handle = inner.get_input_embeddings().register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            hidden = hidden_rows(inner, trial.batch)
+            if not hidden.isfinite().all():
+                return "its hidden states are not finite"
+            for rows in trial.rows:
+                weights = torch.linspace(1, 2, rows.numel() * hidden.shape[1], device=hidden.device)
+                loss = (hidden[rows].float() * weights.view(rows.numel(), -1)).sum()
+                (found,) = torch.autograd.grad(loss, leaf[:1], retain_graph=True)
+                own = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device).index_fill(0, rows, True)
+                reached = found.flatten(0, 1).ne(0).any(dim=1)
+                if not reached[own].any():
+                    return "its hidden states do not depend on its embeddings"
+                if reached[~own].any():
+                    return "its tokens depend on those of other sequences"
+    finally:
+        handle.remove()
+    return None
+
+
+@torch.no_grad()
+def _difference(inner: Any, trial: _Trial) -> str | None:
+    device = next(inner.parameters()).device
+
+    def alone() -> Tensor:
+        batches = (to_device(pack([[s]], "padded"), device) for s in trial.sequences)
+        return torch.cat([hidden_rows(inner, batch) for batch in batches]).float()
+
+    quantized = any(not p.is_floating_point() for p in inner.parameters())
+    eps = torch.finfo(torch.bfloat16 if quantized else torch.float32).eps
+    with single_precision(inner):
+        found = hidden_rows(inner, trial.batch)[torch.cat(trial.rows)].float()
+        wanted = alone()
+        with _rounded(inner.get_input_embeddings(), eps):
+            response = (alone() - wanted).abs().max()
+    # every layer rounds what it adds, a few times
+    layers = int(getattr(inner.config.get_text_config(), "num_hidden_layers", None) or 1)
+    limit = 4 * (layers + 1) * torch.maximum(response, eps * wanted.abs().max())
+    error = (found - wanted).abs().max()
+    return None if error <= limit else f"its hidden states differ by {float(error):.1e}"
+
+
+@contextlib.contextmanager
+def _rounded(embeddings: nn.Module, eps: float) -> Iterator[None]:
+    """Embeddings moved by the last place, up and down in turn."""
+
+    def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        signs = 1.0 - 2.0 * (torch.arange(output.numel(), device=output.device) % 3 % 2)
+        return output * (1 + eps * signs.view_as(output))
+
+    handle = embeddings.register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def single_precision(model: nn.Module) -> Iterator[None]:
+    """The model's forward in fp32, one layer's weights at a time: no second copy of the model in memory."""
+    kept: dict[nn.Module, list[tuple[nn.Module, str, Any, bool]]] = {}
+
+    def widen(unit: nn.Module, args: Any) -> None:
+        if unit in kept:
+            return
+        kept[unit] = []
+        for module in unit.modules():
+            for values, buffers in ((module._parameters, False), (module._buffers, True)):
+                for name, value in values.items():
+                    if value is not None and value.dtype in (torch.bfloat16, torch.float16):
+                        kept[unit].append((module, name, value, buffers))
+                        wide: Any = value.detach().float()
+                        values[name] = wide if buffers else nn.Parameter(wide, requires_grad=False)
+
+    def restore(unit: nn.Module, *_: Any) -> None:
+        for module, name, value, buffers in kept.pop(unit, []):
+            (module._buffers if buffers else module._parameters)[name] = value
+
+    handles = []
+    for unit in units(model):
+        handles += [unit.register_forward_pre_hook(widen), unit.register_forward_hook(restore, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for unit in list(kept):
+            restore(unit)
+
+
+def units(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a model, and what stands beside them."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif any(isinstance(m, nn.ModuleList) for m in child.modules()):
+            yield from units(child)
+        else:
+            yield child

@@ -1,0 +1,105 @@
+"""Whatever a model is made of: its log-probs are those of its own logits, one sequence at a time; or it is refused.
+
+FASTPREF_ALL_MODELS=1 pytest tests/models/test_zoo.py    every architecture of transformers, in some minutes
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+from support_zoo import ARCHITECTURES, tiny_model
+from torch import Tensor, nn
+
+from fastpref import linear_token_logprobs, models
+from fastpref.data.packing import Scored, pack
+from fastpref.models import attention
+from fastpref.trainers.forward import scored_hidden
+from fastpref.trainers.layout import choose_layout
+
+PAIRS = [([5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17, 18, 19, 20]), ([20, 21], [22, 23, 24, 25], [26])]
+GROUPS = [[Scored(p + c, len(p)), Scored(p + r, len(p))] for p, c, r in PAIRS]
+MIXING = [  # state spaces, linear attention, recurrences and short convolutions, some beside attention
+    "bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba2", "minimax", "qwen3_next", "recurrent_gemma",
+    "rwkv", "xlstm", "zamba",
+]  # fmt: skip
+SHARED = [
+    "apertus",
+    "deepseek_v3",
+    "ernie4_5",
+    "exaone4",
+    "glm4",
+    "gpt2",
+    "gpt_bigcode",
+    "llama",
+    "olmoe",
+    "opt",
+    "phi",
+]
+# heads of several layers, as masked language models have them, or logits of more than the head; CPM-Ant and XLNet put
+# tokens of their own beside those of the batch
+REFUSED = {
+    "bert", "big_bird", "camembert", "cpmant", "data2vec-text", "electra", "ernie", "inkling_text", "megatron-bert",
+    "modernbert-decoder", "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta",
+    "xlm-roberta-xl", "xlnet",
+}  # fmt: skip
+
+
+def own_logps(model: nn.Module) -> Tensor:
+    """From the model's own logits, one sequence at a time."""
+    found = []
+    for sequence in (group[branch] for branch in range(2) for group in GROUPS):
+        ids = torch.tensor(sequence.ids)
+        logps = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        found.append(logps.gather(1, ids[1:, None])[sequence.first - 1 :, 0])
+    return torch.cat(found)
+
+
+def our_logps(model: nn.Module) -> tuple[Tensor, str]:
+    head = models.output_head(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="layout")
+        layout, ours = choose_layout(model, "auto")
+    batch = pack(GROUPS, layout)
+    if not ours:
+        batch.pop(attention.KWARG, None)
+    hidden = scored_hidden(model, batch)
+    return linear_token_logprobs(hidden, head.weight, batch["labels"], head.bias, **head.options()), layout
+
+
+@torch.no_grad()
+def check(model: nn.Module) -> str:
+    wanted = own_logps(model)
+    found, layout = our_logps(model)
+    scale = max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * scale)
+    return layout
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
+@pytest.mark.parametrize("architecture", MIXING)
+def test_sequences_do_not_mix_whatever_the_scale_of_the_weights(architecture, scale):
+    assert check(tiny_model(architecture, scale)) == "padded"
+
+
+@pytest.mark.parametrize("scale", [0.1, 6.0])
+@pytest.mark.parametrize("architecture", SHARED)
+def test_prompts_are_shared(architecture, scale):
+    assert check(tiny_model(architecture, scale)) == "shared"
+
+
+@pytest.mark.skipif("FASTPREF_ALL_MODELS" not in os.environ, reason="minutes: FASTPREF_ALL_MODELS=1")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture(architecture):
+    try:
+        model = tiny_model(architecture, 3.0)
+        own_logps(model)
+    except Exception as error:
+        pytest.skip(f"no tiny model: {type(error).__name__}: {error}")
+    if architecture in REFUSED:
+        with pytest.raises(ValueError, match="model: got"):
+            our_logps(model)
+    else:
+        check(model)
