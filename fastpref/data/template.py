@@ -80,11 +80,11 @@ def assistant_mask(
     """Which of a conversation's tokens `ids` are the assistant's in `messages[first:]`: a list of 0 and 1 (what it has
     for tokens before these does not count).
 
-    By the template's `{% generation %}` markers; without them by what each of the assistant's messages adds to those
-    before it with their generation header, whatever closes its turn included.
+    By the template's `{% generation %}` markers; without them from where a message's generation header ends to where
+    its turn does, what closes it included.
 
     Raises:
-        ValueError: without markers, the template renders messages otherwise when others follow them.
+        ValueError: without markers, it cannot be told where a message begins or ends.
     """
     if MARKERS.search(tokenizer.get_chat_template(None, options.get("tools"))):
         marked = {"return_dict": True, "return_assistant_tokens_mask": True}
@@ -92,19 +92,62 @@ def assistant_mask(
     mask = [0] * len(ids)
     for i in range(first, len(messages)):
         if messages[i]["role"] == "assistant":
-            begin, end = _added(tokenizer, messages, i, ids, options)
+            begin, end = _begin(tokenizer, messages[:i], ids, options), _end(tokenizer, messages, i, ids, options)
+            if begin is None or not begin <= end <= _begin_of_next(tokenizer, messages, i, ids, options):
+                raise ValueError(
+                    "assistant_only_loss: got a chat template without {% generation %} markers, which mixes message "
+                    f"{i + 1} of {len(messages)} with others, or leaves it out; want the markers (as in the templates "
+                    "of TRL's get_training_chat_template), or token ids with a mask"
+                )
             mask[begin:end] = [1] * (end - begin)
     return mask
 
 
-def _added(tokenizer: Any, messages: Sequence[Message], i: int, ids: Sequence[int], options: Record) -> tuple[int, int]:
-    """Where the tokens of message i begin and end."""
-    whole = template_ids(tokenizer, messages[: i + 1], **options)
-    before = template_ids(tokenizer, messages[:i], **options) if i else []
-    if any(common_prefix_length(some, ids) < len(some) for some in (before, whole)):
-        raise ValueError(
-            "assistant_only_loss: got a chat template without {% generation %} markers, which renders message "
-            f"{i + 1} of {len(messages)} otherwise when others follow it; want the markers, or token ids with a mask"
-        )
-    header = template_ids(tokenizer, messages[:i], add_generation_prompt=True, **options) if i else []
-    return common_prefix_length(header, ids), len(whole)
+def _begin(tokenizer: Any, before: Sequence[Message], ids: Sequence[int], options: Record) -> int | None:
+    """Where the generation header after `before` ends in `ids`; of a header that opens the reasoning, at least its
+    first token must be there. None where `before` is rendered in another way."""
+    if not before:
+        return 0
+    closed = template_ids(tokenizer, before, **options)
+    opened = template_ids(tokenizer, before, add_generation_prompt=True, **options)
+    begin = common_prefix_length(opened, ids)
+    return begin if begin == len(opened) or begin > common_prefix_length(closed, opened) else None
+
+
+def _end(tokenizer: Any, messages: Sequence[Message], i: int, ids: Sequence[int], options: Record) -> int:
+    """Where the turn of message i ends in `ids`. Another message in its place shows where what it says ends, and as
+    the last one of a conversation, what closes it."""
+    changed = template_ids(tokenizer, _with_another(messages, i), **options)
+    said = len(ids) - _common_suffix_length(ids, changed)
+    last = template_ids(tokenizer, messages[: i + 1], **options)
+    changed = template_ids(tokenizer, _with_another(messages[: i + 1], i), **options)
+    closing = last[len(last) - _common_suffix_length(last, changed) :]
+    return said + common_prefix_length(closing, ids[said:])
+
+
+def _begin_of_next(tokenizer: Any, messages: Sequence[Message], i: int, ids: Sequence[int], options: Record) -> int:
+    """The first token of `ids` that another message after message i changes."""
+    if i + 1 == len(messages):
+        return len(ids)
+    return common_prefix_length(template_ids(tokenizer, _with_another(messages, i + 1), **options), ids)
+
+
+def _with_another(messages: Sequence[Message], i: int) -> list[Message]:
+    """The conversation with a message i that says something else at its end."""
+    message = messages[i]
+    found = dict(message)
+    if isinstance(message.get("content"), str):
+        found["content"] = message["content"] + " x"
+    if message.get("tool_calls"):
+        found["tool_calls"] = [_another_call(call) for call in message["tool_calls"]]
+    return [*messages[:i], found, *messages[i + 1 :]]
+
+
+def _another_call(call: Record) -> Record:
+    inner = call.get("function", call)
+    named = {**inner, "name": f"{inner['name']}x"}
+    return {**call, "function": named} if "function" in call else named
+
+
+def _common_suffix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    return common_prefix_length(first[::-1], second[::-1])

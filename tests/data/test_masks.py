@@ -20,6 +20,18 @@ FORGETTING = (  # the content of all but the last message is left out
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last %}{{ m['content'] }}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# as Qwen3's, whose last turn has reasoning, if empty; and as Phi's, which end a conversation with EOS
+THINKING_LAST = models.CHATML.replace(
+    "message['content'] +",
+    "('<think></think>' if loop.last and message['role'] == 'assistant' else '') + message['content'] +",
+)
+ENDING = models.CHATML.replace("{% endif %}", "{% else %}{{ '<|endoftext|>' }}{% endif %}")
+MIXING = (  # as Gemma 4's: the tool's answer stands before what the assistant said when it called
+    "{% for m in messages %}{% if m['role'] != 'tool' %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if loop.nextitem and loop.nextitem['role'] == 'tool' %}{{ loop.nextitem['content'] }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CALL, SUM, WRONG = "Call add two and two.", "It is four.", "It is five."
 
 
@@ -104,8 +116,20 @@ def test_evaluation_scores_the_assistants_tokens(policy, tokenizer) -> None:
         assert found[side]["per_token"] == pytest.approx(float(kept.mean().detach()), rel=1e-9)
 
 
-def test_a_template_that_changes_earlier_turns_needs_markers(policy, monkeypatch) -> None:
-    monkeypatch.setattr(policy[1], "chat_template", FORGETTING)
+@pytest.mark.parametrize(
+    ("template", "begin", "end"), [(THINKING_LAST, "<think></think>", ""), (ENDING, "", "<|endoftext|>")]
+)
+def test_turns_that_are_rendered_otherwise_when_they_are_the_last(template, begin, end, policy, monkeypatch) -> None:
+    monkeypatch.setattr(policy[1], "chat_template", template)
+    (row,) = tokenize.tokenize_paired(dataset(TALK), policy[1], max_length=None, assistant_only_loss=True)
+    runs = [f"{text}<|im_end|>\n" for text in (CALL, SUM, "Yes.")]
+    runs[-1] = begin + runs[-1] + end
+    assert scored(policy[1], row["chosen_ids"], row["chosen_mask"]) == runs
+
+
+@pytest.mark.parametrize("template", [FORGETTING, MIXING])
+def test_templates_that_mix_messages_need_markers(template, policy, monkeypatch) -> None:
+    monkeypatch.setattr(policy[1], "chat_template", template)
     with pytest.raises(ValueError, match=r"record 1: assistant_only_loss: got a chat template without .* message 4 of"):
         tokenize.tokenize_paired(dataset(TALK), policy[1], max_length=None, assistant_only_loss=True)
 
