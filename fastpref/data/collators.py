@@ -14,6 +14,13 @@ from fastpref.models import attention
 Example = dict[str, Any]
 
 
+class Kept:
+    """A batch's examples, closed to what looks into batches for tensors."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+
 @dataclass
 class PackedCollator:
     """Batches as `{"index": [B], "parts": [...]}`: each part a packed batch of consecutive examples within
@@ -23,6 +30,7 @@ class PackedCollator:
     layout: str = "padded"
     ours: bool = False
     token_budget: int | None = None
+    keep_examples: bool = False  # beside the batch, as `kept`
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         """The sequences of each example."""
@@ -51,7 +59,8 @@ class PackedCollator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         parts = [self.part(some) for some in self.split(examples)]
-        return {"index": torch.arange(len(examples)), "parts": parts}
+        batch = {"index": torch.arange(len(examples)), "parts": parts}
+        return batch | {"kept": Kept(examples)} if self.keep_examples else batch
 
 
 @dataclass

@@ -59,6 +59,11 @@ class _Packed(_Trainer):
         super().__init__(*args, **kwargs)
         self._pack_batches()
 
+    def _left_to_trl(self, *_: Any) -> None:
+        """What an evaluation of fastpref's trainers sums over all of its data: TRL takes means over batches."""
+
+    add_loss = add_loss_terms = keep_responses = keep_scores = _left_to_trl
+
     def _pack_batches(self: Any) -> None:
         if self.packing is not None:
             self.data_collator = self.packing

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastpref.common.memory import keep_freed_memory
 from fastpref.data.collators import PackedCollator
 from fastpref.models import inner_model, run_inside
+from fastpref.trainers import card
 from fastpref.trainers.config import PreferenceConfig, unsupported
+from fastpref.trainers.fillers import POSITION, NumberedStream, real_examples
 from fastpref.trainers.layout import choose_layout
-from fastpref.trainers.loading import disable_dropout, one_arithmetic, refuse_frozen, refuse_router_loss
+from fastpref.trainers.loading import (
+    check_datasets, disable_dropout, one_arithmetic, refuse_frozen, refuse_options, refuse_router_loss,
+)  # fmt: skip
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.streams import StreamRemarks
+
+NLL_TERM = "loss/nll"  # of an evaluation's loss: a mean over tokens, where the rest is one over examples
 
 
 class Items(NamedTuple):
@@ -49,15 +58,17 @@ class PreferenceTrainer(Trainer):
     eval_dataset: Any
     config_class: type[PreferenceConfig] = PreferenceConfig
     loss_is_scaled_for_ga = True  # by the number of examples in an update
+    gives_scores = False  # rows of `scores` in an evaluation, for `compute_metrics`
     signature_columns: tuple[str, ...] = ()
 
     def __init__(
         self, model: Any, args: PreferenceConfig, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
         processing_class: Any, **options: Any,
     ) -> None:  # fmt: skip
-        for name in ("compute_metrics", "preprocess_logits_for_metrics", "data_collator", "compute_loss_func"):
-            if options.pop(name, None) is not None:
-                raise unsupported(name, "one", "there are no logits, and batches are packed; want None")
+        refuse_options(options, self.gives_scores)
+        check_datasets(train_dataset, eval_dataset)
+        if args.batch_eval_metrics:
+            raise unsupported("batch_eval_metrics", True, "`compute_metrics` is called once, with all scores")
         if args.torch_compile:
             raise unsupported("torch_compile", True, "the head and its loss are fused with what would be compiled")
         refuse_frozen(model)
@@ -89,15 +100,17 @@ class PreferenceTrainer(Trainer):
             raise unsupported("nn.DataParallel", f"{args.n_gpu} GPUs in one process", "launch with torchrun")
         collator.pad_token_id = processing_class.pad_token_id
         collator.token_budget = args.token_budget
+        collator.keep_examples = args.world_size > 1
         collator.layout, collator.ours = choose_layout(self.model, args.layout)
         self.add_callback(StreamRemarks(self.train_dataset, self.eval_dataset))
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
-        self._tokens_seen = 0.0
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(card.tags_of(self.method))
 
     # data
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["length", *self.signature_columns]
+        self._signature_columns = ["length", POSITION, *self.signature_columns]
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         """Tokenised, with `signature_columns`."""
@@ -135,11 +148,32 @@ class PreferenceTrainer(Trainer):
     def ready_for_evaluation(self, dataset: Any) -> Any:
         return dataset
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.args.world_size > 1 and isinstance(dataset, torch.utils.data.IterableDataset):
+            dataset = NumberedStream(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
     # one update: batches, and parts of them
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         samples, _ = super().get_batch_samples(*args, **kwargs)
+        samples = [self._without_fillers(batch) for batch in samples]
         return samples, self._over_ranks(self._items(samples))
+
+    def _without_fillers(self, batch: Any) -> Any:
+        """Without the examples that Accelerate adds where data do not come out even on all ranks. If there are no
+        others, one is run, for all ranks to do the same, and counts for nothing."""
+        kept = batch.pop("kept", None)
+        if kept is None:
+            return batch
+        real = real_examples(kept.examples, self.accelerator, self.args.accelerator_config.even_batches)
+        if real == len(kept.examples):
+            return batch
+        found = self.data_collator(kept.examples[: max(1, real)])
+        found.pop("kept")
+        for part in found["parts"]:
+            part["real"] = real > 0
+        return found | {"real": real > 0}
 
     def _over_ranks(self, items: Items) -> Items:
         """DDP averages gradients over ranks, whose batches may hold more or less: no host sync."""
@@ -149,7 +183,7 @@ class PreferenceTrainer(Trainer):
         return Items(*self.accelerator.reduce(torch.stack(numbers), "mean").unbind())
 
     def _items(self, batches: Sequence[Mapping[str, Any]]) -> Items:
-        parts = [part for batch in batches for part in batch["parts"]]
+        parts = [part for batch in batches if batch.get("real", True) for part in batch["parts"]]
         return Items(sum(p["examples"] for p in parts), sum(self.nll_tokens(p) for p in parts))
 
     def nll_tokens(self, part: Mapping[str, Any]) -> int:
@@ -160,12 +194,13 @@ class PreferenceTrainer(Trainer):
         model.train()  # after an evaluation it is not yet: what comes before the parts belongs to training, too
         inputs = self._prepare_inputs(inputs)
         items: Any = num_items_in_batch or self._items([inputs])
-        self.before_parts(model, inputs)
         total, parts = torch.zeros((), device=self.args.device), inputs["parts"]
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self._offloading():
-                total = total + super().training_step(model, part, items)
+        with self.metrics.batch(inputs.get("real", True)):
+            self.before_parts(model, inputs)
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self._offloading():
+                    total = total + super().training_step(model, part, items)
         return total
 
     def _offloading(self) -> contextlib.AbstractContextManager:
@@ -186,9 +221,11 @@ class PreferenceTrainer(Trainer):
         if return_outputs:
             raise unsupported("return_outputs", True, "there are no logits")
         if "parts" not in inputs:
-            items = num_items_in_batch or self._items([{"parts": [inputs]}])
+            own = self._items([{"parts": [inputs]}])
+            items = (num_items_in_batch or own) if inputs.get("real", True) else own
             self.before_part(model, inputs)
-            return self.inside(model, lambda: self.part_loss(inputs, items)) * (inputs["examples"] / items.examples)
+            share = inputs["examples"] / items.examples if inputs.get("real", True) else 0.0
+            return self.inside(model, lambda: self.part_loss(inputs, items)) * share
         self.before_parts(model, inputs)
         items = num_items_in_batch or self._items([inputs])
         losses = [self.compute_loss(model, part, num_items_in_batch=items) for part in inputs["parts"]]
@@ -203,9 +240,25 @@ class PreferenceTrainer(Trainer):
         raise NotImplementedError
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+        """Adds to the sums of which `evaluation_loop` makes the loss: no batch's own is read."""
+        inputs = self._prepare_inputs(self._without_fillers(inputs))
+        real = inputs.get("real", True)
+        with torch.no_grad(), self.compute_loss_context_manager(), self.metrics.batch(real):
+            self.before_parts(model, inputs)
+            for part in inputs["parts"]:
+                self.compute_loss(model, part)
+        return None, None, None
+
+    def add_loss(self, total: Tensor, count: Tensor | float, name: str = "loss") -> None:
+        """In an evaluation: a term of the loss of which `count` is the denominator."""
+        if not self.model.training:
+            self.metrics.add(name, total, count)
+
+    def whole_loss(self, found: dict[str, Any], rows: Mapping[str, Tensor]) -> dict[str, float]:
+        """An evaluation's metrics with its `loss`, which is that of all its data as one batch: terms that are means
+        over pairs and those that are means over tokens, each in its own weights."""
+        loss = found.pop("loss", math.nan) + found.pop(NLL_TERM, 0.0)
+        return found | {"loss": loss}
 
     # metrics
 
@@ -238,19 +291,58 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             found = self.derived_metrics(self._sums["train"].flush(self.accelerator))
-            self._tokens_seen += found.pop("num_tokens", 0.0)
-            logs |= found | {"num_tokens": self._tokens_seen}
+            self.state.num_input_tokens_seen += int(found.pop("num_tokens", 0))
+            logs |= found | {"num_tokens": self.state.num_input_tokens_seen}
         super().log(logs, *args, **kwargs)
+        if any(math.isnan(logs.get(name, 0.0)) for name in ("loss", "train_loss")):
+            raise FloatingPointError(
+                f"loss: got NaN, first logged at step {self.state.global_step}; training stops. The cause lies in the "
+                f"steps since the last log: a learning rate too high, fp16 out of range, or NaN in the model's weights "
+                "(logging_steps=1 finds the step; logging_nan_inf_filter=True goes on and hides it)"
+            )
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: Any = None, ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:  # fmt: skip
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        found = self.derived_metrics(self._sums["eval"].flush(self.accelerator))
+        sums = self._sums["eval"]
+        rows = sums.rows(self.accelerator)
+        found = self.whole_loss(self.derived_metrics(sums.flush(self.accelerator, whole=True)), rows)
+        if "scores" in rows:
+            scores = rows["scores"].numpy()
+            output = output._replace(predictions=scores, label_ids=np.zeros(len(scores), int))
+            if self.compute_metrics is not None:
+                found |= self.compute_metrics(EvalPrediction(scores, np.zeros(len(scores), int)))
         assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        prefix = f"{metric_key_prefix}_"
+        output.metrics.update({prefix + name.removeprefix(prefix): value for name, value in found.items()})
         return output
+
+    # checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """With the tokens since the last log, and the model's card."""
+        tokens = self._sums["train"].take_total("num_tokens")
+        if tokens is not None:
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum"))
+        self.create_model_card(Path(self.args.hub_model_id or self.args.output_dir).name)
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **unused: Any
+    ) -> None:
+        """`README.md` in `output_dir`, with TRL's arguments; `push_to_hub` may give more of transformers'."""
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            card.write_card(
+                folder / "README.md", self.method, model_name=model_name or folder.name, dataset=dataset_name,
+                base=card.base_model(self.model), tags=[tags] if isinstance(tags, str) else tags or [],
+            )  # fmt: skip
+
+    @property
+    def method(self) -> card.Method:
+        return card.METHODS[self.config_class.__name__.removesuffix("Config")]
 
     @property
     def inner(self) -> Any:

@@ -39,6 +39,7 @@ class PreferenceConfig(TrainingArguments):
     bf16: bool | None = option(  # type: ignore[assignment]
         None, "bf16 autocast. By default on where the device has it, unless fp16 is on; else training is in fp32."
     )
+    logging_nan_inf_filter: bool = option(False, "Log the mean of other losses where one is NaN, and go on.")
     report_to: list[str] | str | None = option("none", "Where to report logs to, besides the console and files.")
     model_init_kwargs: dict[str, Any] | str | None = option(None, "For from_pretrained, when the model is a path.")
     trust_remote_code: bool = option(False, "Run Python code that comes with a model or tokenizer.")
@@ -86,12 +87,13 @@ class PreferenceConfig(TrainingArguments):
         for name in ("max_length", "token_budget"):
             if getattr(self, name) is not None:
                 checks.positive(name, getattr(self, name))
-        if getattr(self, "use_liger_kernel", False) and (self.liger_kernel_config or {}).get(
-            "fused_linear_cross_entropy", True
-        ):
+        if self.use_liger_kernel:
+            self.liger_kernel_config = _layer_kernels(self.liger_kernel_config)
+        if self.label_smoothing_factor:
             raise unsupported(
-                "use_liger_kernel", True, 'want liger_kernel_config={"fused_linear_cross_entropy": False} beside it'
-            )
+                "label_smoothing_factor", self.label_smoothing_factor,
+                "it smooths a cross-entropy's labels; want 0.0, or `label_smoothing` where the method has it",
+            )  # fmt: skip
         if isinstance(self.pad_to_multiple_of, str):
             text = self.pad_to_multiple_of.lower()
             self.pad_to_multiple_of = None if text in ("auto", "none", "null") else int(text)
@@ -108,6 +110,19 @@ class PreferenceConfig(TrainingArguments):
             self.bf16 = not self.fp16 and has_it
             if not (self.fp16 or has_it):
                 warnings.warn(f"bf16: {fallback}", stacklevel=1)
+
+
+def _layer_kernels(config: dict[str, bool] | None) -> dict[str, bool]:
+    """Liger's kernels of layers; what would compute a loss from labels is off, and no fastpref trainer gives labels."""
+    losses = ("fused_linear_cross_entropy", "cross_entropy")
+    given = [name for name in losses if (config or {}).get(name)]
+    if given:
+        raise unsupported("liger_kernel_config", {given[0]: True}, "it replaces the forward whose loss is fastpref's")
+    warnings.warn(
+        "use_liger_kernel: Liger's kernels of layers are used; its cross-entropy is off, the loss is fastpref's",
+        stacklevel=4,
+    )
+    return {**(config or {}), **dict.fromkeys(losses, False)}
 
 
 @dataclass

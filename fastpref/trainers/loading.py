@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,43 @@ from fastpref.models import adapters, inner_model, is_peft
 from fastpref.trainers.config import PreferenceConfig, unsupported
 
 FACTORS = re.compile(r"lora_(embedding_)?[AB]\.")
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: there is nothing to train on.
+        TypeError: several data sets as one.
+    """
+    if train_dataset is None:
+        raise ValueError("train_dataset: got None, want a Dataset or IterableDataset (`train_dataset` is required)")
+    if isinstance(train_dataset, Mapping):
+        raise TypeError(
+            f"train_dataset: got {type(train_dataset).__name__} of {', '.join(map(str, train_dataset))}; want one of "
+            "them (`train_dataset` must be a `Dataset` or `IterableDataset`)"
+        )
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        for one in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
+            if one is not None and not hasattr(one, "map"):
+                raise TypeError(f"{name}: got {type(one).__name__}, want a datasets.Dataset or IterableDataset")
+
+
+def refuse_options(options: dict[str, Any], gives_scores: bool) -> None:
+    """Takes what cannot be used out of `options`.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    reasons = {
+        "data_collator": "batches are packed by fastpref; want None, and what it would add in the data",
+        "preprocess_logits_for_metrics": "there are no logits; want None",
+        "compute_loss_func": "the loss is the trainer's; want None",
+    }
+    if not gives_scores:
+        reasons["compute_metrics"] = "there are no logits; want None, a metric that is logged, or a callback"
+    for name, reason in reasons.items():
+        if options.pop(name, None) is not None:
+            raise unsupported(name, "one", reason)
 
 
 def load_model(model: Any, args: PreferenceConfig, auto_class: Any, quantization_config: Any = None, **options: Any):

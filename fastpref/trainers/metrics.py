@@ -1,24 +1,52 @@
-"""Metrics that stay on the device: sums and counts, reduced together and read once, when they are logged."""
+"""Metrics that stay on the device: sums and counts, gathered together and read once, when they are logged."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+
+LOWEST = (torch.minimum, math.inf)
+HIGHEST = (torch.maximum, -math.inf)
+Extreme = tuple[Callable[[Tensor, Tensor], Tensor], float]  # of two values, and what is none
 
 
 class MetricSums:
-    """Weighted means of named values since the last `flush`. Adding costs no host sync."""
+    """Weighted means of named values since the last `flush`, and extremes of batches. Adding costs no host sync."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._totals: set[str] = set()
+        self._extremes: dict[str, tuple[Extreme, dict[int, Tensor]]] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+        self._batch = 0
+        self._ignoring = False
+
+    @contextlib.contextmanager
+    def batch(self, real: bool = True) -> Iterator[None]:
+        """One batch, in whatever parts. A batch that is not `real` has all names and counts for nothing."""
+        self._ignoring = not real
+        try:
+            yield
+        finally:
+            self._ignoring = False
+            self._batch += 1
 
     def add(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
-        """`total` is the sum of `count` values, 0-d."""
-        count = count if isinstance(count, Tensor) else torch.full_like(total, count, dtype=torch.float32)
-        found = torch.stack([total.detach().float(), count.detach().float()])
+        """`total` is the sum of `count` values, of any shape (the same in every call)."""
+        total = total.detach().float()
+        if not isinstance(count, Tensor):
+            count = torch.full((1,), float(count), device=total.device)
+        found = torch.cat([total.reshape(-1), count.detach().float().reshape(1)])
+        if self._ignoring:
+            found = torch.zeros_like(found)
         self._sums[name] = found if name not in self._sums else self._sums[name] + found
 
     def add_mean(self, name: str, values: Tensor) -> None:
@@ -29,19 +57,68 @@ class MetricSums:
         self._totals.add(name)
         self.add(name, total, 0.0)
 
-    def take(self) -> tuple[list[str], Tensor]:
-        """(names, the sum and the count of each `[K, 2]`), which are forgotten; there must be some."""
-        names = list(self._sums)
-        sums = torch.stack([self._sums[name] for name in names])
-        self._sums.clear()
-        return names, sums
+    def add_extreme(self, name: str, value: Tensor, extreme: Extreme) -> None:
+        """The `LOWEST` or `HIGHEST` value of a batch, 0-d: over all ranks, and then the mean over batches."""
+        which, none = extreme
+        value = torch.full_like(value, none, dtype=torch.float32) if self._ignoring else value.detach().float()
+        batches = self._extremes.setdefault(name, (extreme, {}))[1]
+        batches[self._batch] = which(batches[self._batch], value) if self._batch in batches else value
 
-    def flush(self, accelerator: Any) -> dict[str, float]:
-        """The means over all ranks: one reduction, one copy to the host. What has no values is left out."""
-        if not self._sums:
+    def keep(self, name: str, rows: Tensor) -> None:
+        """`[n, ...]` of a batch's examples, for what can only be said of all of them: see `rows`."""
+        rows = rows.detach()
+        self._rows.setdefault(name, []).append(rows[:0] if self._ignoring else rows)
+
+    def rows(self, accelerator: Any) -> dict[str, Tensor]:
+        """All that was kept, by all ranks, in the order of the data, on the CPU; forgotten here."""
+        kept = {name: [rows.cpu() for rows in batches] for name, batches in self._rows.items()}
+        self._rows = {}
+        by_rank = gather_object([kept]) if accelerator.num_processes > 1 else [kept]
+        found = {}
+        for name in kept:
+            turns = itertools.zip_longest(*(ranks[name] for ranks in by_rank))
+            found[name] = torch.cat([rows for turn in turns for rows in turn if rows is not None])
+        return found
+
+    def take(self) -> tuple[list[str], Tensor]:
+        """(names, the sum and the count of each `[K, 2]`) of 0-d values, which are forgotten; there must be some. An
+        extreme is that of the one batch since the last time."""
+        found = dict(self._sums)
+        for name, (_, batches) in self._extremes.items():
+            (value,) = batches.values()
+            found[name] = torch.stack([value, torch.ones_like(value)])
+        self._clear()
+        return list(found), torch.stack(list(found.values()))
+
+    def take_total(self, name: str) -> Tensor | None:
+        """A total since the last `flush`, on this rank alone; forgotten here."""
+        found = self._sums.pop(name, None)
+        return None if found is None else found[0]
+
+    def _clear(self) -> None:
+        self._sums, self._extremes, self._batch = {}, {}, 0
+
+    def flush(self, accelerator: Any, *, whole: bool = False) -> dict[str, Any]:
+        """The means over all ranks: one gather, one copy to the host. What has no values is left out. `whole`: an
+        extreme is that of all batches, not the mean of theirs."""
+        extremes = {name: (extreme, list(values.values())) for name, (extreme, values) in self._extremes.items()}
+        sums, totals = self._sums, self._totals
+        self._clear()
+        if not sums and not extremes:
             return {}
-        names, sums = self.take()
-        sums = accelerator.reduce(sums, "sum")
-        pairs = dict(zip(names, sums.tolist(), strict=True))
-        found = {name: total / count for name, (total, count) in pairs.items() if count}
-        return found | {name: pairs[name][0] for name in self._totals if name in pairs}
+        pieces = [*sums.values(), *(torch.stack(values) for _, values in extremes.values())]
+        by_rank = accelerator.gather(torch.cat(pieces)[None]).cpu()
+        columns = dict(zip([*sums, *extremes], by_rank.split([len(p) for p in pieces], 1), strict=True))
+        found: dict[str, Any] = {}
+        for name in sums:
+            *values, count = columns[name].double().sum(0).tolist()
+            if name in totals:
+                found[name] = values[0]
+            elif count:
+                found[name] = values[0] / count if len(values) == 1 else [value / count for value in values]
+        for name, ((which, none), _) in extremes.items():
+            over_ranks = functools.reduce(which, columns[name].unbind(0))
+            real = over_ranks[over_ranks != none]
+            if len(real):
+                found[name] = (functools.reduce(which, real) if whole else real.mean()).item()
+        return found

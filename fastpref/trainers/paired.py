@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from fastpref.data import formats, tokenize
 from fastpref.data.collators import PairCollator
+from fastpref.data.ids import IGNORE_INDEX
 from fastpref.objectives.paired import DPOLoss, IPOLoss, PairedLoss, PreferenceOutput
 from fastpref.objectives.reference_free import CPOLoss, ORPOLoss, SimPOLoss
 from fastpref.ops.paired import SEPARABLE_EXCEPT
+from fastpref.reference import TokenStatistics
 from fastpref.reference.paired import log_odds
-from fastpref.trainers.base import Items, given_args
+from fastpref.trainers.base import NLL_TERM, Items, given_args
 from fastpref.trainers.config import CPOConfig, DPOConfig, IPOConfig, ORPOConfig, SimPOConfig
 from fastpref.trainers.forward import scored_hidden
 from fastpref.trainers.policy import PolicyTrainer, ReferencedTrainer
@@ -45,9 +47,41 @@ class PairTraining(PolicyTrainer):
         chosen = torch.arange(len(part["rows"]), device=hidden.device) < part["cu_seqlens"][part["examples"]]
         self.add_token_metrics(tokens, part, chosen)
         self.add_pair_metrics(out)
-        self.add_method_metrics(out, part, part["chosen_rows"] if denominator is None else denominator)
+        nll_tokens = part["chosen_rows"] if denominator is None else denominator
+        self.add_method_metrics(out, part, nll_tokens)
+        self.add_loss_terms(out, part, tokens)
         self.count_tokens(part)
         return out.loss
+
+    def add_loss_terms(self, out: PreferenceOutput, part: Mapping[str, Any], tokens: TokenStatistics | None) -> None:
+        """In an evaluation: the mean over pairs, and apart from it the NLL, which is one over tokens."""
+        if self.model.training:
+            return
+        objective, pairs, loss = self.loss_fn.objective, part["examples"], out.loss
+        weight = dict(zip(objective.losses, objective.weights, strict=True)).get("sft", 0.0)
+        if weight:
+            nll, count = weight * self.nll_sum(out, part, tokens), part["chosen_rows"]
+            self.add_loss(nll, count, NLL_TERM)
+            loss = loss - nll / max(1, count)
+        self.add_loss(loss * pairs, pairs)
+        if set(objective.losses) & set(SEPARABLE_EXCEPT):
+            sizes = part["cu_seqlens"].diff().view(2, -1)
+            self.metrics.keep(
+                "pairs", torch.stack([out.chosen_logps, out.rejected_logps, *part["ref_logps"].view(2, -1), *sizes], 1)
+            )
+
+    def whole_loss(self, found: dict[str, Any], rows: Mapping[str, Tensor]) -> dict[str, float]:
+        found = super().whole_loss(found, rows)
+        if "pairs" in rows:  # sorted over all of the data, not in each batch
+            found["loss"] = float(self.loss_fn(*rows["pairs"].double().unbind(1)).loss)
+        return found
+
+    def nll_sum(self, out: PreferenceOutput, part: Mapping[str, Any], tokens: TokenStatistics | None) -> Tensor:
+        """Negative log-likelihood of a part's chosen tokens, all together."""
+        if tokens is None:
+            return -out.chosen_logps.sum()
+        scored = part["labels"][: part["chosen_rows"]] != IGNORE_INDEX
+        return -(tokens.logps.detach()[: part["chosen_rows"]] * scored).sum()
 
     def loss_options(self, part: Mapping[str, Any]) -> dict[str, Any]:
         return {}
@@ -128,6 +162,11 @@ class DPOTrainer(_ReferencedPairs):
     def reference_settings(self) -> list[Any]:
         return ["ld_alpha", self.loss_fn.ld_alpha]
 
+    def measuring(self) -> bool:
+        """Where LD-DPO weighs tokens, the NLL of an evaluation has to see them."""
+        weighted = self.loss_fn.ld_alpha is not None and "sft" in self.loss_fn.objective.losses
+        return super().measuring() or (weighted and not self.model.training)
+
 
 class IPOTrainer(_ReferencedPairs):
     """Identity preference optimisation (Azar et al. 2023); arguments as in `DPOTrainer`."""
@@ -189,9 +228,11 @@ class CPOTrainer(_ReferenceFree):
         )  # fmt: skip
 
     def add_method_metrics(self, out: PreferenceOutput, part: Mapping[str, Any], nll_tokens: Tensor | int) -> None:
+        self.metrics.add("nll_loss", self.nll_sum(out, part, None), part["cu_seqlens"][part["examples"]])
+
+    def nll_sum(self, out: PreferenceOutput, part: Mapping[str, Any], tokens: TokenStatistics | None) -> Tensor:
         lengths = part["cu_seqlens"].diff()[: part["examples"]]
-        sums = out.chosen_logps * lengths if self.loss_fn.objective.average else out.chosen_logps
-        self.metrics.add("nll_loss", -sums.sum(), lengths.sum())
+        return -(out.chosen_logps * lengths if self.loss_fn.objective.average else out.chosen_logps).sum()
 
 
 class SimPOTrainer(_ReferenceFree):
@@ -220,8 +261,14 @@ class ORPOTrainer(_ReferenceFree):
 
     def add_method_metrics(self, out: PreferenceOutput, part: Mapping[str, Any], nll_tokens: Tensor | int) -> None:
         odds = log_odds(out.chosen_logps, out.rejected_logps)
-        ratio = F.logsigmoid(odds)
         self.metrics.add_mean("log_odds_chosen", odds)
-        self.metrics.add_mean("log_odds_ratio", ratio)
-        nll = out.loss.detach() + self.args.beta * ratio.mean()
-        self.metrics.add("nll_loss", nll * nll_tokens, float(part["chosen_rows"]))
+        self.metrics.add_mean("log_odds_ratio", F.logsigmoid(odds))
+        self.metrics.add("nll_loss", self._nll(out) * nll_tokens, float(part["chosen_rows"]))
+
+    def _nll(self, out: PreferenceOutput) -> Tensor:
+        """The loss without its odds-ratio term."""
+        odds = log_odds(out.chosen_logps, out.rejected_logps)
+        return out.loss.detach() + self.args.beta * F.logsigmoid(odds).mean()
+
+    def nll_sum(self, out: PreferenceOutput, part: Mapping[str, Any], tokens: TokenStatistics | None) -> Tensor:
+        return self._nll(out) * part["chosen_rows"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpref import linear_token_logprobs, linear_token_statistics, models
+from fastpref.data import formats
 from fastpref.data.collators import PackedCollator
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.reference_cache import ReferenceCache
@@ -129,6 +130,12 @@ class ReferencedTrainer(PolicyTrainer):
             reason = "what trained before the run is a part of it; want a ref_model, DDP, FSDP2 or ZeRO-2"
             raise unsupported("ref_model", None, reason)
 
+    @property
+    def ref_model(self) -> Any:
+        """The reference, where it is a model of its own: given, or moving (TR-DPO), or a copy that runs in every step.
+        None with adapters, or where its log-probs were precomputed from the policy."""
+        return self.reference.own
+
     def _placed(self, reference: Any) -> Any:
         """A reference that runs in every step is sharded like the policy; one that runs only now is whole."""
         if not self.is_fsdp_enabled:
@@ -176,7 +183,7 @@ class ReferencedTrainer(PolicyTrainer):
         datasets = [self.train_dataset, *_datasets(self.eval_dataset)]
         possible = all(d is None or hasattr(d, "select") for d in datasets)
         if wanted and not possible:
-            raise ValueError("precompute_ref_log_probs: got True with an IterableDataset, want False or a Dataset")
+            raise _no_stream()
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if wanted and self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
             raise ValueError(
@@ -240,10 +247,7 @@ class ReferencedTrainer(PolicyTrainer):
         if self.precomputes and "ref_logps" in part:
             return
         if self.precomputes and self.reference.is_lost_by_training:
-            raise ValueError(
-                "eval_dataset: got one without reference log-probs after training began, want it given to the "
-                "constructor, or a ref_model, or precompute_ref_log_probs=False"
-            )
+            raise _reference_is_lost()
         with self.reference.model() as reference:
             wrapped = model if self.reference.own is None else reference
             part["ref_logps"] = self.inside(wrapped, lambda: self.reference_logps(reference, part))
@@ -251,10 +255,29 @@ class ReferencedTrainer(PolicyTrainer):
     def ready_for_evaluation(self, dataset: Any) -> Any:
         """Its reference's log-probs come from a forward in every step where the reference is lost, or sharded: the
         ranks have different numbers of batches to fill a cache with."""
-        changed = self.state.global_step > 0 and self.reference.is_lost_by_training
-        if changed or not self.precomputes or models.is_sharded(self.reference.own or self.reference.policy):
+        if not self.precomputes or set(self.reference_columns) <= set(formats.column_names(dataset)):
+            return dataset
+        if self.state.global_step > 0 and self.reference.is_lost_by_training:
+            raise _reference_is_lost()
+        if not hasattr(dataset, "select") and self.args.precompute_ref_log_probs:
+            raise _no_stream()
+        if not hasattr(dataset, "select") or models.is_sharded(self.reference.own or self.reference.policy):
             return dataset
         return self.with_reference(dataset, "evaluation")
+
+
+def _no_stream() -> ValueError:
+    return ValueError(
+        "precompute_ref_log_probs: got True, which is not supported with IterableDataset; want False or a Dataset"
+    )
+
+
+def _reference_is_lost() -> ValueError:
+    return ValueError(
+        "eval_dataset: got one without reference log-probs after training began, want it given to the constructor, or "
+        "a ref_model, or precompute_ref_log_probs=False (Cannot compute reference log-probs for a dataset passed to "
+        "`evaluate` once the model that was the reference has been trained)"
+    )
 
 
 def _datasets(given: Any) -> list[Any]:

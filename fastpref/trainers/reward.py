@@ -12,15 +12,18 @@ from fastpref.data import formats, tokenize
 from fastpref.data.collators import PackedCollator, RewardCollator, StepCollator
 from fastpref.models.adapters import active_module
 from fastpref.objectives.process_reward import ProcessRewardLoss
-from fastpref.objectives.reward import BradleyTerryLoss
+from fastpref.objectives.reward import BradleyTerryLoss, RewardOutput
 from fastpref.trainers.base import Items, PreferenceTrainer, given_args
 from fastpref.trainers.config import PreferenceConfig, PRMConfig, RewardConfig, unsupported
 from fastpref.trainers.forward import hidden_rows
 from fastpref.trainers.loading import load_model, load_tokenizer, wrap_peft
+from fastpref.trainers.metrics import HIGHEST, LOWEST
 
 
 class _HeadTrainer(PreferenceTrainer):
     """A backbone with a small head named `score` on its last hidden states."""
+
+    kind: str
 
     def __init__(
         self, model: Any, args: PreferenceConfig, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
@@ -34,7 +37,10 @@ class _HeadTrainer(PreferenceTrainer):
         given = model
         model = load_model(model, args, auto_class, quantization_config, **_labels(model, labels))
         if getattr(model.config, "num_labels", None) != labels:
-            raise ValueError(f"model: got num_labels={model.config.num_labels}, want {labels}")
+            raise ValueError(
+                f"model: got num_labels={model.config.num_labels}, want {labels} ({self.kind} require "
+                f"`num_labels={labels}`: from_pretrained(..., num_labels={labels}))"
+            )
         processing_class = load_tokenizer(processing_class, model, args, given)
         model = wrap_peft(model, peft_config, args)
         super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **options)
@@ -61,9 +67,13 @@ class RewardTrainer(_HeadTrainer):
         model: a name, a folder, or a model for sequence classification with one label.
         args: `RewardConfig`.
         train_dataset, eval_dataset: pairs, with a `margin` or without.
+        compute_metrics: gets the rewards `[N, 2]` of chosen and rejected responses, in the order of the data, as
+            `predictions`, and zeros `[N]`, the index of the better one, as `label_ids`.
     """
 
     config_class = RewardConfig
+    kind = "reward models"
+    gives_scores = True
     signature_columns = ("chosen_ids", "rejected_ids", "margin")
 
     def __init__(
@@ -98,13 +108,19 @@ class RewardTrainer(_HeadTrainer):
         hidden, head = hidden_rows(self.inner, part), self.score_head()
         out = self.loss_fn.from_hidden(hidden, head.weight, part["last_rows"], part.get("margin"), head.bias)
         rewards = torch.cat([out.chosen_rewards, out.rejected_rewards])
-        self.metrics.add("min_reward", rewards.min())
-        self.metrics.add("max_reward", rewards.max())
+        self.metrics.add_extreme("min_reward", rewards.min(), LOWEST)
+        self.metrics.add_extreme("max_reward", rewards.max(), HIGHEST)
         self.metrics.add_mean("mean_reward", rewards)
         self.metrics.add_mean("accuracy", out.accuracies)
         self.metrics.add_mean("margin", out.chosen_rewards - out.rejected_rewards)
+        self.add_loss(out.loss * part["examples"], part["examples"])
+        self.keep_scores(out)
         self.count_tokens(part)
         return out.loss
+
+    def keep_scores(self, out: RewardOutput) -> None:
+        if not self.model.training:
+            self.metrics.keep("scores", torch.stack([out.chosen_rewards, out.rejected_rewards], 1))
 
 
 def _chat_template(path: str) -> str:
@@ -127,6 +143,7 @@ class PRMTrainer(_HeadTrainer):
     """
 
     config_class = PRMConfig
+    kind = "process reward models"
     signature_columns = ("input_ids", "labels")
 
     def __init__(
@@ -159,6 +176,7 @@ class PRMTrainer(_HeadTrainer):
         steps = len(part["step_rows"])
         out = self.loss_fn.from_hidden(hidden, head.weight, part["step_labels"], part["step_rows"], head.bias)
         self.metrics.add("accuracy", out.accuracies.sum(), float(steps))
+        self.add_loss(out.loss * steps, float(steps))
         self.count_tokens(part)
         # the mean is over steps, and a part is weighted by its share of examples
         tokens = items.tokens_tensor(part["examples"], hidden.device)

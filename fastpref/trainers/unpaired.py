@@ -13,7 +13,7 @@ from torch import Tensor
 from fastpref.data import formats, tokenize
 from fastpref.data.collators import UnpairedCollator
 from fastpref.objectives.tokens import sequence_logprobs
-from fastpref.objectives.unpaired import KTOLoss, UnpairedOutput, kto_kl
+from fastpref.objectives.unpaired import KTOLoss, UnpairedOutput
 from fastpref.trainers.base import Items, given_args
 from fastpref.trainers.config import KTOConfig
 from fastpref.trainers.forward import scored_hidden
@@ -83,10 +83,20 @@ class KTOTrainer(ReferencedTrainer):
                 self.before_part(model, part)
                 reference.append(part["ref_logps"])
                 policy.append(self.inside(model, functools.partial(self._logps, part)))
-        kl = kto_kl(torch.cat(policy), torch.cat(reference))
-        self.metrics.add("kl", kl)
+        ratios = torch.cat(policy) - torch.cat(reference)
+        kl = self._mean_kl(ratios, inputs.get("real", True))
+        if self.model.training:
+            self.metrics.add("kl", kl)
+        else:
+            self.metrics.keep("kl", ratios)
         for part in inputs["parts"]:
             part["kl"] = kl
+
+    def _mean_kl(self, ratios: Tensor, real: bool) -> Tensor:
+        """Over all ranks, each with as many examples as it has; never negative."""
+        sums = torch.stack([ratios.sum(), torch.full_like(ratios[0], len(ratios))]) * real
+        total, count = self.accelerator.reduce(sums, "sum").unbind()
+        return (total / count).clamp(min=0)
 
     def _logps(self, part: Mapping[str, Any]) -> Tensor:
         return self.reference_logps(self.inner, part)
@@ -103,8 +113,21 @@ class KTOTrainer(ReferencedTrainer):
         chosen = desirable.repeat_interleave(sizes, output_size=hidden.shape[0])
         self.add_token_metrics(tokens, part, chosen)
         self._add_class_metrics(out)
+        self.keep_responses(out, part)
         self.count_tokens(part)
         return out.loss
+
+    def keep_responses(self, out: UnpairedOutput, part: Mapping[str, Any]) -> None:
+        """In an evaluation, whose z0 is not known before its end."""
+        if not self.model.training:
+            self.metrics.keep("responses", torch.stack([out.logps, part["ref_logps"], out.desirable], 1))
+
+    def whole_loss(self, found: dict[str, Any], rows: Mapping[str, Tensor]) -> dict[str, float]:
+        """With z0 of all the evaluation's examples, in place of each batch's."""
+        logps, ref_logps, desirable = rows["responses"].double().unbind(1)
+        kl = rows["kl"].double().mean().clamp(min=0) if self.with_kl else None
+        loss = self.loss_fn(logps, desirable > 0, ref_logps, kl).loss
+        return found | {"loss": float(loss)} | ({} if kl is None else {"kl": float(kl)})
 
     def _add_class_metrics(self, out: UnpairedOutput) -> None:
         for name, members in (("chosen", out.desirable), ("rejected", ~out.desirable)):

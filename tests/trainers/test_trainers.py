@@ -259,17 +259,6 @@ def test_a_stream_of_examples(tmp_path):
     assert len(train(trainer)) == 3
 
 
-def test_evaluation_is_the_mean_over_examples(tmp_path):
-    model, tokenizer = tiny()
-    results = []
-    for batch in (2, 5, 16):
-        args = config(DPOConfig, tmp_path, per_device_eval_batch_size=batch)
-        trainer = DPOTrainer(model, tiny(5)[0], args=args, eval_dataset=pairs(), processing_class=tokenizer)
-        results.append(trainer.evaluate())
-    for key in ("eval_loss", "eval_rewards/margins", "eval_entropy", "eval_logps/chosen"):
-        assert [r[key] for r in results] == pytest.approx([results[0][key]] * 3, rel=1e-5), key
-
-
 def test_evaluating_other_data_by_name_is_evaluating_each(tmp_path):
     """Each of them was prepared twice, and KTO's z0 was that of other completions."""
     trainer, _ = run("kto", tmp_path, max_steps=1, max_length=90)

@@ -1,0 +1,43 @@
+"""Examples that Accelerate repeats, where data do not come out even on all ranks: which ones they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+POSITION = "position"  # of an example in its stream
+
+
+class NumberedStream(torch.utils.data.IterableDataset):
+    """A stream whose examples say which they are."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for position, example in enumerate(self.stream):
+            yield {**example, POSITION: position}
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+
+
+def real_examples(examples: Sequence[dict[str, Any]], accelerator: Any, even_batches: bool) -> int:
+    """How many of a rank's batch are not repeated: they come first.
+
+    Ranks get consecutive batches of one size. Of a data set, only the last one can be filled up, and Accelerate knows
+    how many it lacks; of a stream, an example whose position is not its place was repeated.
+    """
+    size, rank, world = len(examples), accelerator.process_index, accelerator.num_processes
+    if POSITION in examples[0]:
+        first = examples[0][POSITION]
+        if first % (size * world) != rank * size:
+            return 0
+        return sum(example[POSITION] == first + i for i, example in enumerate(examples))
+    left = accelerator.gradient_state.remainder
+    if not even_batches or not accelerator.gradient_state.end_of_dataloader or left <= 0:
+        return size
+    return min(size, max(0, left - rank * size))
