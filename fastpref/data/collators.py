@@ -31,6 +31,7 @@ class PackedCollator:
     ours: bool = False
     token_budget: int | None = None
     keep_examples: bool = False  # beside the batch, as `kept`
+    count_copies: bool = False  # of each token: for what sums over tokens, such as a router's loss
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         """The sequences of each example."""
@@ -41,7 +42,7 @@ class PackedCollator:
         return {}
 
     def pack(self, groups: Sequence[Sequence[Scored]]) -> dict[str, Any]:
-        batch = pack(groups, self.layout, self.pad_token_id)
+        batch = pack(groups, self.layout, self.pad_token_id, count_copies=self.count_copies)
         if not self.ours:
             batch.pop(attention.KWARG, None)
         return batch

@@ -56,12 +56,15 @@ class _Place(NamedTuple):
         return np.where(at < self.shared, self.prefix + at, self.own + at - self.shared)
 
 
-def pack(groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0) -> dict[str, Any]:
+def pack(
+    groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0, *, count_copies: bool = False
+) -> dict[str, Any]:
     """A batch from groups of sequences, all groups of one size k.
 
     `input_ids` and what the layout needs beside it (`position_ids` and `fastpref_segments`, or `attention_mask`);
     `rows` and `labels` `[M]`; `cu_seqlens` `[S + 1]` of these; `last_rows` `[S]`, of each sequence's last token. The
-    sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs.
+    sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs. `count_copies` adds
+    `copies`, of each input token the number of sequences that it is in.
     """
     sequences = [group[branch] for branch in range(len(groups[0])) for group in groups]
     if layout == "padded":
@@ -72,7 +75,13 @@ def pack(groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0)
             places = [group[branch] for branch in range(len(groups[0])) for group in by_group]
         else:
             places = [place for (place,) in by_group]
-    return inputs | scored_rows(sequences, places)
+    batch = inputs | scored_rows(sequences, places)
+    return batch | {"copies": _copies(sequences, places, inputs["input_ids"].numel())} if count_copies else batch
+
+
+def _copies(sequences: Sequence[Scored], places: Sequence[_Place], tokens: int) -> torch.Tensor:
+    at = [place.positions(np.arange(len(s.ids))) for s, place in zip(sequences, places, strict=True)]
+    return torch.from_numpy(np.bincount(np.concatenate(at), minlength=tokens))
 
 
 def scored_rows(sequences: Sequence[Scored], places: Sequence[_Place]) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ class _Packed(_Trainer):
     def _left_to_trl(self, *_: Any) -> None:
         """What an evaluation of fastpref's trainers sums over all of its data: TRL takes means over batches."""
 
-    add_loss = add_loss_terms = keep_responses = keep_scores = _left_to_trl
+    add_loss = add_loss_terms = keep_responses = keep_scores = keep_routes = _left_to_trl
 
     def _pack_batches(self: Any) -> None:
         if self.packing is not None:
@@ -86,14 +86,17 @@ class _Packed(_Trainer):
             return None
         pad = self.processing_class.pad_token_id
         packing = self.collator_class(pad, layout, ours, collator=self.data_collator)
+        packing.count_copies = getattr(self, "aux_loss_enabled", False)
         if getattr(self, "ref_model", None) is not None:
             ready_reference(self.accelerator.unwrap_model(self.ref_model), packing, False)
         return packing
 
     def _refuse(self: Any) -> None:
-        for name in ("_is_vlm", "aux_loss_enabled", "is_fsdp_enabled", "is_deepspeed_enabled", "use_liger_kernel"):
+        for name in ("_is_vlm", "is_fsdp_enabled", "is_deepspeed_enabled", "use_liger_kernel"):
             if getattr(self, name, False):
                 raise ValueError(f"{name.removeprefix('_')}: got True, want False")
+        if getattr(self, "aux_loss_enabled", False) and not hasattr(self, "router_aux_loss_coef"):
+            raise ValueError("aux_loss_enabled: got True from an older TRL, want at least 1.16")
         if self.args.torch_compile:
             raise ValueError("torch_compile: got True, want False: what is compiled is the forward that builds logits")
         if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:
@@ -155,6 +158,7 @@ class _Policy(_Packed):
     head: Any = PolicyTrainer.head
     add_token_metrics: Any = PolicyTrainer.add_token_metrics
     measured: Any = PolicyTrainer.measured
+    scored: Any = PolicyTrainer.scored
     token_logps: Any = PolicyTrainer.token_logps
     reference_logps: Any
     _references: Any

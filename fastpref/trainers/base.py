@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,11 @@ from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.fillers import POSITION, NumberedStream, real_examples
 from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.loading import (
-    check_datasets, disable_dropout, one_arithmetic, refuse_frozen, refuse_options, refuse_router_loss,
+    check_datasets,
+    disable_dropout,
+    one_arithmetic,
+    refuse_frozen,
+    refuse_options,
 )  # fmt: skip
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.streams import StreamRemarks
@@ -73,7 +78,9 @@ class PreferenceTrainer(Trainer):
             raise unsupported("torch_compile", True, "the head and its loss are fused with what would be compiled")
         refuse_frozen(model)
         one_arithmetic(model)
-        refuse_router_loss(model, args)
+        self.router_aux_loss_coef = self.router_coefficient(model, args)
+        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
+        collator.count_copies = self.aux_loss_enabled
         if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
             raise unsupported("device_map", "several devices", "want the whole model on one, or FSDP")
         if args.disable_dropout:
@@ -103,9 +110,16 @@ class PreferenceTrainer(Trainer):
         collator.keep_examples = args.world_size > 1
         collator.layout, collator.ours = choose_layout(self.model, args.layout)
         self.add_callback(StreamRemarks(self.train_dataset, self.eval_dataset))
+        self._said_nan = False
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(card.tags_of(self.method))
+
+    def router_coefficient(self, model: Any, args: Any) -> float:
+        """Of the load-balancing loss of a mixture of experts."""
+        if args.router_aux_loss_coef:
+            raise unsupported("router_aux_loss_coef", args.router_aux_loss_coef, "want None: as in TRL, there is none")
+        return 0.0
 
     # data
 
@@ -294,11 +308,12 @@ class PreferenceTrainer(Trainer):
             self.state.num_input_tokens_seen += int(found.pop("num_tokens", 0))
             logs |= found | {"num_tokens": self.state.num_input_tokens_seen}
         super().log(logs, *args, **kwargs)
-        if any(math.isnan(logs.get(name, 0.0)) for name in ("loss", "train_loss")):
-            raise FloatingPointError(
-                f"loss: got NaN, first logged at step {self.state.global_step}; training stops. The cause lies in the "
-                f"steps since the last log: a learning rate too high, fp16 out of range, or NaN in the model's weights "
-                "(logging_steps=1 finds the step; logging_nan_inf_filter=True goes on and hides it)"
+        if math.isnan(logs.get("loss", 0.0)) and not self._said_nan:
+            self._said_nan = True
+            warnings.warn(
+                f"loss: NaN in the steps up to {self.state.global_step}; the model's weights are likely NaN from there "
+                "on (a learning rate too high, fp16 out of range?)",
+                stacklevel=2,
             )
 
     def evaluation_loop(

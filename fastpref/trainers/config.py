@@ -43,7 +43,9 @@ class PreferenceConfig(TrainingArguments):
     report_to: list[str] | str | None = option("none", "Where to report logs to, besides the console and files.")
     model_init_kwargs: dict[str, Any] | str | None = option(None, "For from_pretrained, when the model is a path.")
     trust_remote_code: bool = option(False, "Run Python code that comes with a model or tokenizer.")
-    router_aux_loss_coef: float | None = option(None, "Mixture-of-experts models: only 0.0 is supported.")
+    router_aux_loss_coef: float | None = option(
+        None, "Mixture-of-experts models: weight of the load-balancing loss (default: the model's own, as in TRL)."
+    )
     disable_dropout: bool = option(True, "Switch dropout off, in the policy and its reference.")
     dataset_num_proc: int | None = option(None, "Processes that prepare the data.")
     max_length: int | None = option(1024, "Tokens in a sequence; longer ones are cut at the end (None: never).")

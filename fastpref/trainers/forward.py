@@ -14,15 +14,19 @@ from fastpref.models import attention, backbone
 INPUTS = ("input_ids", "attention_mask", "position_ids", attention.KWARG)
 
 
-def hidden_rows(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The backbone's last hidden states `[N, d]` of a batch from `fastpref.data.packing.pack`."""
+def run_backbone(model: Any, batch: Mapping[str, Any], **options: Any) -> Any:
+    """The backbone's output of a batch from `fastpref.data.packing.pack`."""
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     packed = attention.KWARG in inputs
     if packed:
         inputs["attention_mask"] = attention.prepared_mask(inputs["input_ids"])
     with attention.packed_rows() if packed else contextlib.nullcontext():
-        output = backbone(model)(**inputs, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
+        return backbone(model)(**inputs, use_cache=False, **options)
+
+
+def hidden_rows(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The backbone's last hidden states `[N, d]` of a batch from `fastpref.data.packing.pack`."""
+    return run_backbone(model, batch).last_hidden_state.flatten(0, 1)
 
 
 def scored_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:

@@ -160,15 +160,6 @@ def refuse_frozen(model: nn.Module) -> None:
     raise ValueError(f"model: got {type(inner_model(model)).__name__} with nothing that trains, want {hint}")
 
 
-def refuse_router_loss(model: Any, args: PreferenceConfig) -> None:
-    """A load-balancing loss over packed prompts would not be TRL's, and none at all must be the user's choice."""
-    config = inner_model(model).config.get_text_config()
-    own = getattr(config, "router_aux_loss_coef", 0.0) if hasattr(config, "output_router_logits") else 0.0
-    coef = own if args.router_aux_loss_coef is None else args.router_aux_loss_coef
-    if coef:
-        raise unsupported("router_aux_loss_coef", coef, "want 0.0: experts are trained without a load-balancing loss")
-
-
 def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):

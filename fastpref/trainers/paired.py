@@ -19,7 +19,6 @@ from fastpref.reference import TokenStatistics
 from fastpref.reference.paired import log_odds
 from fastpref.trainers.base import NLL_TERM, Items, given_args
 from fastpref.trainers.config import CPOConfig, DPOConfig, IPOConfig, ORPOConfig, SimPOConfig
-from fastpref.trainers.forward import scored_hidden
 from fastpref.trainers.policy import PolicyTrainer, ReferencedTrainer
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -33,7 +32,7 @@ class PairTraining(PolicyTrainer):
     loss_fn: PairedLoss
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
-        hidden, head = scored_hidden(self.inner, part), self.head()
+        (hidden, balance), head = self.scored(part), self.head()
         denominator, options = self._denominator(part, items), self.loss_options(part)
         tokens = self.measured(hidden, head, part, differentiable=not options)
         labels, ref_logps, edges = part["labels"], part.get("ref_logps"), part["cu_seqlens"]
@@ -51,7 +50,7 @@ class PairTraining(PolicyTrainer):
         self.add_method_metrics(out, part, nll_tokens)
         self.add_loss_terms(out, part, tokens)
         self.count_tokens(part)
-        return out.loss
+        return out.loss if balance is None else out.loss + balance
 
     def add_loss_terms(self, out: PreferenceOutput, part: Mapping[str, Any], tokens: TokenStatistics | None) -> None:
         """In an evaluation: the mean over pairs, and apart from it the NLL, which is one over tokens."""
@@ -71,10 +70,9 @@ class PairTraining(PolicyTrainer):
             )
 
     def whole_loss(self, found: dict[str, Any], rows: Mapping[str, Tensor]) -> dict[str, float]:
-        found = super().whole_loss(found, rows)
         if "pairs" in rows:  # sorted over all of the data, not in each batch
-            found["loss"] = float(self.loss_fn(*rows["pairs"].double().unbind(1)).loss)
-        return found
+            found = found | {"loss": float(self.loss_fn(*rows["pairs"].double().unbind(1)).loss), NLL_TERM: 0.0}
+        return super().whole_loss(found, rows)
 
     def nll_sum(self, out: PreferenceOutput, part: Mapping[str, Any], tokens: TokenStatistics | None) -> Tensor:
         """Negative log-likelihood of a part's chosen tokens, all together."""
@@ -186,6 +184,7 @@ class IPOTrainer(_ReferencedPairs):
 
 
 class _ReferenceFree(PairTraining):
+    router_on_request = True
     signature_columns = (*IDS, *MASKS, *SKIPS)
 
     def __init__(

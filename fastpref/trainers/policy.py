@@ -17,14 +17,15 @@ from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.reference_cache import ReferenceCache
 from fastpref.models import inner_model, is_peft, sharded_like, whole
 from fastpref.reference import TokenStatistics
-from fastpref.trainers import loading
+from fastpref.trainers import experts, loading
 from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig, unsupported
-from fastpref.trainers.forward import scored_hidden, to_device
+from fastpref.trainers.forward import run_backbone, scored_hidden, to_device
 from fastpref.trainers.loading import load_tokenizer, wrap_peft
 from fastpref.trainers.reference import Reference, SyncReference, fill_cache, fingerprint, ready_reference
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint
+ROUTES = "aux_loss/experts"  # what an evaluation sums
 MEASURED = ("entropy", "mean_logit", "is_top1")
 
 
@@ -32,6 +33,7 @@ class PolicyTrainer(PreferenceTrainer):
     """Trains a causal language model; its logits are never built."""
 
     loss_fn: Any  # one of fastpref's
+    router_on_request = False  # the load-balancing loss, by the model's config
 
     def __init__(
         self, model: Any, args: PreferenceConfig, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
@@ -46,8 +48,39 @@ class PolicyTrainer(PreferenceTrainer):
         super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **options)
         models.output_head(self.inner)  # gives the model's own logits, or says that it does not
 
+    def router_coefficient(self, model: Any, args: Any) -> float:
+        return experts.router_coefficient(model, args.router_aux_loss_coef, on_request=self.router_on_request)
+
     def head(self) -> models.Head:
         return models.read_head(self.inner)
+
+    def scored(self, part: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of the rows that score a token `[M, d]`, and the load-balancing loss of a mixture of experts,
+        weighted."""
+        if not self.aux_loss_enabled:
+            return scored_hidden(self.inner, part), None
+        output = run_backbone(self.inner, part, output_router_logits=True)
+        if not output.get("router_logits"):
+            name = type(self.inner).__name__
+            raise unsupported("router_aux_loss_coef", self.router_aux_loss_coef, f"{name} returns no router logits")
+        sums, tokens = experts.routed(output.router_logits, part["copies"], experts.experts_per_token(self.inner))
+        loss = experts.balance_loss(sums / tokens)
+        self.metrics.add("aux_loss", loss * part["examples"], part["examples"])
+        self.keep_routes(sums, tokens)
+        return output.last_hidden_state.flatten(0, 1).index_select(0, part["rows"]), self.router_aux_loss_coef * loss
+
+    def keep_routes(self, sums: Tensor, tokens: Tensor) -> None:
+        """In an evaluation, whose load-balancing loss is that of all its tokens."""
+        if not self.model.training:
+            self.metrics.add(ROUTES, sums, tokens)
+
+    def whole_loss(self, found: dict[str, Any], rows: Mapping[str, Tensor]) -> dict[str, float]:
+        routes = found.pop(ROUTES, None)
+        found = super().whole_loss(found, rows)
+        if routes is None:
+            return found
+        loss = float(experts.balance_loss(torch.tensor(routes).view(2, -1)))
+        return found | {"aux_loss": loss, "loss": found["loss"] + self.router_aux_loss_coef * loss}
 
     def measured(
         self, hidden: Tensor, head: models.Head, part: Mapping[str, Any], differentiable: bool = True

@@ -16,7 +16,6 @@ from fastpref.objectives.tokens import sequence_logprobs
 from fastpref.objectives.unpaired import KTOLoss, UnpairedOutput
 from fastpref.trainers.base import Items, given_args
 from fastpref.trainers.config import KTOConfig
-from fastpref.trainers.forward import scored_hidden
 from fastpref.trainers.policy import ReferencedTrainer
 
 
@@ -102,7 +101,7 @@ class KTOTrainer(ReferencedTrainer):
         return self.reference_logps(self.inner, part)
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
-        hidden, head = scored_hidden(self.inner, part), self.head()
+        (hidden, balance), head = self.scored(part), self.head()
         tokens, labels, desirable = self.measured(hidden, head, part), part["labels"], part["desirable"]
         given = (part["ref_logps"], part.get("kl"), part["cu_seqlens"])
         if tokens is None:
@@ -115,7 +114,7 @@ class KTOTrainer(ReferencedTrainer):
         self._add_class_metrics(out)
         self.keep_responses(out, part)
         self.count_tokens(part)
-        return out.loss
+        return out.loss if balance is None else out.loss + balance
 
     def keep_responses(self, out: UnpairedOutput, part: Mapping[str, Any]) -> None:
         """In an evaluation, whose z0 is not known before its end."""
@@ -126,8 +125,8 @@ class KTOTrainer(ReferencedTrainer):
         """With z0 of all the evaluation's examples, in place of each batch's."""
         logps, ref_logps, desirable = rows["responses"].double().unbind(1)
         kl = rows["kl"].double().mean().clamp(min=0) if self.with_kl else None
-        loss = self.loss_fn(logps, desirable > 0, ref_logps, kl).loss
-        return found | {"loss": float(loss)} | ({} if kl is None else {"kl": float(kl)})
+        found = found | {"loss": float(self.loss_fn(logps, desirable > 0, ref_logps, kl).loss)}
+        return super().whole_loss(found if kl is None else found | {"kl": float(kl)}, rows)
 
     def _add_class_metrics(self, out: UnpairedOutput) -> None:
         for name, members in (("chosen", out.desirable), ("rejected", ~out.desirable)):
