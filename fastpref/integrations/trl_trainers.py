@@ -24,7 +24,7 @@ from trl.trainer.utils import use_adapter
 
 from fastpref import models
 from fastpref.integrations.trl_batches import KEY, PackingCollator, PackingUnpaired
-from fastpref.models import is_peft, run_inside
+from fastpref.models import evaluating, is_peft, run_inside
 from fastpref.objectives.paired import DPOLoss
 from fastpref.objectives.unpaired import KTOLoss, kto_kl
 from fastpref.trainers import paired, reward, unpaired
@@ -184,7 +184,7 @@ class _Policy(_Packed):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         unchecked = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), unchecked, adapter:
+        with torch.no_grad(), unchecked, adapter, evaluating(model):
             return run_inside(model, self.accelerator, lambda bare: self.reference_logps(bare, part))
 
 

@@ -13,6 +13,7 @@ from fastpref.models import adapters, inner_model, is_peft
 from fastpref.trainers.config import PreferenceConfig, unsupported
 
 FACTORS = re.compile(r"lora_(embedding_)?[AB]\.")
+NOISE = ("drop", "jitter")  # in the names of its rates
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
@@ -161,6 +162,30 @@ def refuse_frozen(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
+    """No forward draws from the model's rates of dropout any more, in training mode either: not the modules for it, nor
+    attention, activations and whole layers, whose rates are numbers of their modules or of the config, by any name with
+    "drop" in it; nor the jitter of routers. The config says so afterwards, too."""
+    configs: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        _without_noise(module)
+        for value in vars(module).values():
+            _find_configs(value, configs)
+    for config in configs.values():
+        _without_noise(config)
+
+
+def _without_noise(owner: Any) -> None:
+    for name, value in list(vars(owner).items()):
+        if isinstance(value, float) and value and any(word in name for word in NOISE):
+            setattr(owner, name, 0.0)
+
+
+def _find_configs(value: Any, found: dict[int, Any]) -> None:
+    from transformers import PretrainedConfig
+
+    if isinstance(value, PretrainedConfig) and id(value) not in found:
+        found[id(value)] = value
+        for part in vars(value).values():
+            _find_configs(part, found)

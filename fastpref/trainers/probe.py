@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.data.packing import Scored, pack
-from fastpref.models import attention
+from fastpref.models import attention, evaluating
 from fastpref.trainers.forward import hidden_rows, to_device
 
 TOKENS = 24
@@ -30,13 +30,9 @@ class _Trial(NamedTuple):
 
 def batch_fault(inner: Any, layout: str, ours: bool) -> str | None:
     """Why the sequences of a batch are not as alone, or None. In evaluation mode; the model is left as it was."""
-    training = inner.training
-    inner.eval()
-    try:
+    with evaluating(inner):
         trial = _trial(inner, layout, ours)
         return _leak(inner, trial) or _difference(inner, trial)
-    finally:
-        inner.train(training)
 
 
 def _trial(inner: Any, layout: str, ours: bool) -> _Trial:

@@ -54,9 +54,7 @@ class Reference:
             if self.own is not None:
                 yield self.own
                 return
-            training = self.policy.training
-            self.policy.eval()
-            stack.callback(self.policy.train, training)
+            stack.enter_context(models.evaluating(self.policy))
             if not self._adapted:
                 stack.enter_context(adapters.adapters_off(self.policy))
             if self.before is not None:
