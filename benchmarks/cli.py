@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import compare, peers, record, suite
+from fastpref.common.files import check_writable
 
 EXAMPLES = """examples:
   fastpref bench --quick                     every suite in seconds, and a picture
@@ -103,6 +104,8 @@ def measure(args: argparse.Namespace) -> int:
         return 0
     if args.json and args.json.suffix == ".json" and len(chosen) > 1:
         raise ValueError(f"--json: got the file {args.json} for {len(chosen)} suites, want a folder")
+    if args.json:
+        check_writable("--json", args.json if args.json.suffix == ".json" else args.json / "record.json")
     repeats = args.repeats or (QUICK_REPEATS if args.quick else REPEATS[device.type])
     providers = None if args.providers is None else _providers(args.providers, chosen)
     deadline = None if args.seconds is None else time.monotonic() + args.seconds

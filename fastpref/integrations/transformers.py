@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastpref import models
 from fastpref.data.collate import TokenizedPair, collate_pairs
+from fastpref.models.adapters import Snapshot, adapters_off
 from fastpref.objectives.tokens import linear_token_logprobs, sequence_logprobs
 
 LOSS_INPUTS = ("ref_logps", "desirable", "kl")
@@ -63,11 +64,12 @@ def batch_loss(loss_fn: Any, model: nn.Module, batch: Mapping[str, Any], acceler
 
 
 @torch.no_grad()
-def reference_logps(model: Any, batch: Mapping[str, Any], accelerator: Any = None) -> Tensor:
-    """Each sequence's log-prob `[S]` by a reference model, or by an adapted model with its adapters off."""
+def reference_logps(model: Any, batch: Mapping[str, Any], accelerator: Any = None, *, adapters: bool = False) -> Tensor:
+    """Each sequence's log-prob `[S]` by a reference model, or by an adapted model with its adapters off (on, if
+    `adapters`: those of a reference of its own)."""
 
     def forward(bare: Any) -> Tensor:
-        with bare.disable_adapter() if hasattr(bare, "peft_config") else contextlib.nullcontext():
+        with adapters_off(bare) if models.is_peft(bare) and not adapters else contextlib.nullcontext():
             hidden, head = models.hidden_and_head(bare, **model_inputs(batch))
             labels = shifted_labels(batch)
             logps = linear_token_logprobs(hidden, head.weight, labels, head.bias, **head.options())
@@ -82,7 +84,8 @@ class PreferenceLossMixin(Trainer):
     Args:
         loss_fn: an objective with `from_hidden`, such as `fastpref.DPOLoss()`.
         ref_model: what gives `ref_logps` to batches that have none: a model, or `"adapters"` for the trained model
-            with its adapters off. None for losses without a reference, and for batches that bring their own.
+            with its adapters off, and what trains beside them as it was. None for losses without a reference, and for
+            batches that bring their own.
 
     The loss is a mean over the batch's examples; under gradient accumulation the Trainer averages over the batches.
     `compute_loss(..., return_outputs=True)` also gives the loss's other results (margins, accuracies, ...).
@@ -101,7 +104,9 @@ class PreferenceLossMixin(Trainer):
             models.output_head(ref_model)
             self.ref_model = self.accelerator.prepare_model(ref_model.eval(), evaluation_mode=True)
         elif ref_model == "adapters":
-            self.ref_model = None
+            if not models.is_peft(self.model):
+                raise ValueError(f"ref_model: got 'adapters' with {type(self.model).__name__}, want a PeftModel")
+            self.ref_model, self._beside = None, Snapshot(self.model, outside=True)
         elif ref_model is not None:
             raise TypeError(f"ref_model: got {ref_model!r}, want a model, 'adapters' or None")
         self._adapters_are_reference = ref_model == "adapters"
@@ -114,11 +119,18 @@ class PreferenceLossMixin(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        reference = model if self._adapters_are_reference else self.ref_model
-        if reference is not None and inputs.get("ref_logps") is None:
-            inputs = {**inputs, "ref_logps": reference_logps(reference, inputs, self.accelerator)}
+        if inputs.get("ref_logps") is None:
+            inputs = {**inputs, "ref_logps": self._reference_logps(model, inputs)}
         out = batch_loss(self.loss_fn, model, inputs, self.accelerator)
         return (out.loss, out._asdict()) if return_outputs else out.loss
+
+    def _reference_logps(self, model: Any, inputs: Any) -> Tensor | None:
+        if self._adapters_are_reference:
+            with self._beside.restored():
+                return reference_logps(model, inputs, self.accelerator)
+        if self.ref_model is None:
+            return None
+        return reference_logps(self.ref_model, inputs, self.accelerator, adapters=True)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

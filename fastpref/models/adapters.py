@@ -194,7 +194,7 @@ class Snapshot:
         outside: only those that are not the adapters' own (biases, norms), which are still there with adapters off.
     """
 
-    def __init__(self, model: nn.Module, *, outside: bool) -> None:
+    def __init__(self, model: Any, *, outside: bool) -> None:
         self._model = model
         self._left_out = own_names(model) if outside else set()
         self._values: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpref.common.files import check_writable
 from fastpref.data import formats
 from fastpref.data.files import load_records
 from fastpref.online import evaluation, loading
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--reference: got one with a reward model, want it with --model only")
     if args.reward_model is not None and args.assistant_only_loss:
         raise ValueError("--assistant-only-loss: got it with a reward model, which scores no tokens; want --model")
+    for option in ("json", "plot"):
+        check_writable(f"--{option}", getattr(args, option))
     pairs = load_pairs(args.data)
     options: dict[str, Any] = {
         name: getattr(args, name) for name in ("batch_size", "max_length", "bins", "responses_as_written")

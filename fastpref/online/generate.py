@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from fastpref.common.files import check_writable
 from fastpref.online import loading
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.prompts import read_prompts
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     names = ("k", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
+    check_writable("--output", args.output)
     prompts = read_prompts(args.prompts, chat=args.chat)[: args.limit]
     model, tokenizer = loading.load_policy(args.model, args.device, args.dtype)
     done = generate_file(

@@ -109,11 +109,13 @@ def make_pairs(records: Sequence[Record], rules: PairRules | None = None) -> tup
 
     A pair has `prompt`, `chosen`, `rejected` (messages; text, if the prompt is), `margin`, `chosen_score`,
     `rejected_score`, with several judges `agreement`, from `response_ids` `chosen_response_ids` and
-    `rejected_response_ids`, and the record's other fields. Of responses that are equal but
-    for white space only the first counts. TRL's reward trainer takes `margin` as the margin of its loss.
+    `rejected_response_ids`, and the record's other fields. Of responses that are equal but for white space only the
+    first counts; line breaks and the indentation of lines are more than that. TRL's reward trainer takes `margin` as
+    the margin of its loss.
 
     Raises:
-        ValueError: a record without a prompt, responses, or scores or ranks for each response.
+        ValueError: a record without a prompt, responses, or scores or ranks for each response, or with `finished` or
+            `response_ids` not of each.
     """
     rules = rules or PairRules()
     pairs: list[Record] = []
@@ -134,11 +136,12 @@ def _candidates(record: Record, where: str, rules: PairRules, counts: Counter[st
     responses = checked_responses(record, where)
     judged = judged_scores(record, len(responses), where)
     counts["responses"] += len(responses)
-    finished = record.get("finished") or [True] * len(responses)
+    finished = _of_each(record, "finished", responses, True, where)
+    ids = _of_each(record, "response_ids", responses, None, where)
     seen: set[str] = set()
     kept = []
     for i, text in enumerate(responses):
-        normal = " ".join(text.split())
+        normal = _without_layout(text)
         if np.isnan(judged[:, i]).any():
             counts["responses without a score"] += 1
         elif rules.only_finished and not finished[i]:
@@ -150,12 +153,28 @@ def _candidates(record: Record, where: str, rules: PairRules, counts: Counter[st
             kept.append(i)
     if not kept:
         return []
-    ids = record.get("response_ids") or [None] * len(responses)
     found = [
         Candidate(responses[i], judged[:, i], float(score), ids[i])
         for i, score in zip(kept, COMBINE[rules.combine](judged[:, kept]), strict=True)
     ]
     return sorted(found, key=lambda c: -c.score)
+
+
+def _of_each(record: Record, name: str, responses: Sequence[str], default: Any, where: str) -> list[Any]:
+    """What a record says of each of its responses, or nothing."""
+    values: Any = record.get(name)
+    if values is None:
+        return [default] * len(responses)
+    if not isinstance(values, list) or len(values) != len(responses):
+        got = f"{len(values)} values" if isinstance(values, list) else repr(values)
+        raise ValueError(f"{where}: got {name} of {got}, want {len(responses)}, one per response")
+    return values
+
+
+def _without_layout(text: str) -> str:
+    """Lines with their indentation (a blank or none are the same), which is meaning in code, and single blanks."""
+    lines = ((line[: len(line) - len(line.lstrip())], " ".join(line.split())) for line in text.splitlines())
+    return "\n".join(("" if indent == " " else indent) + words for indent, words in lines if words)
 
 
 def agreement(chosen: Candidate, rejected: Candidate) -> float:

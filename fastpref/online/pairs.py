@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpref.common.files import check_writable
 from fastpref.online.command import at_least, command
 from fastpref.online.pairing import COMBINE, HOW, PairRules, make_pairs
 from fastpref.online.records import Record, read_records, write_records, write_whole
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     names = ("how", "min_margin", "max_pairs_per_prompt", "min_agreement", "combine", "only_finished")
     rules = PairRules(**{name: getattr(args, name) for name in names})
+    for option in ("output", "json"):
+        check_writable(f"--{option}", getattr(args, option))
     report = pairs_file(read_records(args.scores), args.output, rules, json_path=args.json)
     print("\n".join(report_lines(report)))
     if not report["pairs"]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fastpref.common.files import check_writable
 from fastpref.data.remarks import Remarks
 from fastpref.online import judges, loading
 from fastpref.online.command import Progress, at_least, command
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @command("score")
 def run(args: argparse.Namespace) -> int:
+    check_writable("--output", args.output)
     records = read_records(args.responses)
     scorer, settings = _scorer(args, records)
     done = score_file(records, args.output, scorer, settings, name=args.name, overwrite=args.overwrite, progress=True)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastpref.common.files import check_writable
 from fastpref.validate import accuracy, beyond_int32
 from fastpref.validate.cases import OPERATORS
 from fastpref.validate.inputs import LARGE_VOCABULARIES
@@ -247,6 +248,11 @@ def run(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json == "-" else sys.stdout
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device: got cuda, but torch sees no CUDA device", file=sys.stderr)
+        return 2
+    try:
+        check_writable("--json", None if args.json == "-" else args.json)
+    except ValueError as error:
+        print(f"fastpref validate: {error}", file=sys.stderr)
         return 2
     p = plan(args.device, args.backend)
     this = machine(p.device)

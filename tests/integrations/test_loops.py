@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import runpy
 import sys
@@ -154,7 +155,32 @@ def test_adapters_off_are_the_reference(model, data, tmp_path):
     assert all((p.grad is not None) == p.requires_grad for p in adapted.parameters())
 
 
+def test_what_trains_beside_adapters_was_in_the_reference(model, data, tmp_path):
+    peft = pytest.importorskip("peft")
+    batch = on_device(pair_batch(data[:2], model.config.pad_token_id))
+    wanted = reference_logps(model, batch)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.base_model.model.model.norm.weight.requires_grad_(True)
+    trainer = trainer_of(adapted, data, tmp_path, loss_fn=fastpref.DPOLoss(), ref_model="adapters")
+    with torch.no_grad():
+        adapted.base_model.model.model.norm.weight.mul_(1.1)
+    assert not torch.equal(reference_logps(adapted, batch), wanted)
+    assert torch.equal(trainer._reference_logps(adapted, batch), wanted)
+
+
+def test_a_reference_with_adapters_of_its_own_lost_them(model, data, tmp_path):
+    peft = pytest.importorskip("peft")
+    batch = on_device(pair_batch(data[:2], model.config.pad_token_id))
+    base = reference_logps(model, batch)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    reference = peft.get_peft_model(copy.deepcopy(model), config)
+    trainer = trainer_of(model, data, tmp_path, loss_fn=fastpref.DPOLoss(), ref_model=reference)
+    assert not torch.equal(trainer._reference_logps(model, batch), base)
+
+
 def test_bad_input(model, data, tmp_path):
+    with pytest.raises(ValueError, match="ref_model: got 'adapters' with LlamaForCausalLM, want a PeftModel"):
+        trainer_of(model, data, tmp_path, loss_fn=fastpref.DPOLoss(), ref_model="adapters")
     with pytest.raises(TypeError, match="ref_model: got 'peft', want a model, 'adapters' or None"):
         trainer_of(model, data, tmp_path, loss_fn=fastpref.DPOLoss(), ref_model="peft")
     batch = on_device(pair_batch(data[:2], model.config.pad_token_id))

@@ -72,6 +72,24 @@ def test_duplicates_are_never_a_pair() -> None:
     assert made(record([5, 1], ["same", "same "])) == []
 
 
+def test_code_that_differs_in_indentation_was_a_duplicate() -> None:
+    responses = ["if a:\n    b()\nc()", "if a:\n    b()\n    c()", "if  a:\n    b()\n\nc() \n"]
+    pairs, report = make_pairs([record([2, 1, 0], responses)], PairRules(how="all"))
+    assert [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs] == [tuple(responses[:2])]
+    assert report["dropped"] == {"duplicate responses": 1}
+    assert made(record([2, 1], ["    return 1", "return 1"])) == [("    return 1", "return 1")]
+
+
+@pytest.mark.parametrize(
+    "columns, got",
+    [({"finished": [True]}, "finished of 1 values"), ({"finished": False}, "finished of False"),
+     ({"response_ids": [[1], [2], [3], [4]]}, "response_ids of 4 values")],
+)  # fmt: skip
+def test_what_is_not_said_of_each_response_was_an_index_error(columns, got) -> None:
+    with pytest.raises(ValueError, match=f"record 1: got {got}, want 3, one per response"):
+        make_pairs([record([1, 2, 3]), record([1, 2, 3], **columns)], PairRules(only_finished=True))
+
+
 def test_unfinished_responses_can_be_left_out() -> None:
     cut = record([1, 9, 5], finished=[True, False, True])
     assert made(cut) == [(B, A)] and made(cut, only_finished=True) == [(C, A)]
