@@ -1,5 +1,5 @@
 # make demo    validate this machine, train a small model with DPO, compare with eager PyTorch
-# make test    the tests        make lint    ruff and mypy
+# make test    the tests        make lint    ruff, mypy, imports        make docs    the documentation, in build/site
 # The environment in .venv is made by the first of them, and again when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo test lint install
+.PHONY: demo test lint docs notebook wheel-check install
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
@@ -36,3 +36,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# every Python block runs; a warning or a broken link is an error; the site loads nothing from elsewhere
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/tools/check.py build/site
+
+# the tutorial as examples/tutorial.ipynb
+notebook: $(INSTALLED)
+	$(BIN)/python docs/tools/notebook.py
+
+# the wheel in an empty environment: imports, trains a step, checks under mypy --strict (needs the network)
+wheel-check: $(INSTALLED)
+	bash docs/tools/wheel_check.sh $(BIN)/python
