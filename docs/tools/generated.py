@@ -111,7 +111,11 @@ def commands() -> str:
 
     index = ["| command | |", "|---|---|"]
     index += [f"| [`fastpref {name}`](#fastpref-{name}) | {text} |" for name, (_, text) in COMMANDS.items()]
-    parts = ["# Commands", "Made of the commands' own parsers. `fastpref COMMAND --help` prints the same.", "\n".join(index)]
+    parts = [
+        "# Commands",
+        "Made of the commands' own parsers. `fastpref COMMAND --help` prints the same.",
+        "\n".join(index),
+    ]
     for name, (module, text) in COMMANDS.items():
         parser = argparse.ArgumentParser(prog=f"fastpref {name}")
         importlib.import_module(module).add_arguments(parser)

@@ -12,7 +12,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "docs" / "tools")]
+sys.path.insert(0, str(ROOT / "docs" / "tools"))  # MkDocs takes it away again when this file is loaded
 
 import generated  # noqa: E402
 import notebook  # noqa: E402
@@ -27,6 +27,7 @@ DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DO
 
 def on_files(files: Files, config: Any) -> Files:
     """Runs every page's blocks; pages made of the code, and the notebook, join those that are written."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
     _outputs.update(run.outputs())
     for path, text in generated.pages().items():
         files.append(File.generated(config, path, content=text))
@@ -45,7 +46,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def _shown(output: run.Output) -> str:
     shown = ""
     if output["text"].strip():
-        shown += f'\n\n```{{.text .output}}\n{output["text"].rstrip()}\n```\n'
+        shown += f"\n\n```{{.text .output}}\n{output['text'].rstrip()}\n```\n"
     for figure in output["figures"]:
         svg = re.sub(r"^.*?(?=<svg)", "", figure["svg"], flags=re.DOTALL)
         title = html.escape(figure["title"], quote=True)
@@ -55,5 +56,10 @@ def _shown(output: run.Output) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    content = DISPLAY.sub(lambda found: convert(html.unescape(found[1]), display="block"), content)
-    return INLINE.sub(lambda found: convert(html.unescape(found[1])), content)
+    content = DISPLAY.sub(lambda found: _formula(found[1], "block"), content)
+    return INLINE.sub(lambda found: _formula(found[1], "inline"), content)
+
+
+def _formula(latex: str, display: str) -> str:
+    spaced = re.sub(r"\\log\b", r"\\,\\log\\,", html.unescape(latex))
+    return convert(spaced, display=display)

@@ -29,7 +29,8 @@ FEATURES: dict[str, tuple[str, str, str, str]] = {
     ),
     "no logits in memory": (
         f"{TRAINERS}::test_what_needs_logits", f"{PATCH}::test_no_logits_are_built",
-        f"{SUBCLASSES}::test_products_and_packing_of_a_dpo_step", f"{LOOPS}::test_an_update_is_that_of_a_loop_over_logits",
+        f"{SUBCLASSES}::test_products_and_packing_of_a_dpo_step",
+        f"{LOOPS}::test_an_update_is_that_of_a_loop_over_logits",
     ),
     "a shared prompt runs once": (
         f"{ATTENTION}::test_shared_rows_are_the_separate_sequences", f"{PATCH}::test_products_of_a_dpo_step",

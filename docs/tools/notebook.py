@@ -1,6 +1,6 @@
 """The tutorial as one notebook, with what its cells gave when the pages were run.
 
-    python docs/tools/notebook.py    writes examples/tutorial.ipynb
+python docs/tools/notebook.py    writes examples/tutorial.ipynb
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 RUNS = ROOT / "build" / "docs" / "runs"
-SOURCES = ("fastpref", "kernels", "benchmarks", "docs/tools", "tests/matrix", "constraints.txt")
-SUFFIXES = (".py", ".json", ".jsonl", ".md", ".txt", ".mplstyle")
+SOURCES = ("fastpref", "kernels", "benchmarks/results/training", "docs/tools/run.py", "docs/tools/figures.mplstyle",
+           "constraints.txt")  # fmt: skip
+SUFFIXES = (".py", ".json", ".jsonl")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 Output = dict[str, Any]  # text, figures: [{"title", "svg", "png" (base64)}]

@@ -103,8 +103,9 @@ def online() -> None:
     model, tokenizer = models.tiny(["a few words"])
     found = list(sample_responses(model, tokenizer, ["Once"], Sampling(k=2, max_new_tokens=4)))
     scorer = function_scorer(lambda prompt, responses: [float(len(r)) for r in responses])
-    pairs, report = make_pairs([{"prompt": "Once", "responses": [r.text for r in found[0]], "scores": [1.0, 2.0]}],
-                               PairRules(how="best-worst"))
+    pairs, report = make_pairs(
+        [{"prompt": "Once", "responses": [r.text for r in found[0]], "scores": [1.0, 2.0]}], PairRules(how="best-worst")
+    )
     print(evaluate_policy(model, tokenizer, pairs)["accuracy"], report, scorer)
 
 
