@@ -120,7 +120,8 @@ def _opened_twice(example: Record, sides: Sequence[str], tokenizer: Any) -> int:
     options = template.template_options(example)
     header = template.template_text(tokenizer, example["prompt"], add_generation_prompt=True, **options)
     tag = OPENING.search(header)
-    texts = (example[side] if isinstance(example[side], str) else _only_text(side, example[side]) for side in sides)
+    written = [side for side in sides if example.get(f"{side}_response_ids") is None]
+    texts = (example[side] if isinstance(example[side], str) else _only_text(side, example[side]) for side in written)
     return remarks.TWO_BEGINNINGS if tag and any(text.lstrip().startswith(tag[1]) for text in texts) else 0
 
 
