@@ -21,6 +21,7 @@ import transformers
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from datasets import concatenate_datasets
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
@@ -86,12 +87,13 @@ def tiny(seed: int = 0, tied: bool = True) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def classifier(seed: int = 3) -> Any:
+def classifier(seed: int = 3, labels: int = 1) -> Any:
     config = tiny()[0].config
-    config.num_labels = 1
+    config.num_labels = labels
+    kind = "Sequence" if labels == 1 else "Token"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.AutoModelForSequenceClassification.from_config(config)
+        return getattr(transformers, f"AutoModelFor{kind}Classification").from_config(config)
 
 
 class Recorder(TrainerCallback):
@@ -242,6 +244,38 @@ def refused(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]
     return {"error": None}
 
 
+UNEVEN = {
+    "dpo": {}, "ipo": {}, "kto": {}, "orpo": {}, "cpo": {}, "simpo": {}, "reward": {"center_rewards_coefficient": 0.1},
+    "prm": {}, "mpo": {"loss_type": ["sigmoid", "sft"], "gradient_accumulation_steps": 2},
+}  # fmt: skip
+NAMES = {"simpo": "SimPO", "reward": "Reward", "mpo": "DPO"}
+
+
+def uneven(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    """An epoch over one example more than comes out even, and its evaluation, as a data set and as a stream."""
+    name = NAMES.get(case, case.upper())
+    data = trl_hosts.dataset("dpo" if case in ("ipo", "simpo", "mpo") else case)
+    data = concatenate_datasets([data, data.select([1])])
+    model, tokenizer = tiny()
+    if case in ("reward", "prm"):
+        model = classifier() if case == "reward" else classifier(labels=2)
+    more: dict[str, Any] = {**UNEVEN[case], "max_steps": -1, "num_train_epochs": 1}
+    if case == "mpo":
+        batch //= 2
+    extra = {}
+    if name in ("DPO", "IPO", "KTO"):
+        extra["ref_model"] = tiny(seed=1)[0]
+    args = getattr(trainers, f"{name}Config")(
+        output_dir=str(folder), per_device_eval_batch_size=batch, **options(wrapper, batch, **more)
+    )
+    trainer_class = SameBlocksKTO if case == "kto" else getattr(trainers, f"{name}Trainer")
+    trainer = trainer_class(model=model, args=args, train_dataset=data, processing_class=tokenizer, **extra)
+    found = trained(trainer, wrapper)
+    evaluations = [trainer.evaluate(part) for part in (data, data.to_iterable_dataset())]
+    timed = ("_runtime", "_per_second", "_time")
+    return found | {"evaluations": [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in evaluations]}
+
+
 # TRL's
 
 TRL = {"dpo": {}, "apo": {"loss_type": "apo_zero_unpaired"}, "kto": {}, "reward": {}}
@@ -322,7 +356,7 @@ def loop(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
 LOOPS = ("plain-dpo", "plain-kto", "head-dpo", "accelerate-dpo", "accelerate-kto")
 KINDS: dict[str, Callable] = {
     "ours": ours, "trl": trl, "unpatched": functools.partial(trl, patch=contextlib.nullcontext), "loop": loop,
-    "resumed": resumed, "evaluated": evaluated, "refused": refused,
+    "resumed": resumed, "evaluated": evaluated, "refused": refused, "uneven": uneven,
 }  # fmt: skip
 
 

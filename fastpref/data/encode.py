@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os.path
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ from fastpref.data.special_tokens import bare_ids, ended, text_ids, with_bos, wi
 
 Record = dict[str, Any]
 PAIR = ("chosen", "rejected")
-OPENING = re.compile(r"(<[^<>|/\s]+>)\s*$")  # `<think>` at the end, and no control token
 
 
 class Response(NamedTuple):
@@ -82,10 +80,10 @@ def _rendered(example: Record, sides: Sequence[str], tokenizer: Any, assistant_o
     sequences, found = [], 0
     for side in sides:
         messages = example["prompt"] + example[side]
-        text, ids = template.text_and_ids(tokenizer, messages, **options)
+        ids = template.template_ids(tokenizer, messages, **options)
         mask = template.assistant_mask(tokenizer, messages, asked, ids, **options) if assistant_only else None
         sequences.append(Response(ids, mask))
-        found |= _altered(text, example[side])
+        found |= _altered(template.template_text(tokenizer, messages, **options), example[side])
     return _parted(prompt_ids(example, tokenizer), sequences, found)
 
 
@@ -109,20 +107,7 @@ def _as_written(example: Record, sides: Sequence[str], tokenizer: Any) -> Parted
     if not example.get("prompt"):
         raise ValueError("prompt: got none with responses_as_written, want a text or messages")
     responses = [written_ids(example, side, tokenizer) for side in sides]
-    found = _same(responses) | _opened_twice(example, sides, tokenizer)
-    return Parted(prompt_ids(example, tokenizer), [Response(ids) for ids in responses], found)
-
-
-def _opened_twice(example: Record, sides: Sequence[str], tokenizer: Any) -> int:
-    """Does a response begin with the tag, such as `<think>`, that the generation header ends in?"""
-    if isinstance(example["prompt"], str):
-        return 0
-    options = template.template_options(example)
-    header = template.template_text(tokenizer, example["prompt"], add_generation_prompt=True, **options)
-    tag = OPENING.search(header)
-    written = [side for side in sides if example.get(f"{side}_response_ids") is None]
-    texts = (example[side] if isinstance(example[side], str) else _only_text(side, example[side]) for side in written)
-    return remarks.TWO_BEGINNINGS if tag and any(text.lstrip().startswith(tag[1]) for text in texts) else 0
+    return Parted(prompt_ids(example, tokenizer), [Response(ids) for ids in responses], _same(responses))
 
 
 def written_ids(example: Record, side: str, tokenizer: Any) -> list[int]:
@@ -133,7 +118,7 @@ def written_ids(example: Record, side: str, tokenizer: Any) -> list[int]:
     response = example[side]
     if not isinstance(response, str):
         response = _only_text(side, response)
-    return bare_ids(tokenizer, with_eos(response, tokenizer))
+    return ended(tokenizer, bare_ids(tokenizer, response))
 
 
 def _only_text(side: str, messages: Sequence[Record]) -> str:
@@ -157,9 +142,9 @@ def wholes(example: Record, tokenizer: Any, *, responses_as_written: bool = Fals
     if is_conversational(example, ("prompt", *PAIR) if prompt else PAIR):
         options, found, sequences = template.template_options(example), 0, []
         for side in PAIR:
-            text, ids = template.text_and_ids(tokenizer, [*prompt, *example[side]], **options)
-            sequences.append(ids)
-            found |= _altered(text, example[side])
+            messages = [*prompt, *example[side]]
+            sequences.append(template.template_ids(tokenizer, messages, **options))
+            found |= _altered(template.template_text(tokenizer, messages, **options), example[side])
         return sequences, found | _same(sequences)
     # the EOS token is looked for in the whole: in an implicit prompt's texts it may be in common
     texts = [with_eos((prompt or "") + example[side], tokenizer) for side in PAIR]
@@ -182,21 +167,16 @@ def in_context(
         prompt, responses, found = part(example, PAIR, tokenizer, **options)
         return InContext([prompt, prompt], responses, found)
     prompt_text, *texts = template_texts(example, tokenizer)
-    found, talks = 0, not isinstance(example["prompt"], str)
+    found = 0
     masks: list[list[int] | None] = [None, None]
-    if talks:
+    if not isinstance(example["prompt"], str):
         for text, side in zip(texts, PAIR, strict=True):
             found |= _altered(prompt_text + text, example[side])
-            ends_before = text != text.rstrip() and with_eos(text, tokenizer) == text
-            found |= remarks.TWO_ENDS if ends_before else 0
-    else:
+    elif assistant_only_loss:
         _refuse_texts(assistant_only_loss)
-        texts = [with_eos(text, tokenizer) for text in texts]
     if assistant_only_loss:
         masks = [_mask_of(example, side, tokenizer) for side in PAIR]
-    two = [
-        _context_and_answer(tokenizer, prompt_text, text, mask, talks) for text, mask in zip(texts, masks, strict=True)
-    ]
+    two = [_context_and_answer(tokenizer, prompt_text, text, mask) for text, mask in zip(texts, masks, strict=True)]
     responses = [response for _, response in two]
     return InContext([context for context, _ in two], responses, found | _same([r.ids for r in responses]))
 
@@ -225,14 +205,12 @@ def template_texts(example: Record, tokenizer: Any) -> tuple[str, ...]:
     return prompt, *(text[len(prompt) :] for text in texts)
 
 
-def _context_and_answer(
-    tokenizer: Any, prompt: str, answer: str, mask: list[int] | None, close: bool
-) -> tuple[list[int], Response]:
+def _context_and_answer(tokenizer: Any, prompt: str, answer: str, mask: list[int] | None) -> tuple[list[int], Response]:
     """`build_tokenized_answer` of TRL, with its BOS and EOS: a prompt's last token may have merged with the answer.
-    `mask` is of the whole; EOS counts as what comes before it. `close`: EOS is the very last token."""
+    `mask` is of the whole; EOS counts as what comes before it."""
     alone, whole = bare_ids(tokenizer, prompt), bare_ids(tokenizer, prompt + answer)
     start = len(alone) if whole[: len(alone)] == alone else len(alone) - 1
-    ids = ended(tokenizer, whole[start:]) if close else whole[start:]
+    ids = ended(tokenizer, whole[start:])
     if mask is not None:
         mask = mask[start:] + mask[-1:] * (start + len(ids) - len(mask))
     return with_bos(tokenizer, whole[:start]), Response(ids, mask)

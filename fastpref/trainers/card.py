@@ -60,7 +60,7 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(
-        base_model=base, model_name=model_name, datasets=dataset, library_name="transformers",
+        base_model=base, model_name=model_name, datasets=[dataset] if dataset else None, library_name="transformers",
         tags=sorted({*tags, *tags_of(method), "generated_from_trainer"}),
     )  # fmt: skip
     origin = f"a fine-tuned version of [{base}](https://huggingface.co/{base})" if base else "a fine-tuned model"

@@ -42,6 +42,8 @@ class PolicyTrainer(PreferenceTrainer):
         from transformers import AutoModelForCausalLM
 
         given, model = model, loading.load_model(model, args, AutoModelForCausalLM, quantization_config)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise unsupported("model", type(model).__name__, "it is an encoder-decoder; want a causal language model")
         processing_class = load_tokenizer(processing_class, model, args, given)
         model = wrap_peft(model, peft_config, args)
         models.read_head(model)  # refuses an adapter on the head

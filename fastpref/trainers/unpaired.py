@@ -52,6 +52,13 @@ class KTOTrainer(ReferencedTrainer):
         )  # fmt: skip
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
+        if name == "train" and {"chosen", "rejected"} <= set(formats.column_names(dataset)):
+            warnings.warn(
+                "train_dataset: got pairs, of which each 1,000 become 1,000 chosen responses and then as many rejected "
+                "ones, as in TRL: most batches have one class. For both in every batch, give "
+                "fastpref.data.formats.unpaired(dataset).shuffle()",
+                stacklevel=4,
+            )
         found = self._tokenized(dataset, name, args)
         if name == "train" and hasattr(found, "select"):
             _advise_weights(found["label"], args.desirable_weight, args.undesirable_weight)

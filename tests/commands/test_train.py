@@ -224,3 +224,18 @@ def test_the_precision_that_is_printed_is_the_one_that_runs(base, files, tmp_pat
             autocast = torch.is_autocast_enabled("cpu")
         assert f"Training on the CPU in {printed}\n" in capsys.readouterr().out
         assert autocast == (printed == "bf16")
+
+
+def test_a_loss_of_nan_was_logged_as_0_in_a_run_that_ended_well(base, files, tmp_path, capsys, without_plots):
+    out = tmp_path / "out"
+    options = ("--data", files["pairs"], "--model", base, "--learning_rate", "1e30", "--max_steps", "6")
+    assert train("orpo", out, *options, "--warmup_steps", "0") == 1
+    captured = capsys.readouterr()
+    assert re.search(r"the loss is NaN at step [23] ", captured.err) and "loss nan" in captured.out
+    assert not list(out.glob("*.safetensors")) and not (out / "training.json").exists()
+
+
+def test_nan_is_no_number_in_what_a_run_leaves():
+    assert summary._finite({"a": [1.0, float("nan")], "b": float("inf")}) == {"a": [1.0, None], "b": None}
+    assert summary._number(float("nan")) == "nan"
+    assert plot.points([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}], "loss") == ([2], [1.0])

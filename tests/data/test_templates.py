@@ -158,9 +158,3 @@ def test_pairs_pass_sampled_tokens_on() -> None:
     (pair,), _ = make_pairs([record])
     assert (pair["chosen_response_ids"], pair["rejected_response_ids"]) == ([2], [1])
     assert "response_ids" not in pair
-
-
-def test_reasoning_that_is_opened_twice_is_told(tokenizer, caplog) -> None:
-    opened = GOOD | {"chosen": [assistant("<think>so</think>Two.")]}
-    tokenized("paired", tokenizer(REASONING), GOOD, opened, responses_as_written=True)
-    assert "in 1 of 2 records (number 2) the generation header opens the reasoning" in caplog.text

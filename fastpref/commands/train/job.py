@@ -208,10 +208,21 @@ def run(job: Job) -> int:
             f"fastpref train: stopped; --resume goes on from the last checkpoint in {folder}, if any", file=sys.stderr
         )
         return 130
+    if job.progress.nan_step is not None:
+        print(
+            f"fastpref train: the loss is NaN at step {job.progress.nan_step} (seen when it was logged, every "
+            f"{trainer.state.logging_steps or trainer.args.logging_steps} steps); stopped, and nothing saved but "
+            f"checkpoints in {folder}, if any; want a smaller --learning_rate, another precision, or other data",
+            file=sys.stderr,
+        )
+        return 1
     after = None if before is None else _evaluated_at_the_end(trainer) or trainer.evaluate()
     trainer.save_model(folder)
     if trainer.is_world_process_zero():
         _finish(job, summary.Run.of(job.method, job.options, job.trainer, job.progress, before, after))
+    if after is not None and math.isnan(after["eval_loss"]):
+        print("fastpref train: the loss of the held-out data is NaN", file=sys.stderr)
+        return 1
     return 0
 
 

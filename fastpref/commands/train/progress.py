@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ class TrainingProgress(TrainerCallback):
     def __init__(self) -> None:
         self.tokens = 0.0
         self.seconds = 0.0  # of training: evaluations are left out
+        self.nan_step: int | None = None  # where the loss was first seen to be NaN
         self._bar: Any = None
         self._printed = 0
 
@@ -54,6 +56,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin, self._first = time.perf_counter(), state.global_step
+        self._tokens_before = state.num_input_tokens_seen  # by the run that is resumed
         self._shown = state.is_world_process_zero and not args.disable_tqdm
         if self._shown and sys.stdout.isatty():
             self._bar = terminal.live_bar()
@@ -68,12 +71,15 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not hasattr(self, "_begin"):
             return  # evaluated before training
+        if any(math.isnan(logs.get(name, 0.0)) for name in ("loss", "train_loss")) and self.nan_step is None:
+            self.nan_step = state.global_step
+            control.should_training_stop = True
         if "loss" not in logs:
             self._begin += logs.get("eval_runtime", 0.0)
             if self._shown and (text := line_of(logs, "eval_")) and state.global_step < state.max_steps:
                 self._print(f"  evaluation after step {state.global_step}: {text}")
             return
-        tokens, seconds = logs["num_tokens"], time.perf_counter() - self._begin
+        tokens, seconds = logs["num_tokens"] - self._tokens_before, time.perf_counter() - self._begin
         speed = (tokens - self.tokens) / max(seconds - self.seconds, 1e-9)
         self.tokens, self.seconds = tokens, seconds
         text = f"{line_of(logs)}  {speed:,.0f} tokens/s"

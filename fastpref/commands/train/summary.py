@@ -6,6 +6,7 @@ import base64
 import html
 import importlib.metadata
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,9 +111,19 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.4f}"
 
 
+def _finite(value: Any) -> Any:
+    """With null in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(run: Run, folder: Path) -> tuple[list[str], str | None]:
     """(names of the files, what could not be made or None)."""
-    (folder / "training.json").write_text(json.dumps(asdict(run), indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(asdict(run)), indent=1, allow_nan=False)
+    (folder / "training.json").write_text(text + "\n", encoding="utf-8")
     plot, problem = folder / "summary.png", None
     try:
         training_curves(run.history, plot, run.title)
