@@ -4,7 +4,7 @@
     python -m benchmarks.experiments --quick            tiny sizes on the CPU, to see that everything runs
 
 bandwidth   copying memory and one large product: the roofs that everything else is a share of
-rows        row kernels over BLOCK x warps: forward, forward with U in place, gradient
+rows        row kernels over BLOCK x warps: forward, forward with U in place, gradient, and the same of exact KL
 rounding    a product stored as the compute dtype against one stored in fp32
 accumulate  a product added to an fp32 gradient against one that overwrites it
 operand     dW = U^T H with U contiguous against U with a padded row stride
@@ -83,6 +83,7 @@ def rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run
     u = logits.clone()  # overwritten again and again: the time does not depend on the values
     labels = torch.randint(vocab, (n,), device=device)
     options: dict[str, Any] = {"transform": LogitTransform(), "ignore_index": -100}
+    kl_options: dict[str, Any] = {"transform": LogitTransform(), "direction": "reverse"}
     backend = backends.backend_for(logits)
     done = backend.row_logprob(logits, labels, **options)
     logps, lse = done["logps"], done["lse"]
@@ -94,15 +95,15 @@ def rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run
         backend.row_logprob(u, labels, write_u=True, **options)
 
     def configured(call: Callable[[], object], block: int, warps: int) -> Callable[[], object]:
-        # the launcher's own choice, replaced for the call
-        launcher: Any = importlib.import_module("fastpref_kernels.row_logprob")
+        # the launchers' own choice, replaced for the call
+        launch: Any = importlib.import_module("fastpref_kernels._launch")
 
         def run() -> object:
-            own, launcher.row_block = launcher.row_block, lambda *_: (block, warps)
+            own, launch.row_block = launch.row_block, lambda *_: (block, warps)
             try:
                 return call()
             finally:
-                launcher.row_block = own
+                launch.row_block = own
 
         return run
 
@@ -110,6 +111,9 @@ def rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run
         ("forward", lambda: backend.row_logprob(logits, labels, **options), 1),
         ("forward + U", with_u, 3),
         ("gradient", lambda: backend.row_gradient(logits, labels, logps, lse, u, **options), 2),
+        ("exact KL", lambda: backend.token_kl(logits, u, **kl_options), 2),
+        ("exact KL + K", lambda: backend.token_kl(u, logits, write_k=True, **kl_options), 5),
+        ("exact KL gradient", lambda: backend.token_kl_gradient(logits, logits, lse, lse, lse, u, **kl_options), 3),
     ]
     triton = backends.choose(device).name == "triton"
     for name, call, passes in kinds:

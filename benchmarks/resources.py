@@ -1,6 +1,11 @@
 """What the compilers make of every kernel: registers, spills, shared memory and the widths of memory accesses.
 
-    python -m benchmarks.resources [--json]
+    python -m benchmarks.resources [--json] [--kernel PATTERN]
+
+With another Triton than the installed one:
+
+    pip install --no-deps --target /tmp/triton-3.6 triton==3.6.0
+    PYTHONPATH=/tmp/triton-3.6:. python -m benchmarks.resources
 
 Compiles ahead of time for GPUs that need not be here. Each case of `launches.py` calls a launcher on meta tensors, and
 what it would have launched is compiled, so block sizes, warps and constants are those of a real call.
@@ -13,22 +18,20 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import fastpref_kernels
 import torch
 import triton
+from fastpref_kernels import _launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import linear_lse
+from benchmarks.assembly import Assembly, of_amd, of_nvidia
 from benchmarks.launches import CASES, DTYPES, TARGETS, Case
 
 POINTERS = {
@@ -41,20 +44,48 @@ POINTERS = {
 }
 
 
+ELEMENT_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+ROWS_AT_ONCE = {"row_logprob": 1, "token_kl": 2}  # of the kernels that sweep over whole rows
+
+
+class Sweep(NamedTuple):
+    """A sweep over a row, or over a pair of rows."""
+
+    elements: int  # of each row in one iteration of a thread
+    instructions: float  # an element, or a pair
+    special: float  # of those, of the multi-function unit
+
+
 class Resources(NamedTuple):
-    """Of one compiled kernel. Accesses are counts of global instructions by their width in bytes."""
+    """Of one compiled kernel."""
 
     kernel: str
     variant: str
     dtype: str
     target: str
-    registers: int
-    spills: int  # instructions that access spilled registers (sm), or registers spilled (gfx)
-    stack: int  # bytes a thread, spills included
     shared: int  # bytes a program
-    loads: dict[int, int]
-    loop_loads: dict[int, int]  # those inside a loop
-    stores: dict[int, int]
+    block: int  # columns, or whatever else BLOCK counts, of one iteration; 0 where there is none
+    num_warps: int
+    assembly: Assembly
+
+    def sweeps(self) -> list[Sweep]:
+        """Over full blocks of a row; each is followed by a loop over the row's end. Empty for other kernels and GPUs
+        whose loops are not told apart."""
+        rows = ROWS_AT_ONCE.get(self.kernel)
+        if rows is None or not self.target.startswith("sm_"):
+            return []
+        found = []
+        for loop in self.assembly.loops[::2]:
+            elements = loop.loads[16] * 16 // ELEMENT_BYTES[self.dtype] // rows
+            found.append(Sweep(elements, loop.instructions / elements, loop.special / elements))
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """Flat, as JSON takes it."""
+        flat = self._asdict()
+        assembly = flat.pop("assembly")
+        lists = {"loops": assembly.loops, "sweeps": self.sweeps()}
+        return flat | assembly._asdict() | {name: [x._asdict() for x in found] for name, found in lists.items()}
 
 
 class Launch(NamedTuple):
@@ -64,12 +95,13 @@ class Launch(NamedTuple):
 
 
 def recorded_launch(case: Case) -> Launch:
-    """What the launcher would have launched: its kernel, with every argument by name."""
+    """What the launcher would have launched on such a GPU: its kernel, with every argument by name."""
     launcher = getattr(fastpref_kernels, case.variant.call.__name__.removeprefix("_"))
     module = sys.modules[launcher.__module__]  # the package's attribute of that name may be the launcher
     kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
     recorders = {name: mock.MagicMock() for name in kernels}
-    with mock.patch.multiple(module, **recorders):
+    warp_size = mock.patch.object(_launch, "warp_size", lambda device: TARGETS[case.target].warp_size)
+    with warp_size, mock.patch.multiple(module, **recorders):
         case.variant.call(DTYPES[case.dtype], **case.variant.options)
     ((kernel, launched),) = (
         (kernels[name], call) for name, r in recorders.items() for call in r.__getitem__.return_value.call_args_list
@@ -80,95 +112,33 @@ def recorded_launch(case: Case) -> Launch:
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
-    """Specialised as Triton does at run time: None and 1 are constants, multiples of 16 are known to be such."""
-    constant_names = {p.name for p in launch.kernel.params if p.is_constexpr}
+    """Specialised as Triton does at run time: None and 1 are constants, multiples of 16 are known to be such, unless
+    the kernel says otherwise of an argument."""
     signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        if name in constant_names or value is None or (isinstance(value, int) and value == 1):
+    for i, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        is_tensor = isinstance(value, torch.Tensor)
+        plain = parameter.do_not_specialize or (is_tensor and parameter.do_not_specialize_on_alignment)
+        if parameter.is_constexpr or value is None or (not plain and not is_tensor and value == 1):
             signature[name] = "constexpr"
             constants[(i,)] = value
             continue
-        is_tensor = isinstance(value, torch.Tensor)
         signature[name] = POINTERS[value.dtype] if is_tensor else "i32"
-        if is_tensor or value % 16 == 0:
+        if not plain and (is_tensor or value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options={"num_warps": launch.num_warps})
 
 
-WIDTHS = {  # bytes of one access, by the suffix of the instruction; LDG and STG without one move 4
-    **{"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1},
-    **{"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4},
-    **{"ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1, "byte": 1},
-}
-
-
-class Instruction(NamedTuple):
-    text: str
-    in_loop: bool
-
-
-def _accesses(code: list[Instruction], pattern: str) -> dict[int, int]:
-    """Width in bytes -> instructions that match `pattern`, whose group is the suffix."""
-    found: Counter[int] = Counter()
-    for instruction in code:
-        if access := re.search(pattern, instruction.text):
-            found[next((WIDTHS[x] for x in re.split(r"[._]", access[1]) if x in WIDTHS), 4)] += 1
-    return dict(sorted(found.items()))
-
-
-def _traffic(code: list[Instruction], load: str, store: str) -> dict[str, dict[int, int]]:
-    loop = [instruction for instruction in code if instruction.in_loop]
-    return {"loads": _accesses(code, load), "loop_loads": _accesses(loop, load), "stores": _accesses(code, store)}
-
-
-def _matched(pattern: str, text: str) -> list[int]:
-    found = re.search(pattern, text)
-    assert found is not None, f"no {pattern} in\n{text[:2000]}"
-    return list(map(int, found.groups()))
-
-
-def _nvidia(cubin: bytes) -> dict[str, Any]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True)
-    lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", run.stdout)]
-    branches = [(at, int(to[1], 16)) for at, what in lines if (to := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", what))]
-    loops = [(to, at) for at, to in branches if to < at]  # to == at is the trap behind the last instruction
-    code = [Instruction(what, any(first <= at <= last for first, last in loops)) for at, what in lines]
-    registers, stack, local = _matched(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", run.stdout)
-    spills = sum(_accesses(code, r"\b(?:LDL|STL)((?:\.\w+)*)").values())
-    traffic = _traffic(code, r"\bLDG((?:\.\w+)*)", r"\bSTG((?:\.\w+)*)")
-    return {"registers": registers, "spills": spills, "stack": stack + local, **traffic}
-
-
-def _amd(amdgcn: str) -> dict[str, Any]:
-    code, in_loop = [], False
-    for line in amdgcn.splitlines():
-        if re.match(r"\.LBB\w+:|; %bb", line):  # the assembler says of every block whether a loop contains it
-            in_loop = "Loop" in line
-        code.append(Instruction(line, in_loop))
-    (vgprs,), (vgpr_spills,), (sgpr_spills,), (stack,) = (
-        _matched(rf"\.{field}:\s+(\d+)", amdgcn)
-        for field in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    )
-    load, store = (rf"\b(?:global|buffer)_{what}_(\w+)" for what in ("load", "store"))
-    return {
-        "registers": vgprs,
-        "spills": vgpr_spills + sgpr_spills,
-        "stack": stack,
-        **_traffic(code, load, store),
-    }
-
-
 def measure(case: Case) -> Resources:
-    binary = compiled(recorded_launch(case), TARGETS[case.target])
-    found = _nvidia(binary.asm["cubin"]) if "cubin" in binary.asm else _amd(binary.asm["amdgcn"])
+    launch = recorded_launch(case)
+    binary = compiled(launch, TARGETS[case.target])
+    assembly = of_nvidia(binary.asm["cubin"]) if "cubin" in binary.asm else of_amd(binary.asm["amdgcn"])
     name = case.variant.call.__name__.removeprefix("_")
-    return Resources(name, case.variant.name, case.dtype, case.target, shared=binary.metadata.shared, **found)
+    return Resources(
+        name, case.variant.name, case.dtype, case.target, binary.metadata.shared, launch.arguments.get("BLOCK", 0),
+        launch.num_warps, assembly,
+    )  # fmt: skip
 
 
 def measure_candidate(tiles: linear_lse.Tiles) -> dict[str, Any]:
@@ -185,7 +155,8 @@ def measure_candidate(tiles: linear_lse.Tiles) -> dict[str, Any]:
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     source = ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=TARGETS["sm_90"], options=options)
-    found = {name: _nvidia(binary.asm["cubin"])[name] for name in ("registers", "spills", "stack")}
+    assembly = of_nvidia(binary.asm["cubin"])
+    found = {name: getattr(assembly, name) for name in ("registers", "spills", "stack")}
     instructions = {"wgmma": "wgmma.mma_async", "tma": "cp.async.bulk.tensor"}
     used = {name: text in binary.asm["ptx"] for name, text in instructions.items()}
     return {"tiles": tiles, **found, "shared": binary.metadata.shared, **used}
@@ -200,10 +171,15 @@ def table(results: list[Resources]) -> str:
     def accesses(counts: dict[int, int]) -> str:
         return " ".join(f"{count}x{width}B" for width, count in sorted(counts.items(), reverse=True))
 
-    header = ("target", "kernel", "variant", "dtype", "regs", "spills", "stack", "shared", "loads", "stores")
+    def loops(r: Resources) -> str:
+        return ", ".join(f"{x.instructions}i {x.barriers}b {x.shuffles}s" for x in r.assembly.loops)
+
+    header = ("target", "kernel", "variant", "dtype", "warps", "regs", "spills", "stack", "shared", "loads", "stores",
+              "loops: instructions, barriers, shuffles")  # fmt: skip
     lines = [
-        (r.target, r.kernel, r.variant, r.dtype, *map(str, (r.registers, r.spills, r.stack, r.shared)),
-         accesses(r.loads), accesses(r.stores))
+        (r.target, r.kernel, r.variant, r.dtype, str(r.num_warps),
+         *map(str, (r.assembly.registers, r.assembly.spills, r.assembly.stack, r.shared)),
+         accesses(r.assembly.loads), accesses(r.assembly.stores), loops(r))
         for r in results
     ]  # fmt: skip
     sizes = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
@@ -213,13 +189,16 @@ def table(results: list[Resources]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the records as JSON")
-    as_json = parser.parse_args(argv).json
+    parser.add_argument(
+        "--kernel", default="", help="a pattern: only kernels whose name, variant, type and target match"
+    )
+    args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it to compile them")
-    results = measure_all(CASES)
-    if as_json:
+    results = measure_all([case for case in CASES if re.search(args.kernel, case.name)])
+    if args.json:
         candidates = [measure_candidate(tiles) for tiles in linear_lse.CANDIDATES]
-        kernels = [r._asdict() for r in results]
+        kernels = [r.record() for r in results]
         print(json.dumps({"triton": triton.__version__, "kernels": kernels, "candidates": candidates}, indent=1))
     else:
         print(table(results))

@@ -97,6 +97,22 @@ class Checks:
         truth = reference.token_statistics(logits.double(), labels)
         close(fastpref.token_statistics(logits, labels).entropy, truth.entropy)
 
+    def logits_far_apart(self, fastpref, reference):
+        """Lanes whose largest logits differ by more than fp32's exponentials can."""
+        logits = torch.randn(3, 300)
+        logits[:, ::7] += 200
+        labels = torch.tensor([0, 1, 294])
+        close(fastpref.token_logprobs(logits, labels), reference.token_logprobs(logits.double(), labels))
+
+    def divergences(self, fastpref, reference):
+        for direction in ("reverse", "forward"):
+            policy, ref, upstream = (torch.randn(4, 300) * 3).requires_grad_(), torch.randn(4, 300) * 3, torch.randn(4)
+            exact, exact_ref = in_fp64(policy, ref)
+            got, truth = fastpref.token_kl(policy, ref, direction), reference.token_kl(exact, exact_ref, direction)
+            close(got, truth.detach())
+            (gradient,) = torch.autograd.grad((got * upstream).sum(), policy)
+            close(gradient, *torch.autograd.grad((truth * upstream.double()).sum(), exact))
+
     def half_precision_gradient(self, fastpref, reference):
         logits, labels, upstream = rows_of(513, torch.float16)
         (exact,) = in_fp64(logits)

@@ -5,13 +5,21 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 CONFIGS = Path(__file__).parent / "configs"
+MOST_THREADS = 1024  # of a program
+# Of the rows that a program sweeps twice. An H100's L2 cache holds about half of its 50 MB near each SM. Up to here,
+# one or two programs of 1,024 threads an SM have at most 28 MB of rows in flight, and the second sweep finds its row
+# there: two passes over memory where eight small programs an SM (100 to 200 MB in flight) make three.
+# From 128 k tokens on (256 KiB a row) one row an SM is too much: it would take a cluster of two programs a row, each
+# with half of it (17 MB in flight; 0.6 of 1.9 ms saved at 8192 x 128 k, of about 37). Triton has no reduction across a
+# cluster: with num_ctas=2 the kernel does not compile (3.7.1: TritonGPUPlanCTAPass fails).
+REREAD_BYTES = 128 << 10
 
 
 def on_device_of(tensor: torch.Tensor):
@@ -74,9 +82,51 @@ def tile_sizes(device: torch.device) -> dict:
     return sizes
 
 
-def row_block(columns: int, kernel: str, device: torch.device) -> tuple[int, int]:
-    """(BLOCK, num_warps) of a loop over one row, no larger than the row."""
-    sizes = tile_sizes(device)[kernel]
-    block, warps = next((block, warps) for most, block, warps in sizes if most is None or columns <= most)
+def row_block(columns: int, kernel: str, device: torch.device, nbytes: int | None = None) -> tuple[int, int]:
+    """(BLOCK, num_warps) of a loop over one row, no larger than the row. Where a program's rows are not of 2-byte
+    elements, `nbytes` of them all decide in place of the columns."""
+    size = columns if nbytes is None else nbytes // 2
+    block, warps = next(
+        (block, warps) for most, block, warps in tile_sizes(device)[kernel] if most is None or size <= most
+    )
     block = min(block, max(128, triton.next_power_of_2(columns)))
-    return block, max(1, min(warps, block // 256))
+    threads = min(MOST_THREADS, block // 8)  # 8 elements a thread or more: a 16-byte load of 2-byte elements
+    return block, max(1, min(warps, threads // warp_size(device)))
+
+
+class Tile(NamedTuple):
+    """How a program holds a block of a row: see `_lanes.py`."""
+
+    block: int
+    lanes: int
+    vector: int
+    num_warps: int
+
+
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def _vector(rows: torch.Tensor) -> int:
+    """Elements of a 16-byte load, or 1 where a row may begin anywhere: Triton then loads them one by one."""
+    aligned = rows.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in row_strides(rows)[1:])
+    return 16 // rows.element_size() if aligned else 1
+
+
+def row_tile(kernel: str, *rows: torch.Tensor) -> Tile:
+    """The tile of a kernel that sweeps over rows of one length, of one or of several tensors."""
+    device = rows[0].device
+    block, num_warps = row_block(rows[0].shape[-1], kernel, device, row_bytes(*rows))
+    lanes = num_warps * warp_size(device)
+    return Tile(block, lanes, max(1, min(block // lanes, *map(_vector, rows))), num_warps)
+
+
+def row_bytes(*rows: torch.Tensor) -> int:
+    """Bytes that one program sweeps over."""
+    return sum(t.shape[-1] * t.element_size() for t in rows)
+
+
+def stays_in_cache(*rows: torch.Tensor) -> bool:
+    """Does the second sweep over a row find it in the L2 cache? See configs/default.json."""
+    return row_bytes(*rows) <= REREAD_BYTES

@@ -27,7 +27,7 @@ def _row_of(index_ptr, seqs, real, limit, EDGES: tl.constexpr):
         return row, real & (row >= 0) & (row < limit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _row_scores_kernel(
     # data
     hidden_ptr, weight_ptr, bias_ptr, index_ptr, scores_ptr,
@@ -50,7 +50,7 @@ def _row_scores_kernel(
     tl.store(scores_ptr + seq, tl.where(found, score, float("nan")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "limit"])
 def _row_scores_gradient_kernel(
     # data
     grad_ptr, row_grad_ptr, scale_ptr, hidden_ptr, weight_ptr, index_ptr, d_hidden_ptr, d_weight_ptr, d_bias_ptr,
@@ -89,7 +89,7 @@ def _row_scores_gradient_kernel(
         tl.store(d_bias_ptr, tl.sum(d_bias, axis=0), mask=first_column == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _bradley_terry_kernel(
     # data
     rewards_ptr, margin_ptr, loss_ptr, metrics_ptr, coefs_ptr,

@@ -226,7 +226,7 @@ def _matched_margins(
         return x, y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "seq_len", "total_pairs", "ignore_index"])
 def _paired_loss_kernel(
     # data
     logps_ptr, labels_ptr, cu_seqlens_ptr, ref_ptr, lengths_ptr, token_weights_ptr, pair_weights_ptr,

@@ -14,7 +14,7 @@ from ._launch import accumulator, dense, on_device_of
 from ._math import exp, expm1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _policy_loss_kernel(
     # data
     logps_ptr, old_ptr, ref_ptr, advantages_ptr, entropy_ptr, weights_ptr,

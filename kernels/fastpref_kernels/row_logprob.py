@@ -7,42 +7,75 @@ For a row z (after scale, softcap and temperature) with label y:
 U is never multiplied by the upstream gradient: that factor is one scalar a row, and the callers apply it to
 something of size d instead of size V. One sweep gives logp, lse and the requested statistics; a second writes U.
 
-Bytes, for b bytes an element: forward N V b; with U 3 N V b; backward from a saved lse 2 N V b.
+Bytes, for b bytes an element: forward N V b; with U 3 N V b, or 2 N V b where the second sweep finds the row in the L2
+cache; backward from a saved lse 2 N V b.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import accumulator, check_writable, dense, on_device_of, readable, row_block, row_strides
+from ._lanes import as_lanes, finite_max, lane_max, lane_sum, load_logits
+from ._launch import (
+    accumulator,
+    check_writable,
+    dense,
+    on_device_of,
+    readable,
+    row_strides,
+    row_tile,
+    stays_in_cache,
+)
 from ._math import LOG2E, exp, transform_logit, transform_slope
+
+
+@triton.jit
+def _rebase(m_new, m, s, zp, pp, ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr):
+    """(m_new where finite, and the sums relative to it), from those relative to the maximum m."""
+    m_ref = finite_max(m_new)
+    rescale = exp(m - m_ref)
+    if ENTROPY:  # sum of e (z - m): with z itself a confident row's entropy would be a difference of large numbers
+        zp = (zp + tl.where(s > 0, s * (m - m_ref), 0.0)) * rescale
+    s = s * rescale
+    if SUM_SQ:
+        pp = pp * rescale * rescale
+    return m_ref, s, zp, pp
 
 
 @triton.jit
 def _fold_block(
     z, cols, label, z_label, m, s, zp, pp, total, above,
     ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Fold one block of logits into the row's running max m, sum of exponentials s and statistics."""
-    m_new = tl.maximum(m, tl.max(z, axis=0))
-    # a block of -inf (a masked vocabulary) must not turn -inf - -inf into NaN
-    m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-    rescale = exp(m - m_ref)
-    e = tl.exp2((z - m_ref) * LOG2E)  # subtract first: exact for logits in the thousands
-    if ENTROPY:  # sum of e (z - m): with z itself a confident row's entropy would be a difference of large numbers
-        zp = (zp + tl.where(s > 0, s * (m - m_ref), 0.0)) * rescale
-        zp += tl.sum(tl.where(e > 0, e * (z - m_ref), 0.0), axis=0)
-    s = s * rescale + tl.sum(e, axis=0)
+    """Fold one block of logits into each lane's running maximum m, sum of exponentials s and statistics."""
+    z = as_lanes(z, LANES, VECTOR)
+    m_new = tl.maximum(m, lane_max(z))
+    m_ref, s, zp, pp = _rebase(m_new, m, s, zp, pp, ENTROPY, SUM_SQ)
+    shifted = z - m_ref[None, :, None]  # subtract first: exact for logits in the thousands
+    e = tl.exp2(shifted * LOG2E)
+    s += lane_sum(e)
+    if ENTROPY:
+        zp += lane_sum(tl.where(e > 0, e * shifted, 0.0))
     if SUM_SQ:
-        pp = pp * rescale * rescale + tl.sum(e * e, axis=0)
+        pp += lane_sum(e * e)
     if MEAN:
-        total += tl.sum(z, axis=0)
+        total += lane_sum(z)
     if TOP1:  # how many columns beat the label; the first index wins a tie
-        above += tl.sum(((z > z_label) | ((z == z_label) & (cols < label))).to(tl.int32), axis=0)
+        before = as_lanes(cols, LANES, VECTOR) < label
+        above += lane_sum(((z > z_label) | ((z == z_label) & before)).to(tl.int32))
     return m_new, s, zp, pp, total, above
 
 
 @triton.jit
+def _merge_lanes(m, s, zp, pp, ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr):
+    """The row's maximum and sums from its lanes'."""
+    m_row = tl.max(m, axis=0)
+    _, s, zp, pp = _rebase(m_row, m, s, zp, pp, ENTROPY, SUM_SQ)
+    return m_row, tl.sum(s, axis=0), tl.sum(zp, axis=0), tl.sum(pp, axis=0)
+
+
+@triton.jit(do_not_specialize=["inner", "ignore_index"], do_not_specialize_on_alignment=["labels_ptr", "target_ptr"])
 def _row_logprob_kernel(
     # data
     logits_ptr, labels_ptr, target_ptr,
@@ -52,8 +85,8 @@ def _row_logprob_kernel(
     # constants
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     HAS_TARGET: tl.constexpr, WRITE_U: tl.constexpr,
-    ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr, REREAD: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
@@ -72,88 +105,93 @@ def _row_logprob_kernel(
 
     logits_ptr += (row // inner) * stride_outer + (row % inner) * stride_inner
     in_range = (label >= 0) & (label < V)
+    column = label.to(tl.int32)
     # read before the second sweep overwrites it; an out-of-range label has no logit and ends as NaN
-    z_label = tl.load(logits_ptr + label, mask=in_range, other=float("nan")).to(ACC)
+    z_label = tl.load(logits_ptr + column, mask=in_range, other=float("nan")).to(ACC)
     z_label = transform_logit(z_label, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
 
-    m = tl.full((), float("-inf"), ACC)
-    s = tl.full((), 0.0, ACC)
-    zp = tl.full((), 0.0, ACC)
-    pp = tl.full((), 0.0, ACC)
-    total = tl.full((), 0.0, ACC)
-    above = tl.full((), 0, tl.int32)
+    m = tl.full([LANES], float("-inf"), ACC)
+    s = tl.zeros([LANES], ACC)
+    zp = tl.zeros([LANES], ACC)
+    pp = tl.zeros([LANES], ACC)
+    total = tl.zeros([LANES], ACC)
+    above = tl.zeros([LANES], tl.int32)
     offs = tl.arange(0, BLOCK)
-    # Full blocks are loaded without a mask: with a mask, a V that Triton cannot prove divisible by 16
-    # (50257, 151665) costs sixteen 2-byte loads a thread instead of two of 16 bytes.
+    few = tl.arange(0, LANES * VECTOR)  # a row's end is taken in small steps, which need fewer registers
+    first_read: tl.constexpr = "evict_last" if REREAD else ""
+    last_read: tl.constexpr = "evict_first" if REREAD else ""
     full = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        z = tl.load(logits_ptr + start + offs).to(ACC)
-        z = transform_logit(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+        cols = start + offs
+        z = load_logits(logits_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False, first_read)
         m, s, zp, pp, total, above = _fold_block(
-            z, start + offs, label, z_label, m, s, zp, pp, total, above, ENTROPY, SUM_SQ, MEAN, TOP1
+            z, cols, column, z_label, m, s, zp, pp, total, above, ENTROPY, SUM_SQ, MEAN, TOP1, LANES, VECTOR
         )
-    if full < V:
-        cols = full + offs
+    for start in range(full, V, LANES * VECTOR):
+        cols = start + few
         inside = cols < V
-        z = transform_logit(
-            tl.load(logits_ptr + cols, mask=inside, other=0.0).to(ACC), LOGIT_SCALE, SOFTCAP, TEMPERATURE
-        )
+        z = load_logits(logits_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True, first_read)
         if MEAN:
-            total += tl.sum(tl.where(inside, z, 0.0), axis=0)
+            total += lane_sum(as_lanes(tl.where(inside, z, 0.0), LANES, VECTOR))
         m, s, zp, pp, total, above = _fold_block(
-            tl.where(inside, z, float("-inf")), cols, label, z_label, m, s, zp, pp, total, above,
-            ENTROPY, SUM_SQ, False, TOP1,
+            tl.where(inside, z, float("-inf")), cols, column, z_label, m, s, zp, pp, total, above,
+            ENTROPY, SUM_SQ, False, TOP1, LANES, VECTOR,
         )  # fmt: skip
+    m, s, zp, pp = _merge_lanes(m, s, zp, pp, ENTROPY, SUM_SQ)
 
     if ENTROPY:
         tl.store(entropy_ptr + row, tl.log(s) - zp / s)
     if SUM_SQ:
         tl.store(log_sum_sq_ptr + row, tl.log(pp / (s * s)))
     if MEAN:
-        tl.store(mean_ptr + row, total / V)
+        tl.store(mean_ptr + row, tl.sum(total, axis=0) / V)
     if TOP1:
-        tl.store(top1_ptr + row, above == 0)
+        tl.store(top1_ptr + row, tl.sum(above, axis=0) == 0)
+    z_exact = z_label
     if HAS_TARGET:
         # The label's logit in fp32 replaces its bf16-rounded self inside the sum too; replacing it only in
         # the numerator is worse than not at all (peaked rows: rms error 2.5e-2, against 1.1e-2 and 7e-4 this way).
         z_exact = transform_logit(tl.load(target_ptr + row).to(ACC), LOGIT_SCALE, SOFTCAP, TEMPERATURE)
         m_new = tl.maximum(m, z_exact)
-        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+        m_ref = finite_max(m_new)
         rest = tl.maximum(s * exp(m - m_ref) - exp(z_label - m_ref), 0.0)
         s = rest + exp(z_exact - m_ref)
         m = m_new
-        z_label = tl.where(in_range, z_exact, z_label)
+        z_exact = tl.where(in_range, z_exact, z_label)
     log_s = tl.log(s)
     lse = m + log_s
-    logp = (z_label - m) - log_s  # not z_label - lse: a common offset of 1e4 would cost 5e-4
+    logp = (z_exact - m) - log_s  # not z - lse: a common offset of 1e4 would cost 5e-4
     tl.store(logp_ptr + row, logp)
     tl.store(lse_ptr + row, lse)
 
-    if WRITE_U:
+    if WRITE_U:  # -softmax everywhere, then the label's element: no comparison with the label in the loop
         for start in range(0, full, BLOCK):
-            p = logits_ptr + start + offs
-            z = transform_logit(tl.load(p).to(ACC), LOGIT_SCALE, SOFTCAP, TEMPERATURE)
-            tl.store(p, _unit_gradient(z, start + offs, label, logp, lse, LOGIT_SCALE, SOFTCAP, TEMPERATURE))
-        if full < V:
-            cols = full + offs
-            z = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(ACC)
-            z = transform_logit(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
-            u = _unit_gradient(z, cols, label, logp, lse, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
-            tl.store(logits_ptr + cols, u, mask=cols < V)
+            cols = start + offs
+            z = load_logits(logits_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False, last_read)
+            u = _minus_softmax(z, lse) * transform_slope(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+            tl.store(logits_ptr + cols, u, eviction_policy=last_read)
+        for start in range(full, V, LANES * VECTOR):
+            cols = start + few
+            z = load_logits(logits_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True, last_read)
+            u = _minus_softmax(z, lse) * transform_slope(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+            tl.store(logits_ptr + cols, u, mask=cols < V, eviction_policy=last_read)
+        tl.debug_barrier()  # whichever thread has just stored the label's element, it is overwritten after that
+        u_label = (1.0 - exp(logp)) * transform_slope(z_label, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+        tl.store(logits_ptr + column, u_label, mask=in_range)
 
 
 @triton.jit
-def _unit_gradient(
-    z, cols, label, logp, lse,
-    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-):  # fmt: skip
-    """d logp / d head output: (onehot - softmax) times the transform's slope."""
-    p = tl.exp2((z - lse) * LOG2E)
-    u = tl.where(cols == label, 1.0 - exp(logp), -p)
-    return u * transform_slope(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+def _minus_softmax(z, lse):
+    """d logp / d logit of every token but the label, whose is 1 - exp(logp)."""
+    return -tl.exp2((z - lse) * LOG2E)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["inner", "first_column", "ignore_index"],
+    do_not_specialize_on_alignment=[
+        "labels_ptr", "logp_ptr", "lse_ptr", "entropy_ptr", "grad_logp_ptr", "grad_entropy_ptr",
+    ],
+)  # fmt: skip
 def _row_gradient_kernel(
     # data
     logits_ptr, labels_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, out_ptr,
@@ -164,7 +202,7 @@ def _row_gradient_kernel(
     HAS_GRAD: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1).to(tl.int64) * BLOCK
+    start = tl.program_id(1) * BLOCK
     cols = start + tl.arange(0, BLOCK)
     label = tl.load(labels_ptr + row).to(tl.int64)
     out_ptr += row * stride_out
@@ -173,6 +211,8 @@ def _row_gradient_kernel(
         return
 
     logits_ptr += (row // inner) * stride_outer + (row % inner) * stride_inner
+    # its column in this slice, if it is there: as int32, for one instruction a comparison
+    column = tl.where((label >= first_column) & (label < first_column + V), label - first_column, -1).to(tl.int32)
     logp = tl.load(logp_ptr + row)
     lse = tl.load(lse_ptr + row)
     g = tl.full((), 1.0, ACC)
@@ -184,37 +224,33 @@ def _row_gradient_kernel(
         g_entropy = tl.load(grad_entropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
     if start + BLOCK <= V:  # unmasked where it can be, as in the forward
-        z = tl.load(logits_ptr + cols).to(ACC)
+        z = load_logits(logits_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False, "")
         out = _mixed_gradient(
-            z, cols + first_column, label, logp, lse, entropy, g, g_entropy,
-            LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_ENTROPY,
-        )  # fmt: skip
+            z, cols == column, logp, lse, entropy, g, g_entropy, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_ENTROPY
+        )
         tl.store(out_ptr + cols, out)
     else:
-        z = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(ACC)
+        z = load_logits(logits_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True, "")
         out = _mixed_gradient(
-            z, cols + first_column, label, logp, lse, entropy, g, g_entropy,
-            LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_ENTROPY,
-        )  # fmt: skip
+            z, cols == column, logp, lse, entropy, g, g_entropy, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_ENTROPY
+        )
         tl.store(out_ptr + cols, out, mask=cols < V)
 
 
 @triton.jit
 def _mixed_gradient(
-    raw, cols, label, logp, lse, entropy, g, g_entropy,
+    z, is_label, logp, lse, entropy, g, g_entropy,
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """g * d logp / d raw + g_entropy * dH / d raw, with dH / dz_v = -p_v (log p_v + H)."""
-    z = transform_logit(raw, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
-    gradient = g * _unit_gradient(z, cols, label, logp, lse, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+    minus_p = _minus_softmax(z, lse)
+    gradient = g * tl.where(is_label, 1.0 - exp(logp), minus_p)
     if HAS_ENTROPY:
-        p = tl.exp2((z - lse) * LOG2E)
-        slope = transform_slope(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
-        gradient += g_entropy * slope * tl.where(p > 0, -p * (z - lse + entropy), 0.0)
-    return gradient
+        gradient += g_entropy * tl.where(minus_p < 0, minus_p * (z - lse + entropy), 0.0)
+    return gradient * transform_slope(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr"])
 def _target_logit_kernel(
     # data
     hidden_ptr, weight_ptr, bias_ptr, labels_ptr, out_ptr,
@@ -262,7 +298,7 @@ def row_logprob(
         check_writable("logits", logits)
     logits = readable(logits)
     temperature, logit_scale, softcap = transform
-    block, warps = row_block(vocab, "row_logprob", logits.device)
+    tile = row_tile("row_logprob_u" if write_u else "row_logprob", logits)
     with on_device_of(logits):
         _row_logprob_kernel[(n,)](
             logits, *dense(labels, target_logits),
@@ -272,8 +308,9 @@ def row_logprob(
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature,
             HAS_TARGET=target_logits is not None, WRITE_U=write_u,
             ENTROPY="entropy" in statistics, SUM_SQ="log_sum_sq" in statistics,
-            MEAN="mean_logit" in statistics, TOP1="is_top1" in statistics,
-            ACC=accumulator(logits.dtype), BLOCK=block, num_warps=warps,
+            MEAN="mean_logit" in statistics, TOP1="is_top1" in statistics, REREAD=write_u and stays_in_cache(logits),
+            ACC=accumulator(logits.dtype), BLOCK=tile.block, LANES=tile.lanes, VECTOR=tile.vector,
+            num_warps=tile.num_warps,
         )  # fmt: skip
     return out
 
@@ -294,14 +331,14 @@ def row_gradient(
     check_writable("out", out)
     logits = readable(logits)
     temperature, logit_scale, softcap = transform
-    block, warps = row_block(vocab, "row_gradient", logits.device)
+    tile = row_tile("row_gradient", logits)
     with on_device_of(logits):
-        _row_gradient_kernel[(n, triton.cdiv(vocab, block))](
+        _row_gradient_kernel[(n, triton.cdiv(vocab, tile.block))](
             logits, *dense(labels, logps, lse, entropy, grad_logps, grad_entropy), out,
             *row_strides(logits), out.stride(0), vocab, first_column, ignore_index,
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature,
             HAS_GRAD=grad_logps is not None, HAS_ENTROPY=grad_entropy is not None,
-            ACC=accumulator(logits.dtype), BLOCK=block, num_warps=warps,
+            ACC=accumulator(logits.dtype), BLOCK=tile.block, num_warps=tile.num_warps,
         )  # fmt: skip
 
 

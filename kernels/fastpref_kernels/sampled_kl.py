@@ -28,7 +28,7 @@ def _estimate(log_ratio, ESTIMATOR: tl.constexpr):
         return tl.abs(log_ratio), sign
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _kl_estimate_kernel(logps_ptr, ref_ptr, kl_ptr, slope_ptr, N, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < N
@@ -38,7 +38,7 @@ def _kl_estimate_kernel(logps_ptr, ref_ptr, kl_ptr, slope_ptr, N, ESTIMATOR: tl.
     tl.store(slope_ptr + at, slope, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _penalized_rewards_kernel(
     # data
     scores_ptr, logps_ptr, ref_ptr, mask_ptr, beta_ptr, rewards_ptr, sums_ptr,
@@ -67,7 +67,7 @@ def _penalized_rewards_kernel(
     tl.store(sums_ptr + row, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _penalized_rewards_backward_kernel(
     # data
     grad_rewards_ptr, grad_sums_ptr, logps_ptr, ref_ptr, mask_ptr, beta_ptr, d_scores_ptr, d_logps_ptr,

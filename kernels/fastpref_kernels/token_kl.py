@@ -15,61 +15,68 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import accumulator, check_writable, dense, on_device_of, readable, row_block, row_strides
+from ._lanes import as_lanes, finite_max, lane_max, lane_sum, load_logits
+from ._launch import (
+    accumulator,
+    check_writable,
+    dense,
+    on_device_of,
+    readable,
+    row_strides,
+    row_tile,
+    stays_in_cache,
+)
 from ._math import LOG2E, exp, transform_logit, transform_slope
 
 
 @triton.jit
-def _finite_max(m):
-    # a row that is -inf so far (a masked vocabulary) must not turn -inf - -inf into NaN
-    return tl.where(m == float("-inf"), 0.0, m)
+def _rebase(ma_new, mb_new, ma, sa, mb, sb, t):
+    """(both maxima where finite, and sa, sb and t relative to them), from those relative to ma and mb."""
+    ma_ref = finite_max(ma_new)
+    mb_ref = finite_max(mb_new)
+    rescale = exp(ma - ma_ref)
+    moved = (finite_max(ma) - ma_ref) - (finite_max(mb) - mb_ref)
+    t = tl.where(rescale > 0, rescale * (t + sa * moved), 0.0)  # t may be +inf
+    return ma_ref, sa * rescale, mb_ref, sb * exp(mb - mb_ref), t
 
 
 @triton.jit
-def _fold_blocks(za, zb, ma, sa, mb, sb, t):
-    """Fold one block of each row into KL(a || b): running maxima ma, mb, sums of exponentials sa, sb and
+def _fold_blocks(za, zb, ma, sa, mb, sb, t, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Fold one block of each row into each lane's KL(a || b): running maxima ma, mb, sums of exponentials sa, sb and
     t = sum e^(za - ma) ((za - ma) - (zb - mb)). Differences of shifted logits keep KL exact to its own size,
     however large the logits."""
-    ma_new = tl.maximum(ma, tl.max(za, axis=0))
-    mb_new = tl.maximum(mb, tl.max(zb, axis=0))
-    ma_ref = _finite_max(ma_new)
-    mb_ref = _finite_max(mb_new)
-    rescale = exp(ma - ma_ref)
-    moved = (_finite_max(ma) - ma_ref) - (_finite_max(mb) - mb_ref)
-    a = za - ma_ref
-    b = zb - mb_ref
+    za = as_lanes(za, LANES, VECTOR)
+    zb = as_lanes(zb, LANES, VECTOR)
+    ma_new = tl.maximum(ma, lane_max(za))
+    mb_new = tl.maximum(mb, lane_max(zb))
+    ma_ref, sa, mb_ref, sb, t = _rebase(ma_new, mb_new, ma, sa, mb, sb, t)
+    a = za - ma_ref[None, :, None]
+    b = zb - mb_ref[None, :, None]
     e = tl.exp2(a * LOG2E)
-    # 0 log 0 = 0: impossible tokens add nothing, whatever the other row says of them (t may be +inf)
-    t = tl.where(rescale > 0, rescale * (t + sa * moved), 0.0) + tl.sum(tl.where(e > 0, e * (a - b), 0.0), axis=0)
-    sa = sa * rescale + tl.sum(e, axis=0)
-    sb = sb * exp(mb - mb_ref) + tl.sum(tl.exp2(b * LOG2E), axis=0)
+    # 0 log 0 = 0: impossible tokens add nothing, whatever the other row says of them
+    t += lane_sum(tl.where(e > 0, e * (a - b), 0.0))
+    sa += lane_sum(e)
+    sb += lane_sum(tl.exp2(b * LOG2E))
     return ma_new, sa, mb_new, sb, t
 
 
 @triton.jit
-def _fold_pair(zp, zq, mp, sp, mq, sq, t, FORWARD: tl.constexpr):
-    if FORWARD:
-        mq, sq, mp, sp, t = _fold_blocks(zq, zp, mq, sq, mp, sp, t)
-    else:
-        mp, sp, mq, sq, t = _fold_blocks(zp, zq, mp, sp, mq, sq, t)
-    return mp, sp, mq, sq, t
+def _merge_lanes(ma, sa, mb, sb, t):
+    """The rows' maxima and sums from their lanes'."""
+    ma_row = tl.max(ma, axis=0)
+    mb_row = tl.max(mb, axis=0)
+    _, sa, _, sb, t = _rebase(ma_row, mb_row, ma, sa, mb, sb, t)
+    return ma_row, tl.sum(sa, axis=0), mb_row, tl.sum(sb, axis=0), tl.sum(t, axis=0)
 
 
 @triton.jit
 def _load_pair(
     policy_ptr, ref_ptr, cols, V,
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """A block of both rows' logits; the masked form, for a row's end, gives 0 beyond it."""
-    if MASKED:
-        zp = tl.load(policy_ptr + cols, mask=cols < V, other=0.0)
-        zq = tl.load(ref_ptr + cols, mask=cols < V, other=0.0)
-    else:
-        zp = tl.load(policy_ptr + cols)
-        zq = tl.load(ref_ptr + cols)
-    zp = transform_logit(zp.to(ACC), LOGIT_SCALE, SOFTCAP, TEMPERATURE)
-    return zp, transform_logit(zq.to(ACC), LOGIT_SCALE, SOFTCAP, TEMPERATURE)
+    zp = load_logits(policy_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, MASKED, EVICTION)
+    return zp, load_logits(ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, MASKED, EVICTION)
 
 
 @triton.jit
@@ -99,14 +106,17 @@ def _label_logprob(
     z = transform_logit(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
     if HAS_TARGET:
         exact = transform_logit(tl.load(target_ptr + row).to(ACC), LOGIT_SCALE, SOFTCAP, TEMPERATURE)
-        m_new = _finite_max(tl.maximum(m, exact))
+        m_new = finite_max(tl.maximum(m, exact))
         s = tl.maximum(s * exp(m - m_new) - exp(z - m_new), 0.0) + exp(exact - m_new)
         m = m_new
         z = tl.where(in_range, exact, z)
     return z - m - tl.log(s)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["inner"],
+    do_not_specialize_on_alignment=["mask_ptr", "labels_ptr", "target_ptr", "ref_target_ptr"],
+)
 def _token_kl_kernel(
     # data
     policy_ptr, ref_ptr, mask_ptr, labels_ptr, target_ptr, ref_target_ptr,
@@ -116,7 +126,7 @@ def _token_kl_kernel(
     # constants
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, FORWARD: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_TARGET: tl.constexpr, WRITE_K: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    REREAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if HAS_MASK:
@@ -131,28 +141,32 @@ def _token_kl_kernel(
 
     policy_ptr += (row // inner) * stride_outer + (row % inner) * stride_inner
     ref_ptr += (row // inner) * ref_stride_outer + (row % inner) * ref_stride_inner
-    mp = tl.full((), float("-inf"), ACC)
-    sp = tl.full((), 0.0, ACC)
-    mq = tl.full((), float("-inf"), ACC)
-    sq = tl.full((), 0.0, ACC)
-    t = tl.full((), 0.0, ACC)
+    ma = tl.full([LANES], float("-inf"), ACC)  # a weighs the terms: the policy, or forward the reference
+    sa = tl.zeros([LANES], ACC)
+    mb = tl.full([LANES], float("-inf"), ACC)
+    sb = tl.zeros([LANES], ACC)
+    t = tl.zeros([LANES], ACC)
     offs = tl.arange(0, BLOCK)
-    full = V // BLOCK * BLOCK  # full blocks without a mask, as in row_logprob
+    few = tl.arange(0, LANES * VECTOR)  # for the rows' ends, as in row_logprob
+    first_read: tl.constexpr = "evict_last" if REREAD else ""
+    last_read: tl.constexpr = "evict_first" if REREAD else ""
+    a_ptr = ref_ptr if FORWARD else policy_ptr
+    b_ptr = policy_ptr if FORWARD else ref_ptr
+    full = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        zp, zq = _load_pair(policy_ptr, ref_ptr, start + offs, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False)
-        mp, sp, mq, sq, t = _fold_pair(zp, zq, mp, sp, mq, sq, t, FORWARD)
-    if full < V:
-        cols = full + offs
-        zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True)
-        zp = tl.where(cols < V, zp, float("-inf"))
-        zq = tl.where(cols < V, zq, float("-inf"))
-        mp, sp, mq, sq, t = _fold_pair(zp, zq, mp, sp, mq, sq, t, FORWARD)
+        za, zb = _load_pair(a_ptr, b_ptr, start + offs, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False, first_read)
+        ma, sa, mb, sb, t = _fold_blocks(za, zb, ma, sa, mb, sb, t, LANES, VECTOR)
+    for start in range(full, V, LANES * VECTOR):
+        cols = start + few
+        za, zb = _load_pair(a_ptr, b_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True, first_read)
+        za = tl.where(cols < V, za, float("-inf"))
+        zb = tl.where(cols < V, zb, float("-inf"))
+        ma, sa, mb, sb, t = _fold_blocks(za, zb, ma, sa, mb, sb, t, LANES, VECTOR)
+    ma, sa, mb, sb, t = _merge_lanes(ma, sa, mb, sb, t)
 
     # KL(a || b) = t / sa - log sa + log sb: the maxima have cancelled
-    if FORWARD:
-        kl = t / sq - tl.log(sq) + tl.log(sp)
-    else:
-        kl = t / sp - tl.log(sp) + tl.log(sq)
+    kl = t / sa - tl.log(sa) + tl.log(sb)
+    mp, sp, mq, sq = (mb, sb, ma, sa) if FORWARD else (ma, sa, mb, sb)
     lse_p = mp + tl.log(sp)
     lse_q = mq + tl.log(sq)
     tl.store(kl_ptr + row, kl)
@@ -174,17 +188,20 @@ def _token_kl_kernel(
             tl.debug_barrier()  # every thread has the label's logit before any of them overwrites it
         for start in range(0, full, BLOCK):
             cols = start + offs
-            zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False)
+            zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False, last_read)
             k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
-            tl.store(policy_ptr + cols, k)
-        if full < V:
-            cols = full + offs
-            zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True)
+            tl.store(policy_ptr + cols, k, eviction_policy=last_read)
+        for start in range(full, V, LANES * VECTOR):
+            cols = start + few
+            zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True, last_read)
             k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
-            tl.store(policy_ptr + cols, k, mask=cols < V)
+            tl.store(policy_ptr + cols, k, mask=cols < V, eviction_policy=last_read)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["inner"],
+    do_not_specialize_on_alignment=["mask_ptr", "kl_ptr", "lse_ptr", "ref_lse_ptr", "grad_ptr"],
+)
 def _token_kl_gradient_kernel(
     # data
     policy_ptr, ref_ptr, mask_ptr, kl_ptr, lse_ptr, ref_lse_ptr, grad_ptr, out_ptr,
@@ -195,7 +212,7 @@ def _token_kl_gradient_kernel(
     HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1).to(tl.int64) * BLOCK
+    start = tl.program_id(1) * BLOCK
     cols = start + tl.arange(0, BLOCK)
     out_ptr += row * stride_out
     if HAS_MASK:
@@ -212,19 +229,13 @@ def _token_kl_gradient_kernel(
     if HAS_GRAD:
         g = tl.load(grad_ptr + row)
     if start + BLOCK <= V:
-        zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False)
+        zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False, "")
         k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
         tl.store(out_ptr + cols, g * k)
     else:
-        zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True)
+        zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True, "")
         k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
         tl.store(out_ptr + cols, g * k, mask=cols < V)
-
-
-def _pair_block(columns: int, device: torch.device) -> tuple[int, int]:
-    """Two rows at once: half of what a thread holds of one."""
-    block, warps = row_block(columns, "token_kl", device)
-    return min(block, 2048), warps
 
 
 def token_kl(
@@ -249,7 +260,7 @@ def token_kl(
         check_writable("policy", policy)
     policy, ref = readable(policy), readable(ref)
     temperature, logit_scale, softcap = transform
-    block, warps = _pair_block(vocab, policy.device)
+    tile = row_tile("token_kl_k" if write_k else "token_kl", policy, ref)
     with on_device_of(policy):
         _token_kl_kernel[(n,)](
             policy, ref, *dense(mask, labels, target_logits, ref_target_logits),
@@ -257,7 +268,8 @@ def token_kl(
             *row_strides(policy), *row_strides(ref)[1:], vocab,
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature, FORWARD=direction == "forward",
             HAS_MASK=mask is not None, HAS_LABELS=labels is not None, HAS_TARGET=target_logits is not None,
-            WRITE_K=write_k, ACC=accumulator(wide), BLOCK=block, num_warps=warps,
+            WRITE_K=write_k, REREAD=write_k and stays_in_cache(policy, ref), ACC=accumulator(wide),
+            BLOCK=tile.block, LANES=tile.lanes, VECTOR=tile.vector, num_warps=tile.num_warps,
         )  # fmt: skip
     return out
 
@@ -275,12 +287,12 @@ def token_kl_gradient(
     check_writable("out", out)
     policy, ref = readable(policy), readable(ref)
     temperature, logit_scale, softcap = transform
-    block, warps = _pair_block(vocab, policy.device)
+    tile = row_tile("token_kl_gradient", policy)
     with on_device_of(policy):
-        _token_kl_gradient_kernel[(n, triton.cdiv(vocab, block))](
+        _token_kl_gradient_kernel[(n, triton.cdiv(vocab, tile.block))](
             policy, ref, *dense(mask, kl, lse, ref_lse, grad), out,
             *row_strides(policy), *row_strides(ref)[1:], out.stride(0), vocab,
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature, FORWARD=direction == "forward",
             HAS_MASK=mask is not None, HAS_GRAD=grad is not None,
-            ACC=accumulator(kl.dtype), BLOCK=block, num_warps=warps,
+            ACC=accumulator(kl.dtype), BLOCK=tile.block, num_warps=tile.num_warps,
         )  # fmt: skip

@@ -46,7 +46,7 @@ def _sequence_loss(log_ratio, desirable, shift, KIND: tl.constexpr, BETA: tl.con
     return loss, BETA * tl.where(desirable, dy, -dy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "seq_len", "first_sequence", "total_sequences", "ignore_index"])
 def _unpaired_loss_kernel(
     # data
     logps_ptr, labels_ptr, cu_seqlens_ptr, ref_ptr, desirable_ptr, shift_ptr,

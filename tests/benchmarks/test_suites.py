@@ -318,7 +318,7 @@ def test_every_experiment_runs_and_the_sweep_sets_the_block():
         fastpref.set_backend("auto")
     assert found["absent"] == {}
     swept = [r["provider"] for r in found["rows"] if r["case"] == "rows"]
-    assert len(swept) == 3 * (1 + len(experiments.BLOCKS) * len(experiments.WARPS))
+    assert len(swept) == 6 * (1 + len(experiments.BLOCKS) * len(experiments.WARPS))
     assert {r["case"] for r in found["rows"]} == set(experiments.EXPERIMENTS)
     (copy,) = (r for r in found["rows"] if r["provider"] == "copy")
     assert copy["bytes"] == 1 << 16

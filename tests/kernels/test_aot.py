@@ -17,8 +17,6 @@ ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 ANY, WIDE, HALF_OR_FP32 = {"bf16", "fp16", "fp32", "fp64"}, {"fp32", "fp64"}, {"bf16", "fp16", "fp32"}
 READS_ROWS = {"row_logprob", "row_gradient", "token_kl", "token_kl_gradient", "row_scores", "row_scores_gradient"}
 DTYPES = dict.fromkeys(READS_ROWS, ANY) | {"target_logits": HALF_OR_FP32}
-THREADS = {"sm_80": 256, "sm_90": 256, "sm_100": 256, "gfx942": 512}  # 8 warps
-BLOCK = 4096
 SHARED_BYTES = 8192
 
 
@@ -65,35 +63,77 @@ def test_every_kernel_is_compiled_for_every_dtype_it_takes(kernels):
     assert found == {name: DTYPES.get(name, WIDE) for name in found}
 
 
-def test_rows_are_read_16_bytes_at_a_time_though_the_vocabulary_is_odd(kernels):
-    """V = 50257 in rows 50272 apart: each sweep of the row kernels reads its full blocks with 16-byte loads only."""
-    forwards = [k for k in kernels if k["kernel"] == "row_logprob"]
-    backwards = [k for k in kernels if k["kernel"] == "row_gradient"]
-    for k in forwards + backwards:
-        per_sweep = BLOCK * ELEMENT_BYTES[k["dtype"]] // (16 * THREADS[k["target"]])
-        sweeps = 2 if "U" in k["variant"].split(", ") and k["kernel"] == "row_logprob" else 1
-        loads = k["loop_loads"] if k["kernel"] == "row_logprob" else k["loads"]
-        assert loads.get("16") == sweeps * per_sweep, f"{_name(k)}: {loads}"
-    for k in forwards:
-        assert set(k["loop_loads"]) == {"16"}, f"{_name(k)}: {k['loop_loads']} in a loop"
-        assert k["stores"].get("16", 0) == k["loop_loads"]["16"] // 2 * ("U" in k["variant"]), (
-            f"{_name(k)}: {k['stores']}"
-        )
+SWEEPS = {"row_logprob": ("U", 1), "token_kl": ("K", 2)}  # what the second sweep writes, rows that are read
 
 
-def test_the_plain_forward_fits_6_programs_of_8_warps_on_an_h100(kernels):
-    """65,536 registers, 256 threads a program, 40 registers a thread."""
-    (registers,) = (
-        k["registers"]
-        for k in kernels
-        if (k["kernel"], k["variant"], k["dtype"], k["target"]) == ("row_logprob", "plain", "bf16", "sm_90")
+def sweeping(kernels: list[dict]) -> list[dict]:
+    return [k for k in kernels if k["kernel"] in SWEEPS and k["target"].startswith("sm_")]
+
+
+def writes(k: dict) -> bool:
+    return SWEEPS[k["kernel"]][0] in k["variant"].split(", ")
+
+
+def test_rows_are_read_and_written_16_bytes_at_a_time_though_the_vocabulary_is_odd(kernels):
+    """V = 50257 or 151665 in rows a multiple of 16 apart: full blocks move with 16-byte accesses only."""
+    assert len(sweeping(kernels)) > 40
+    for k in sweeping(kernels):
+        full_blocks = k["loops"][::2]
+        assert len(full_blocks) == 1 + writes(k), f"{_name(k)}: {len(k['loops'])} loops"
+        assert all(set(loop["loads"]) == {"16"} for loop in full_blocks), f"{_name(k)}: {full_blocks}"
+        assert {sweep["elements"] for sweep in k["sweeps"]} == {k["block"] // (32 * k["num_warps"])}, _name(k)
+        if writes(k):
+            written = full_blocks[1]["loads"]["16"] // SWEEPS[k["kernel"]][1]
+            assert full_blocks[1]["stores"] == {"16": written}, _name(k)
+    for k in (k for k in kernels if k["kernel"] in ("row_gradient", "token_kl_gradient")):
+        assert k["loads"].get("16") and k["stores"].get("16"), f"{_name(k)}: {k['loads']} {k['stores']}"
+
+
+def test_loops_over_a_row_have_no_barrier_and_no_shuffle(kernels):
+    """Each lane keeps its own sums; only their merge at the row's end crosses threads."""
+    amd = [k for k in kernels if k["kernel"] in SWEEPS and k["target"] == "gfx942"]
+    loops = [(k, loop) for k in sweeping(kernels) + amd for loop in k["loops"]]
+    assert {_name(k) for k, loop in loops if loop["barriers"] or loop["shuffles"]} == set()
+    assert all(k["loops"] for k in amd), "no loops found on gfx942"
+    assert all(k["loads"].get("16") for k in amd), "16-byte loads on gfx942"
+
+
+def _one(kernels: list[dict], kernel: str, variant: str, target: str = "sm_90") -> dict:
+    (found,) = (
+        k for k in kernels if (k["kernel"], k["variant"], k["dtype"], k["target"]) == (kernel, variant, "bf16", target)
     )
-    assert registers <= 40
+    return found
 
 
-def test_both_rows_of_an_exact_kl_are_read_16_bytes_at_a_time(kernels):
-    for k in (k for k in kernels if k["kernel"] == "token_kl" and k["target"].startswith("sm_")):
-        assert set(k["loop_loads"]) == {"16"}, f"{_name(k)}: {k['loop_loads']} in a loop"
+INSTRUCTIONS = [  # of an element of each sweep; a pair of elements for a KL
+    ("row_logprob", "plain", (7.5,)),
+    ("row_logprob", "U", (7.5, 7.5)),
+    ("row_logprob", "U, 48k", (8, 7.5)),  # two more a load for the cache's hint
+    ("token_kl", "reverse", (21,)),
+    ("token_kl", "reverse, K", (23, 15)),
+]
+
+
+@pytest.mark.parametrize("kernel, variant, most", INSTRUCTIONS, ids=lambda x: str(x))
+def test_instructions_an_element_on_an_h100(kernels, kernel, variant, most):
+    found = [sweep["instructions"] for sweep in _one(kernels, kernel, variant)["sweeps"]]
+    assert all(a <= b for a, b in zip(found, most, strict=True)), found
+
+
+REGISTERS = [("plain", 40), ("U", 40), ("U, target", 40), ("U, 48k", 32), ("U, target, 48k", 32), ("statistics", 64)]
+
+
+@pytest.mark.parametrize("variant, most", REGISTERS)
+def test_registers_let_enough_programs_run_on_an_h100(kernels, variant, most):
+    """65,536 of them an SM: 40 a thread are 6 programs of 256 threads. For short rows, 32 are two of 1,024, whose rows
+    the L2 cache holds until their second sweep."""
+    assert _one(kernels, "row_logprob", variant)["registers"] <= most
+
+
+def test_rows_of_64_k_get_an_sm_to_themselves(kernels):
+    """More than 32 registers a thread, 1,024 threads: twice as many rows would not stay in the L2 cache."""
+    k = _one(kernels, "row_logprob", "U, 64k")
+    assert k["num_warps"] == 32 and k["registers"] > 32
 
 
 def test_shared_memory_is_for_reductions_alone(kernels):

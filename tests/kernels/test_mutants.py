@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"fastpref": ROOT / "fastpref", "fastpref_kernels": ROOT / "kernels" / "fastpref_kernels"}
 ROW, PAIRED = "fastpref_kernels/row_logprob.py", "fastpref_kernels/paired_loss.py"
+KL = "fastpref_kernels/token_kl.py"
 MATH, SEQUENCES = "fastpref_kernels/_math.py", "fastpref_kernels/_sequences.py"
 PORTABLE, PLANS = "fastpref/backends/portable.py", "fastpref/plans/plans.py"
 
@@ -34,15 +35,30 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant("last column dropped", ROW, "inside = cols < V\n", "inside = cols < V - 1\n", "log_probs"),
     Mutant("tail counted as zeros", ROW, 'tl.where(inside, z, float("-inf")), cols,', "z, cols,", "log_probs"),
-    Mutant("label shifted by one", ROW, "u = tl.where(cols == label,", "u = tl.where(cols == label + 1,", "log_probs"),
-    Mutant("sign of U", ROW, "1.0 - exp(logp), -p)", "exp(logp) - 1.0, p)", "log_probs"),
-    Mutant("gradient times 1.003", ROW, "gradient = g * _unit", "gradient = 1.003 * g * _unit", "log_probs"),
-    Mutant("running sum not rescaled", ROW, "s = s * rescale + tl.sum(e", "s = s + tl.sum(e", "log_probs"),
+    Mutant("label shifted by one", ROW, "label - first_column, -1)", "label - first_column + 1, -1)", "log_probs"),
+    Mutant("sign of U", ROW, "is_label, 1.0 - exp(logp), minus", "is_label, exp(logp) - 1.0, -minus", "log_probs"),
+    Mutant("gradient times 1.003", ROW, "gradient = g * tl.where", "gradient = 1.003 * g * tl.where", "log_probs"),
+    Mutant("running sum not rescaled", ROW, "    s = s * rescale\n", "", "log_probs"),
+    Mutant("lanes added up whatever their maxima", ROW,
+           "_, s, zp, pp = _rebase(m_row, m, s, zp, pp, ENTROPY, SUM_SQ)", "pass", "log_probs"),
+    Mutant("one lane's sum for the row's", ROW, "m_row, tl.sum(s, axis=0)", "m_row, tl.max(s, axis=0)", "log_probs"),
+    Mutant("one lane's maximum for the row's", ROW, "m_row = tl.max(m, axis=0)", "m_row = tl.min(m, axis=0)",
+           "logits_far_apart"),
+    Mutant("entropy relative to an old maximum", ROW,
+           "(zp + tl.where(s > 0, s * (m - m_ref), 0.0)) * rescale", "zp * rescale", "statistics"),
+    Mutant("label's element of U forgotten", ROW,
+           "tl.store(logits_ptr + column, u_label, mask=in_range)", "pass", "heads"),
+    Mutant("divergence relative to old maxima", KL, "rescale * (t + sa * moved)", "rescale * t", "divergences"),
+    Mutant("divergences of lanes added up whatever their maxima", KL,
+           "_, sa, _, sb, t = _rebase(ma_row, mb_row, ma, sa, mb, sb, t)", "pass", "divergences"),
+    Mutant("divergence left out of its gradient", KL, " - (zq - lse_q) - kl)", " - (zq - lse_q))", "divergences"),
+    Mutant("rows of the forward divergence swapped", KL, "(mb, sb, ma, sa) if FORWARD", "(ma, sa, mb, sb) if FORWARD",
+           "divergences"),
     Mutant("softcap's slope forgotten", MATH, "slope = slope * (1.0 - t * t)", "slope = slope * 1.0", "log_probs"),
     Mutant("sign of the entropy's gradient", ROW, "gradient += g_entropy", "gradient -= g_entropy", "statistics"),
     Mutant("entropy from large logits", ROW,
            "tl.log(s) - zp / s)", "m + tl.log(s) - (m + zp / s))", "entropy_of_large_logits"),
-    Mutant("argmax looks at the tail alone", ROW, "above += tl.sum(", "above = tl.sum(", "statistics"),
+    Mutant("argmax looks at the tail alone", ROW, "above += lane_sum(", "above = lane_sum(", "statistics"),
     Mutant("log-sum-exp of the rounded label", ROW,
            "s = rest + exp(z_exact - m_ref)", "s = s * exp(m - m_ref)", "half_precision_head"),
     Mutant("store truncates to half precision", ROW,
