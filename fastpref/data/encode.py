@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from fastpref.data.special_tokens import bare_ids, ended, text_ids, with_bos, wi
 
 Record = dict[str, Any]
 PAIR = ("chosen", "rejected")
+OPENING = re.compile(r"(<[^<>|/\s]+>)\s*$")  # `<think>` at the end, and no control token
 
 
 class Response(NamedTuple):
@@ -80,10 +82,10 @@ def _rendered(example: Record, sides: Sequence[str], tokenizer: Any, assistant_o
     sequences, found = [], 0
     for side in sides:
         messages = example["prompt"] + example[side]
-        ids = template.template_ids(tokenizer, messages, **options)
+        text, ids = template.text_and_ids(tokenizer, messages, **options)
         mask = template.assistant_mask(tokenizer, messages, asked, ids, **options) if assistant_only else None
         sequences.append(Response(ids, mask))
-        found |= _altered(template.template_text(tokenizer, messages, **options), example[side])
+        found |= _altered(text, example[side])
     return _parted(prompt_ids(example, tokenizer), sequences, found)
 
 
@@ -107,18 +109,35 @@ def _as_written(example: Record, sides: Sequence[str], tokenizer: Any) -> Parted
     if not example.get("prompt"):
         raise ValueError("prompt: got none with responses_as_written, want a text or messages")
     responses = [written_ids(example, side, tokenizer) for side in sides]
-    return Parted(prompt_ids(example, tokenizer), [Response(ids) for ids in responses], _same(responses))
+    found = _same(responses) | _opened_twice(example, sides, tokenizer)
+    return Parted(prompt_ids(example, tokenizer), [Response(ids) for ids in responses], found)
+
+
+def _opened_twice(example: Record, sides: Sequence[str], tokenizer: Any) -> int:
+    """Does a response begin with the tag, such as `<think>`, that the generation header ends in?"""
+    if isinstance(example["prompt"], str):
+        return 0
+    options = template.template_options(example)
+    header = template.template_text(tokenizer, example["prompt"], add_generation_prompt=True, **options)
+    tag = OPENING.search(header)
+    written = [side for side in sides if example.get(f"{side}_response_ids") is None]
+    texts = (example[side] if isinstance(example[side], str) else _only_text(side, example[side]) for side in written)
+    return remarks.TWO_BEGINNINGS if tag and any(text.lstrip().startswith(tag[1]) for text in texts) else 0
 
 
 def written_ids(example: Record, side: str, tokenizer: Any) -> list[int]:
     """A response's tokens as they were sampled, if the record has them, or else of its text, and EOS."""
-    sampled = example.get(f"{side}_response_ids")
-    if sampled is not None:
-        return list(sampled)
-    response = example[side]
-    if not isinstance(response, str):
-        response = _only_text(side, response)
-    return ended(tokenizer, bare_ids(tokenizer, response))
+    text, sampled = example[side], example.get(f"{side}_response_ids")
+    if not isinstance(text, str):
+        text = _only_text(side, text)
+    if sampled is None:
+        return bare_ids(tokenizer, with_eos(text, tokenizer))
+    said = tokenizer.decode(sampled, skip_special_tokens=True)
+    if not said.startswith(text):  # what ends it may be no special token
+        raise ValueError(
+            f"{side}_response_ids: got tokens of {said!r:.60}, want this tokenizer's of the response, {text!r:.60}"
+        )
+    return list(sampled)
 
 
 def _only_text(side: str, messages: Sequence[Record]) -> str:
@@ -142,9 +161,9 @@ def wholes(example: Record, tokenizer: Any, *, responses_as_written: bool = Fals
     if is_conversational(example, ("prompt", *PAIR) if prompt else PAIR):
         options, found, sequences = template.template_options(example), 0, []
         for side in PAIR:
-            messages = [*prompt, *example[side]]
-            sequences.append(template.template_ids(tokenizer, messages, **options))
-            found |= _altered(template.template_text(tokenizer, messages, **options), example[side])
+            text, ids = template.text_and_ids(tokenizer, [*prompt, *example[side]], **options)
+            sequences.append(ids)
+            found |= _altered(text, example[side])
         return sequences, found | _same(sequences)
     # the EOS token is looked for in the whole: in an implicit prompt's texts it may be in common
     texts = [with_eos((prompt or "") + example[side], tokenizer) for side in PAIR]
@@ -167,16 +186,21 @@ def in_context(
         prompt, responses, found = part(example, PAIR, tokenizer, **options)
         return InContext([prompt, prompt], responses, found)
     prompt_text, *texts = template_texts(example, tokenizer)
-    found = 0
+    found, talks = 0, not isinstance(example["prompt"], str)
     masks: list[list[int] | None] = [None, None]
-    if not isinstance(example["prompt"], str):
+    if talks:
         for text, side in zip(texts, PAIR, strict=True):
             found |= _altered(prompt_text + text, example[side])
-    elif assistant_only_loss:
+            ends_before = text != text.rstrip() and with_eos(text, tokenizer) == text
+            found |= remarks.TWO_ENDS if ends_before else 0
+    else:
         _refuse_texts(assistant_only_loss)
+        texts = [with_eos(text, tokenizer) for text in texts]
     if assistant_only_loss:
         masks = [_mask_of(example, side, tokenizer) for side in PAIR]
-    two = [_context_and_answer(tokenizer, prompt_text, text, mask) for text, mask in zip(texts, masks, strict=True)]
+    two = [
+        _context_and_answer(tokenizer, prompt_text, text, mask, talks) for text, mask in zip(texts, masks, strict=True)
+    ]
     responses = [response for _, response in two]
     return InContext([context for context, _ in two], responses, found | _same([r.ids for r in responses]))
 
@@ -205,12 +229,14 @@ def template_texts(example: Record, tokenizer: Any) -> tuple[str, ...]:
     return prompt, *(text[len(prompt) :] for text in texts)
 
 
-def _context_and_answer(tokenizer: Any, prompt: str, answer: str, mask: list[int] | None) -> tuple[list[int], Response]:
+def _context_and_answer(
+    tokenizer: Any, prompt: str, answer: str, mask: list[int] | None, close: bool
+) -> tuple[list[int], Response]:
     """`build_tokenized_answer` of TRL, with its BOS and EOS: a prompt's last token may have merged with the answer.
-    `mask` is of the whole; EOS counts as what comes before it."""
+    `mask` is of the whole; EOS counts as what comes before it. `close`: EOS is the very last token."""
     alone, whole = bare_ids(tokenizer, prompt), bare_ids(tokenizer, prompt + answer)
     start = len(alone) if whole[: len(alone)] == alone else len(alone) - 1
-    ids = ended(tokenizer, whole[start:])
+    ids = ended(tokenizer, whole[start:]) if close else whole[start:]
     if mask is not None:
         mask = mask[start:] + mask[-1:] * (start + len(ids) - len(mask))
     return with_bos(tokenizer, whole[:start]), Response(ids, mask)

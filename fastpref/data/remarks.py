@@ -9,13 +9,22 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-OTHER_PROMPT, ALTERED, SAME, LEFT_OUT = 1, 2, 4, 8  # flags: a record may have several
+# flags: a record may have several
+OTHER_PROMPT, ALTERED, SAME, LEFT_OUT, TWO_ENDS, TWO_BEGINNINGS = 1, 2, 4, 8, 16, 32
 SHOWN = 5
 SENTENCES = {
     LEFT_OUT: "left out, {records} do not fit max_length={max_length} {first}",
     ALTERED: (
         "the chat template leaves out or changes what the assistant wrote in {records} {first}: what is scored is not "
         "what was sampled; responses_as_written scores it as it is"
+    ),
+    TWO_ENDS: (
+        "{records} {first} end in EOS twice, the chat template's and one that TRL's CPO and ORPO put after it, whose "
+        "losses these are; with responses_as_written there is one"
+    ),
+    TWO_BEGINNINGS: (
+        "in {records} {first} the generation header opens the reasoning, and the response opens it again: it was not "
+        "sampled after this header"
     ),
     SAME: "{records} {first} have the same tokens in chosen and rejected, which teach nothing",
     OTHER_PROMPT: (

@@ -28,11 +28,13 @@ def with_bos(tokenizer: Any, ids: list[int]) -> list[int]:
 
 
 def with_eos(text: str, tokenizer: Any) -> str:
+    """A text that a chat template made may end in EOS and a newline: that is an end, too."""
     eos = _eos(tokenizer, "eos_token")
-    return text if text.endswith(eos) else text + eos
+    return text if text.rstrip().endswith(eos.rstrip()) else text + eos
 
 
 def ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """With EOS as the very last token."""
     eos = _eos(tokenizer, "eos_token_id")
     return ids if ids[-1:] == [eos] else [*ids, eos]
 

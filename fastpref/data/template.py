@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastpref.data.ids import common_prefix_length
+from fastpref.data.special_tokens import bare_ids
 
 Record = dict[str, Any]
 Message = dict[str, Any]
@@ -40,6 +41,14 @@ def template_text(tokenizer: Any, messages: Sequence[Message], **options: Any) -
 def template_ids(tokenizer: Any, messages: Sequence[Message], **options: Any) -> list[int]:
     """As `template_text`."""
     return list(_applied(tokenizer, messages, tokenize=True, return_dict=True, **options)["input_ids"])
+
+
+def text_and_ids(tokenizer: Any, messages: Sequence[Message], **options: Any) -> tuple[str, list[int]]:
+    """Both, rendered once where the tokenizer reads control tokens in texts, as all do that come with a
+    `tokenizer.json`."""
+    text = template_text(tokenizer, messages, **options)
+    reads = hasattr(tokenizer, "backend_tokenizer")
+    return text, bare_ids(tokenizer, text) if reads else template_ids(tokenizer, messages, **options)
 
 
 def _applied(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:

@@ -54,6 +54,8 @@ def sequences_of(
     `fastpref.data.remarks`."""
     sequences, found = [], 0
     sampled = record.get("response_ids") or [None] * len(record["responses"])
+    if len(sampled) != len(record["responses"]):
+        raise ValueError(f"response_ids: got {len(sampled)}, want one list for each of {len(record['responses'])}")
     others = {name: value for name, value in record.items() if name != "response_ids"}  # it would be a response's own
     for text, ids in zip(record["responses"], sampled, strict=True):
         placed = text if isinstance(record["prompt"], str) else [{"role": "assistant", "content": text}]

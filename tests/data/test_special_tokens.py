@@ -16,7 +16,7 @@ from fastpref.online.sequences import sequence_ids
 
 TEXTS = ["Hello there", " world", " sun"]
 ADDS = {"nothing": "$A", "bos": "<s> $A", "eos": "$A <|im_end|>", "both": "<s> $A <|im_end|>"}
-BROUGHT = {"none": ("", ""), "bos": ("<s>", ""), "eos": ("", "<|im_end|>"), "both": ("<s>", "<|im_end|>")}
+BROUGHT = {"none": ("", ""), "bos": ("<s>", ""), "eos": ("", "<|im_end|>"), "both": ("<s>", "<|im_end|>\n")}
 
 
 def make(adds: str) -> tuple[Any, Any]:
@@ -45,6 +45,8 @@ def test_texts(adds, brought) -> None:
 
     begun = [bos] if adds in ("bos", "both") or begin else []
     prompt, chosen, rejected = begun + bare(TEXTS[0]), [*bare(TEXTS[1]), eos], [*bare(TEXTS[2]), eos]
+    if end.endswith("\n"):  # as a chat template ends texts
+        chosen, rejected = chosen + bare("\n"), rejected + bare("\n")
     record = {"prompt": begin + TEXTS[0], "chosen": TEXTS[1] + end, "rejected": TEXTS[2] + end}
 
     def rows(kind: str, **options: Any) -> dict[str, Any]:
@@ -85,3 +87,20 @@ def test_messages_have_what_the_template_writes(adds) -> None:
     assert tokenizer.decode(row["chosen_ids"]) == "world<|im_end|>\n"
     row = tokenize.tokenize_reward(formats.paired(dataset(record)), tokenizer, max_length=None)[0]
     assert tokenizer.decode(row["rejected_ids"]) == f"{text}sun<|im_end|>\n"
+
+
+def test_a_second_eos_as_trl_adds_it_is_told(caplog) -> None:
+    """After a template that ends turns in EOS and a newline, TRL's CPO and ORPO add another: their losses are kept."""
+    _, tokenizer = make("nothing")
+    record = {"prompt": [user(TEXTS[0])], "chosen": [assistant("world")], "rejected": [assistant("sun")]}
+    row = tokenize.tokenize_reference_free(formats.paired(dataset(record)), tokenizer, max_length=None)[0]
+    assert tokenizer.decode(row["chosen_ids"]) == "world<|im_end|>\n<|im_end|>"
+    assert "train: 1 of 1 records (number 1) end in EOS twice" in caplog.text
+    caplog.clear()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>")
+    for written in (False, True):
+        row = tokenize.tokenize_reference_free(
+            formats.paired(dataset(record)), tokenizer, max_length=None, responses_as_written=written
+        )[0]
+        assert tokenizer.decode(row["chosen_ids"]) == "world<|im_end|>"
+    assert not caplog.records

@@ -108,10 +108,16 @@ def test_responses_as_they_were_written(kind, tokenizer) -> None:
     names = ["completion"] if kind == "unpaired" else ["chosen", "rejected"]
     for name, side in zip(names, ("chosen", "rejected"), strict=False):
         assert begin + template.decode(row[f"{name}_ids"]) == prompt + text(side)
-    sampled = {"chosen_response_ids": [5, 6, 7], "rejected_response_ids": [8]}  # one that was cut: it has no EOS
+    # character by character, as it may have been sampled, and one that was cut: it has no EOS
+    ids = {s: [i for char in REASONED[s][0]["content"] for i in template.encode(char)] for s in ("chosen", "rejected")}
+    ids["chosen"].append(template.eos_token_id)
+    sampled = {f"{side}_response_ids": tokens for side, tokens in ids.items()}
     row = tokenized(kind, template, REASONED | sampled, responses_as_written=True)[0]
-    assert row[f"{names[0]}_ids"][-3:] == [5, 6, 7]
-    assert kind == "unpaired" or row["rejected_ids"][-1] == 8
+    for name, side in zip(names, ("chosen", "rejected"), strict=False):
+        assert row[f"{name}_ids"][-len(ids[side]) :] == ids[side]
+    with pytest.raises(ValueError, match=r"record 1: .*_response_ids: got tokens of .*, want this tokenizer's"):
+        others = {"chosen_response_ids": [5, 6], "rejected_response_ids": [5, 6]}
+        tokenized(kind, template, REASONED | others, responses_as_written=True)
 
 
 def test_odd_records_are_counted_once(tokenizer, caplog) -> None:
@@ -158,3 +164,9 @@ def test_pairs_pass_sampled_tokens_on() -> None:
     (pair,), _ = make_pairs([record])
     assert (pair["chosen_response_ids"], pair["rejected_response_ids"]) == ([2], [1])
     assert "response_ids" not in pair
+
+
+def test_reasoning_that_is_opened_twice_is_told(tokenizer, caplog) -> None:
+    opened = GOOD | {"chosen": [assistant("<think>so</think>Two.")]}
+    tokenized("paired", tokenizer(REASONING), GOOD, opened, responses_as_written=True)
+    assert "in 1 of 2 records (number 2) the generation header opens the reasoning" in caplog.text
