@@ -224,9 +224,18 @@ def register() -> None:
 def enable(model: Any) -> None:
     """Let `model` take packed rows too; without segments it computes what it did before."""
     register()
+    capped_attention(model)
     current = model.config._attn_implementation
     if not current.startswith(_PREFIX):
         model.set_attn_implementation(_PREFIX + (current if current in _DELEGATES else "sdpa"))
+
+
+def capped_attention(model: Any) -> None:
+    """Eager attention for a model whose config caps attention's logits: transformers' sdpa leaves the cap out, and up to
+    5.17 it is what Gemma 2 gets."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        if model.config._attn_implementation in ("sdpa", _PREFIX + "sdpa"):
+            model.set_attn_implementation("eager")
 
 
 def disable(model: Any) -> None:

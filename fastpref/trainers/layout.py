@@ -20,6 +20,7 @@ def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:
     Raises:
         ValueError: padded batches are not its sequences, either.
     """
+    attention.capped_attention(inner_model(model))
     name = type(inner_model(model)).__name__
     tried = {"auto": LAYOUTS, "packed": ("packed", "padded"), "shared": LAYOUTS, "padded": ("padded",)}[wanted]
     reasons: list[str] = []

@@ -28,7 +28,8 @@ PAIRS = [([5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]), ([20, 21], [22, 
 def family(name: str):
     config = getattr(transformers, f"{name.split()[0]}Config")(**(SMALL | FAMILIES[name]))
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    eager = {"attn_implementation": "eager"} if name == "Gemma2" else {}  # of transformers 5.17 it gets sdpa
+    model = transformers.AutoModelForCausalLM.from_config(config, **eager).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # at std 0.02 attention would hardly matter
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -79,6 +80,19 @@ def test_without_segments_the_model_is_what_it_was():
     attention.disable(model)
     assert model.config._attn_implementation == "eager"
     assert "fastpref" not in str(model.config.to_dict())
+
+
+@pytest.mark.parametrize("wanted", ["auto", "padded"])
+def test_a_soft_cap_of_attention_was_left_out_by_sdpa(wanted):
+    model = family("Gemma2")
+    model.config.attn_logit_softcapping = 1.0
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 1.0
+    want = scored_hidden(model, pack(groups(), "padded"))
+    model.config._attn_implementation = "sdpa"  # as transformers 5.17 chooses
+    layout, ours = choose_layout(model, wanted)
+    assert (layout, ours) == (("shared", True) if wanted == "auto" else ("padded", False))
+    torch.testing.assert_close(scored_hidden(model, pack(groups(), layout)), want, rtol=1e-5, atol=1e-5)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None, scale: float) -> Tensor:
