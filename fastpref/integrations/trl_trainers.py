@@ -88,7 +88,10 @@ class _Packed(_Trainer):
         packing = self.collator_class(pad, layout, ours, collator=self.data_collator)
         packing.count_copies = getattr(self, "aux_loss_enabled", False)
         if getattr(self, "ref_model", None) is not None:
-            ready_reference(self.accelerator.unwrap_model(self.ref_model), packing, False)
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            ready_reference(getattr(reference, "_orig_mod", reference), packing, False)
+        if self.args.torch_compile:
+            models.compile_backbone(self.inner, self.accelerator, self.args)
         return packing
 
     def _refuse(self: Any) -> None:
@@ -97,8 +100,6 @@ class _Packed(_Trainer):
                 raise ValueError(f"{name.removeprefix('_')}: got True, want False")
         if getattr(self, "aux_loss_enabled", False) and not hasattr(self, "router_aux_loss_coef"):
             raise ValueError("aux_loss_enabled: got True from an older TRL, want at least 1.16")
-        if self.args.torch_compile:
-            raise ValueError("torch_compile: got True, want False: what is compiled is the forward that builds logits")
         if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:
             raise ValueError("device_map: got several devices, want the whole model on one")
 

@@ -3,6 +3,7 @@
 from fastpref.models.head import HEAD_TOLERANCE as HEAD_TOLERANCE
 from fastpref.models.head import Head as Head
 from fastpref.models.head import backbone as backbone
+from fastpref.models.head import compile_backbone as compile_backbone
 from fastpref.models.head import hidden_and_head as hidden_and_head
 from fastpref.models.head import hidden_states as hidden_states
 from fastpref.models.head import output_head as output_head
@@ -22,5 +23,6 @@ from fastpref.models.wrappers import is_sharded as is_sharded
 from fastpref.models.wrappers import reshard as reshard
 from fastpref.models.wrappers import run_inside as run_inside
 from fastpref.models.wrappers import sharded_like as sharded_like
+from fastpref.models.wrappers import uncompiled as uncompiled
 from fastpref.models.wrappers import unwrapped as unwrapped
 from fastpref.models.wrappers import whole as whole

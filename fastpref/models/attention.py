@@ -150,10 +150,8 @@ def by_varlen(
     if segments.shared:
         k, v = k.index_select(0, segments.key_rows), v.index_select(0, segments.key_rows)
     options: dict[str, Any] = {"scale": scale} if scale is not None else {}
-    if "enable_gqa" in names:
+    if "enable_gqa" in names:  # until 2.12 fewer key heads need no permission
         options["enable_gqa"] = k.shape[1] != q.shape[1]
-    elif k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if "is_causal" in names:
         options["is_causal"] = True
     else:  # (left, right): keys up to the query's own, aligned at the bottom right
@@ -190,11 +188,18 @@ def attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave fp32 queries and keys beside half values
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if _can_varlen(query, sliding_window, softcap, dropout):
-        out = by_varlen(query, key, value, fastpref_segments, scaling, sliding_window)
-    else:
-        out = by_segment(query, key, value, fastpref_segments, scaling, sliding_window, softcap, dropout)
+    out = packed_attention(query, key, value, fastpref_segments, scaling, sliding_window, softcap, dropout)
     return out.transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable  # a compiled model breaks here: the segments' sizes would be compiled into it
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None,
+    softcap: float | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    if _can_varlen(query, window, softcap, dropout):
+        return by_varlen(query, key, value, segments, scale, window)
+    return by_segment(query, key, value, segments, scale, window, softcap, dropout)
 
 
 def _delegate(name: str, module: torch.nn.Module) -> Callable:
@@ -231,11 +236,11 @@ def enable(model: Any) -> None:
 
 
 def capped_attention(model: Any) -> None:
-    """Eager attention for a model whose config caps attention's logits: transformers' sdpa leaves the cap out, and up to
-    5.17 it is what Gemma 2 gets."""
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        if model.config._attn_implementation in ("sdpa", _PREFIX + "sdpa"):
-            model.set_attn_implementation("eager")
+    """Eager attention for a model whose config caps attention's logits: transformers' sdpa leaves the cap out, and it
+    is what Gemma 2 gets up to 5.17."""
+    caps = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if caps and model.config._attn_implementation in ("sdpa", _PREFIX + "sdpa"):
+        model.set_attn_implementation("eager")
 
 
 def disable(model: Any) -> None:

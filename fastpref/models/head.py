@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.models.layers import base, decoder
-from fastpref.models.wrappers import has_parameters, inner_model, whole
+from fastpref.models.wrappers import has_parameters, inner_model, uncompiled, whole
 
 HEAD_TOLERANCE = 1e-4  # relative; two ways of computing logits in fp32 differ by some 1e-6
 PROBED, LARGEST_HIDDEN = 50.0, 2.0**14  # the largest logit and hidden state of a probe; fp16 ends at 2^16
@@ -56,6 +56,14 @@ def backbone(model: Any) -> nn.Module:
     if found is model or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: got {type(model).__name__}, want a transformers causal language model")
     return found
+
+
+def compile_backbone(model: Any, accelerator: Any, args: Any) -> None:
+    """What `torch_compile` compiles, in place: all of the model but its head, for every length at once. `args` are
+    transformers' `TrainingArguments`, of which the backend and the mode are taken; Accelerate, which would compile the
+    forward that builds logits, no longer does."""
+    accelerator.state.dynamo_plugin.backend = type(accelerator.state.dynamo_plugin.backend).NO
+    backbone(model).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
 
 
 def hidden_and_head(
@@ -154,6 +162,7 @@ def _probed_logits(model: Any, head: Head) -> tuple[Tensor, Tensor]:
             torch.no_grad(),
             torch.random.fork_rng([device] if device.type == "cuda" else []),  # dropout draws
             torch.autocast(device.type, enabled=False),
+            uncompiled(inner_model(model)),
         ):
             ids = torch.arange(8, device=device)[None] % inner_model(model).config.get_text_config().vocab_size
             wanted = model(input_ids=ids, use_cache=False).logits

@@ -53,6 +53,19 @@ def run_inside(wrapped: nn.Module, accelerator: Any, function: Callable[[Any], A
 
 
 @contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Modules that `Module.compile` compiled in place run as written: for trials, whose hooks would be compiled in."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, and afterwards in the mode that it was in."""
     training = model.training

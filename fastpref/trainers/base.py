@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastpref.common.memory import keep_freed_memory
 from fastpref.data.collators import PackedCollator
-from fastpref.models import inner_model, run_inside
+from fastpref.models import compile_backbone, inner_model, run_inside
 from fastpref.trainers import card
 from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.fillers import POSITION, NumberedStream, real_examples
@@ -74,8 +74,6 @@ class PreferenceTrainer(Trainer):
         check_datasets(train_dataset, eval_dataset)
         if args.batch_eval_metrics:
             raise unsupported("batch_eval_metrics", True, "`compute_metrics` is called once, with all scores")
-        if args.torch_compile:
-            raise unsupported("torch_compile", True, "the head and its loss are fused with what would be compiled")
         refuse_frozen(model)
         one_arithmetic(model)
         self.router_aux_loss_coef = self.router_coefficient(model, args)
@@ -109,6 +107,10 @@ class PreferenceTrainer(Trainer):
         collator.token_budget = args.token_budget
         collator.keep_examples = args.world_size > 1
         collator.layout, collator.ours = choose_layout(self.model, args.layout)
+        if args.torch_compile:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise unsupported("torch_compile", True, "want no FSDP or DeepSpeed with it")
+            compile_backbone(self.inner, self.accelerator, args)
         self.add_callback(StreamRemarks(self.train_dataset, self.eval_dataset))
         self._said_nan = False
         self._sums = {"train": MetricSums(), "eval": MetricSums()}

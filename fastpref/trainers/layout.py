@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from fastpref.data.packing import LAYOUTS
-from fastpref.models import attention, has_parameters, inner_model, other_mixers
+from fastpref.models import attention, has_parameters, inner_model, other_mixers, uncompiled
 from fastpref.trainers.probe import batch_fault
 
 
@@ -54,7 +54,8 @@ def _fault(model: Any, layout: str, ours: bool) -> str | None:
         except (ValueError, NotImplementedError, AttributeError) as error:
             return str(error).splitlines()[0]
     try:
-        fault = batch_fault(inner, layout, ours)
+        with uncompiled(inner):
+            fault = batch_fault(inner, layout, ours)
     except Exception as error:  # a model may refuse packed rows in any way
         fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if fault is not None and ours:
