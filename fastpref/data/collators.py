@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastpref.data.packing import Scored, pack, scored_tokens, split_by_tokens
-from fastpref.models import attention
+from fastpref.models import Limits, attention
 
 Example = dict[str, Any]
 
@@ -31,6 +31,7 @@ class PackedCollator:
     ours: bool = False
     token_budget: int | None = None
     keep_examples: bool = False  # beside the batch, as `kept`
+    limits: Limits | None = None  # of the model
     count_copies: bool = False  # of each token: for what sums over tokens, such as a router's loss
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
@@ -42,6 +43,8 @@ class PackedCollator:
         return {}
 
     def pack(self, groups: Sequence[Sequence[Scored]]) -> dict[str, Any]:
+        if self.limits is not None:
+            self.limits.check(s.ids for group in groups for s in group)
         batch = pack(groups, self.layout, self.pad_token_id, count_copies=self.count_copies)
         if not self.ours:
             batch.pop(attention.KWARG, None)

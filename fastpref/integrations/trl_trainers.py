@@ -86,6 +86,7 @@ class _Packed(_Trainer):
             return None
         pad = self.processing_class.pad_token_id
         packing = self.collator_class(pad, layout, ours, collator=self.data_collator)
+        packing.limits = models.limits(self.inner)
         packing.count_copies = getattr(self, "aux_loss_enabled", False)
         if getattr(self, "ref_model", None) is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)

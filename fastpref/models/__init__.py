@@ -8,6 +8,8 @@ from fastpref.models.head import hidden_and_head as hidden_and_head
 from fastpref.models.head import hidden_states as hidden_states
 from fastpref.models.head import output_head as output_head
 from fastpref.models.head import read_head as read_head
+from fastpref.models.layers import Limits as Limits
+from fastpref.models.layers import limits as limits
 from fastpref.models.layers import other_mixers as other_mixers
 from fastpref.models.small import CHATML as CHATML
 from fastpref.models.small import cache_folder as cache_folder

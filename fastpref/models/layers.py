@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -48,3 +50,47 @@ def base(model: Any) -> Any:
     if found is model and hasattr(model, "lm_head"):
         return getattr(model, "model", model)  # Llama 4's text model is not where its prefix says
     return found
+
+
+class Limits(NamedTuple):
+    """What a model has embeddings or tables for; None: no limit is known."""
+
+    tokens: int | None
+    positions: int | None
+
+    def check(self, sequences: Iterable[Sequence[int]], name: str = "") -> None:
+        """`name` says which sequences they are, in the error.
+
+        Raises:
+            ValueError: one is longer than the positions, or has a token without an embedding.
+        """
+        for ids in sequences:
+            if self.positions is not None and len(ids) > self.positions:
+                raise ValueError(
+                    f"max_length: got {name or 'a sequence'} of {len(ids)} tokens, want at most {self.positions}: the "
+                    "model has no more positions"
+                )
+            largest = max(ids, default=0)
+            if self.tokens is not None and largest >= self.tokens:
+                raise ValueError(
+                    f"processing_class: got token {largest} in {name or 'a sequence'}, want ids below {self.tokens}: "
+                    "the model has no more embeddings (model.resize_token_embeddings adds some)"
+                )
+
+
+TABLES = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|positions_embed)$")
+
+
+def limits(model: Any) -> Limits:
+    """Read off the model's embeddings. Rotary positions have no end: what lies beyond the length of pretraining is the
+    user's choice."""
+    model = inner_model(model)
+    tokens = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    body = decoder(model)
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for name, module in body.named_modules()
+        if isinstance(module, nn.Embedding) and TABLES.search(name)
+    ]
+    tables += [len(table) for name, table in body.named_buffers() if TABLES.search(name) and table.dim() == 2]
+    return Limits(tokens, min(tables, default=None))

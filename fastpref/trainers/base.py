@@ -17,13 +17,14 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastpref.common.memory import keep_freed_memory
 from fastpref.data.collators import PackedCollator
-from fastpref.models import compile_backbone, inner_model, run_inside
+from fastpref.models import compile_backbone, inner_model, limits, run_inside
 from fastpref.trainers import card
 from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.fillers import POSITION, NumberedStream, real_examples
 from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.loading import (
     check_datasets,
+    check_limits,
     disable_dropout,
     one_arithmetic,
     refuse_frozen,
@@ -106,6 +107,8 @@ class PreferenceTrainer(Trainer):
         collator.pad_token_id = processing_class.pad_token_id
         collator.token_budget = args.token_budget
         collator.keep_examples = args.world_size > 1
+        collator.limits = limits(self.inner)
+        check_limits(collator, len(processing_class), self.train_dataset, self.eval_dataset)
         collator.layout, collator.ours = choose_layout(self.model, args.layout)
         if args.torch_compile:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:

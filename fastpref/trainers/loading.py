@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpref.data.collators import PackedCollator
 from fastpref.models import adapters, inner_model, is_peft
 from fastpref.trainers.config import PreferenceConfig, unsupported
 
@@ -33,6 +34,23 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
         for one in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
             if one is not None and not hasattr(one, "map"):
                 raise TypeError(f"{name}: got {type(one).__name__}, want a datasets.Dataset or IterableDataset")
+
+
+def check_limits(collator: PackedCollator, vocabulary: int, train_dataset: Any, eval_dataset: Any) -> None:
+    """Every record, before training, where the model's positions end or the tokenizer knows more tokens than the model;
+    what a stream brings is checked in its batches.
+
+    Raises:
+        ValueError: a record is too long, or has a token without an embedding.
+    """
+    limits = collator.limits
+    if limits is None or (limits.positions is None and (limits.tokens is None or vocabulary <= limits.tokens)):
+        return
+    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    for name, dataset in {"train_dataset": train_dataset, **evaluated}.items():
+        for number, example in enumerate(dataset if hasattr(dataset, "select") else (), 1):
+            (group,) = collator.groups([example])
+            limits.check((s.ids for s in group), f"a sequence in record {number} of {name}")
 
 
 def refuse_options(options: dict[str, Any], gives_scores: bool) -> None:
