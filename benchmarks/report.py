@@ -17,12 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, plots, record
+from benchmarks import compare, plots, record, summary
 from benchmarks.record import Record
 
 README = record.ROOT / "README.md"
 BEGIN, END = "<!-- measured: begin (python -m benchmarks.report --readme) -->", "<!-- measured: end -->"
-README_SUITE = "head-cpu"
 PICTURE = "benchmarks/results/head-cpu.png"
 SOURCE_KEY, HASH_KEY = "Source", "Comment"  # PNG text chunks: which record, and its hash
 
@@ -119,20 +118,7 @@ def bars(records: Sequence[Record], width: int = 40) -> str:
     return "\n".join(lines)
 
 
-def readme_record(folder: Path = compare.RESULTS) -> Path:
-    """The newest record of the suite that the README shows.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [(one["date"], path) for path in folder.glob(f"*-{README_SUITE}-*.json")
-             if (one := record.read(path))["suite"] == README_SUITE and not one["dirty"]]  # fmt: skip
-    if not found:
-        raise ValueError(f"report: got no record of {README_SUITE} in {folder.name}/, want one without local changes")
-    return max(found)[1]
-
-
-README_ROWS = {
+HEAD_ROWS = {
     "fastpref": "fastpref",
     "products": "its matrix products alone, full size",
     "eager": "eager `log_softmax` + gather, all rows as models do",
@@ -144,8 +130,8 @@ README_ROWS = {
 }
 
 
-def readme_block(path: Path) -> str:
-    """What stands between the README's markers: where it comes from, the table, the picture."""
+def head_table(path: Path) -> str:
+    """A record of the head with all that were measured: where it comes from, the table, what was missed."""
     found = record.read(path)
     case = found["settings"]["cases"][0]
     tables = {head: f"{case['name']}, {head} head" for head in ("trainable", "frozen")}
@@ -161,7 +147,7 @@ def readme_block(path: Path) -> str:
     ]
     versions = {"liger": found["versions"]["liger-kernel"], "trl": found["versions"]["trl"]}
     versions["torch"] = found["versions"]["torch"].partition("+")[0]
-    for provider, text in README_ROWS.items():
+    for provider, text in HEAD_ROWS.items():
         rows = [record.find(found["rows"], label, provider) for label in tables.values()]
         if None in rows:
             continue
@@ -173,7 +159,6 @@ def readme_block(path: Path) -> str:
         if target["value"] is not None and not target["met"]:
             lines += ["", f"Target missed: {target['case']}, {target['quantity']} is {target['value']:.2f}, wanted "
                           f"{'at most' if target['at_most'] else 'at least'} {target['limit']}."]  # fmt: skip
-    lines += ["", f"![time by provider]({PICTURE})"] if (record.ROOT / PICTURE).exists() else []
     return "\n".join(lines)
 
 
@@ -194,12 +179,12 @@ def digest(path: Path) -> str:
 
 
 def write_readme() -> Path:
-    path = readme_record()
+    path = summary.newest(summary.HEAD)
     found = record.read(path)
     cases = [f"{found['settings']['cases'][0]['name']}, {head} head" for head in ("trainable", "frozen")]
     figure = plots.speed(found, cases, "A DPO step at the head of SmolLM2-135M, forward + backward, fp32 on a CPU")
     plots.save(figure, record.ROOT / PICTURE, **{SOURCE_KEY: path.name, HASH_KEY: digest(path)})
-    README.write_text(with_block(README.read_text(), readme_block(path)))
+    README.write_text(with_block(README.read_text(), summary.block(PICTURE)))
     return path
 
 

@@ -36,15 +36,15 @@ def _without_links(path: Path) -> str:
 
 
 def measured() -> str:
-    from benchmarks import hosts, record, report, trainers, training_table
+    from benchmarks import hosts, record, report, summary, trainers, training_table
 
-    head = report.readme_record()
+    head = summary.newest(summary.HEAD)
     parts = [
         "# Measured",
         "Every table here is made of records in `benchmarks/results/`, which hold the machine, the commit, the "
         "versions and every raw time. **Speed on a GPU is not measured yet**: no machine with one has been available.",
         "## At the head",
-        re.sub(r"\n*!\[.*", "", report.readme_block(head)),
+        report.head_table(head),
         _picture(ROOT / report.PICTURE, "time by provider"),
         "## Training, end to end",
         "DPO beside TRL's own `DPOTrainer`: the same pairs in the same order, the same mean loss.",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
-from benchmarks import cli, compare, measure, record, report, suite
+from benchmarks import cli, compare, measure, record, report, suite, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = measure.MIB
@@ -113,21 +115,37 @@ def test_bench_without_a_checkout_says_where_to_get_one(monkeypatch, tmp_path):
 
 def test_readme_shows_its_record():
     text = report.README.read_text()
-    path = report.readme_record()
-    assert report.with_block(text, report.readme_block(path)) == text, "run `python -m benchmarks.report --readme`"
+    block = summary.block(report.PICTURE)
+    assert report.with_block(text, block) == text, "run `python -m benchmarks.report --readme`"
     picture = (ROOT / report.PICTURE).read_bytes()
-    assert report.digest(path).encode() in picture, (
+    assert report.digest(summary.newest(summary.HEAD)).encode() in picture, (
         "drawn from another record: run `python -m benchmarks.report --readme`"
     )
 
 
-def test_readme_block_drifts_with_its_record(monkeypatch, tmp_path):
-    path = report.readme_record()
-    found = record.read(path)
+@pytest.mark.parametrize("kind", [summary.HEAD, summary.TRAINERS, summary.HOSTS])
+def test_readme_block_drifts_with_each_of_its_records(kind, monkeypatch, tmp_path):
+    kinds = (summary.HEAD, summary.TRAINERS, summary.HOSTS)
+    before, paths = summary.block(report.PICTURE), {known: summary.newest(known) for known in kinds}
+    found = record.read(paths[kind])
     for row in found["rows"]:
         row["seconds"] = [2 * s for s in row["seconds"]]
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    changed = record.write(found, tmp_path / path.name)
-    assert report.with_block(report.README.read_text(), report.readme_block(changed)) != report.README.read_text()
+    paths[kind] = tmp_path / paths[kind].name
+    paths[kind].write_text(json.dumps(found))
+    monkeypatch.setattr(summary, "newest", lambda kind, folder=None: paths[kind])
+    assert summary.block(report.PICTURE) != before
+
+
+def test_readme_figures_by_hand():
+    """The first row: medians (s) and peaks (MiB) of two providers in the record."""
+    found = record.read(summary.newest(summary.HEAD))
+    rows = {r["provider"]: r for r in found["rows"] if r["case"] == "smollm2-fp32, trainable head"}
+    ours, eager = (statistics.median(rows[name]["seconds"]) for name in ("fastpref", "eager"))
+    cells = [f"{ours:.2f} s, {rows['fastpref']['peak_bytes'] / 2**20:,.0f} MiB"]
+    cells += [f"{eager:.2f} s, {rows['eager']['peak_bytes'] / 2**20:,.0f} MiB", f"{eager / ours:.2f}"]
+    assert f"| eager PyTorch | {' | '.join(cells)} |" in report.README.read_text()
+
+
+def test_a_readme_without_markers_is_left_alone():
     with pytest.raises(ValueError, match=r"README.md: got no markers"):
         report.with_block("# fastpref", "")
