@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import inspect
 import os
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from fastpref import models
+from fastpref.objectives.paired import DPO_LOSS_TYPES
 
 QUESTIONS = ["Name a colour.", "Two and two?", "And two more?", "Say hello to the world."]
 # two or three tokens each: the last bit of a longer completion's log-prob is 1e-6 of a loss
@@ -33,6 +35,15 @@ WIDTH = 64  # of models.tiny
 CHECKPOINTS = "TRL_HOSTS_CHECKPOINTS"  # of seeds 0 and 1, for ranks: only the first of them would save its own
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
+
+
+def loss_types() -> list[str]:
+    """Those of ours that TRL's `DPOTrainer` has too."""
+    from trl.trainer import dpo_trainer
+
+    found = [name for name in DPO_LOSS_TYPES if f'"{name}"' in inspect.getsource(dpo_trainer)]
+    assert len(found) >= 15
+    return found
 
 
 def dataset(method: str) -> Dataset:

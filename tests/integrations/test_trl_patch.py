@@ -19,7 +19,6 @@ from trl_hosts import LORA, assert_same, build, head_rows, train
 
 from fastpref import models
 from fastpref.integrations import trl as fast_trl
-from fastpref.objectives.paired import DPO_LOSS_TYPES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -95,7 +94,7 @@ def steps(dpo, number: int) -> tuple[list[float], list[dict[str, torch.Tensor]]]
     return losses, gradients
 
 
-@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", trl_hosts.loss_types())
 def test_twenty_steps_of_each_loss_type(dpo, loss_type, monkeypatch):
     monkeypatch.setattr(dpo[0], "loss_types", [loss_type])
     wanted = steps(dpo, 20)

@@ -21,7 +21,6 @@ from trl_hosts import LORA, WIDTH, assert_same, build, operations, train
 
 from fastpref.integrations import trl as fast_trl
 from fastpref.integrations import trl_trainers
-from fastpref.objectives.paired import DPO_LOSS_TYPES
 from fastpref.trainers.forward import scored_hidden
 
 pytestmark = [
@@ -121,7 +120,7 @@ def without_reference(trainer):
     return lambda **options: trainer(**{**options, "ref_model": None})
 
 
-@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", trl_hosts.loss_types())
 def test_each_loss_type(loss_type, tmp_path, ours):
     options = {"label_smoothing": 0.1} if loss_type != "sigmoid" else {}
     got, want = both("dpo", tmp_path, ours, loss_type=[loss_type], max_steps=2, learning_rate=0.005, **options)
