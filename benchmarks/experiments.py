@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import measure, record, suite
 from fastpref import backends, linear_token_logprobs
-from fastpref.plans.plans import _matmul_into
+from fastpref.plans.products import matmul_into
 from fastpref.reference import LogitTransform
 
 
@@ -125,7 +125,7 @@ def rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run
 
 
 def rounding(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
-    product = functools.partial(_matmul_into, add=False)
+    product = functools.partial(matmul_into, add=False)
     for n in sizes.tiles:
         hidden, weight = _operands(sizes, n, device, dtype)
         u = torch.mm(hidden, weight.t())
@@ -144,7 +144,7 @@ def accumulate(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterat
         u = torch.mm(hidden, weight.t())
         flops = measure.matmul_flops(n, sizes.d, sizes.vocab, 1)
         for add in (False, True):
-            call = functools.partial(_matmul_into, d_weight, u.t(), hidden, add=add)
+            call = functools.partial(matmul_into, d_weight, u.t(), hidden, add=add)
             yield Run(f"dW {'+=' if add else '='}, {n} rows", call, flops=flops)
 
 
@@ -154,7 +154,7 @@ def operand(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[
     flops = measure.matmul_flops(sizes.rows, sizes.d, sizes.vocab, 1)
     for padding in (0, PADDING, 1):
         u = torch.randn(sizes.rows, sizes.vocab + padding, device=device).to(dtype)[:, : sizes.vocab]
-        call = functools.partial(_matmul_into, d_weight, u.t(), hidden, add=False)
+        call = functools.partial(matmul_into, d_weight, u.t(), hidden, add=False)
         yield Run(f"dW, row stride V + {padding}", call, flops=flops)
 
 

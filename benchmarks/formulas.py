@@ -6,6 +6,7 @@ import torch
 
 from fastpref.common import memory
 from fastpref.plans import plans
+from fastpref.plans.head import row_stride, tile_rows
 from fastpref.reference import LogitTransform
 
 WIDE = 4  # bytes of an fp32
@@ -33,8 +34,8 @@ def plan_peak(
     """
     (vocab, d), element = weight.shape, weight.element_size()
     head = plans.Head(weight, None, LogitTransform(), -100)
-    row = plans.row_stride(head.vocab, head.weight) * element
-    tile = plans.tile_rows(head, scored, workspace_bytes) * row
+    row = row_stride(head.vocab, head.weight) * element
+    tile = tile_rows(head, scored, workspace_bytes) * row
     numbers = rows * d + (vocab * d if trainable else 0)
     gradients, wide_gradients = numbers * element, numbers * WIDE
     limit = memory.workspace(weight.device, workspace_bytes).preferred

@@ -14,8 +14,7 @@ from benchmarks.objectives import BETA, IGNORE, OBJECTIVES, Batch
 from benchmarks.shapes import HEADS
 from benchmarks.suite import FP32_LIMIT, HALF_FACTOR, Problem, Results, Suite, relative_error
 from fastpref import reference
-from fastpref.objectives.tokens import choose_plan, head_inputs
-from fastpref.reference import LogitTransform
+from fastpref.objectives.head_inputs import HeadOptions, Layout, choose_plan, head_inputs
 
 
 class Case(NamedTuple):
@@ -247,8 +246,10 @@ class HeadProblem(Problem):
     def _plan(self, provider: str) -> str:
         if provider != "fastpref":
             return provider.removeprefix("fastpref_")
-        inputs = head_inputs(self.batch.hidden, self.batch.weight, self.batch.labels, None, LogitTransform())
-        return choose_plan(inputs, "auto", None, paired=OBJECTIVES[self.case.objective].paired).plan
+        batch, options = self.batch, HeadOptions()
+        inputs = head_inputs(batch.hidden, batch.weight, batch.labels, None, options)
+        layout = Layout(None, batch.labels.shape[0]) if OBJECTIVES[self.case.objective].paired else None
+        return choose_plan(inputs, options, layout).plan
 
     def details(self, provider: str) -> dict[str, Any]:
         return {"plan": self._plan(provider)} if provider.startswith("fastpref") else {}

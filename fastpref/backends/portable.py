@@ -124,14 +124,16 @@ def row_gradient(
         if transform != reference.LogitTransform():
             z = transform(z)
         slope = transform_slope(z, transform)
-        columns = labels[where] - first_column
-        rows = ((columns >= 0) & (columns < block.shape[1])).nonzero()[:, 0]
+        columns = (labels[where] - first_column)[:, None].long()
+        here = (columns >= 0) & (columns < block.shape[1])
+        columns = columns.where(here, 0)
         log_p = z.sub_(lse[where, None])
         gradient = log_p.exp().neg_()
         mixed = None
         if grad_entropy is not None and entropy is not None:  # dH / dz_v = -p_v (log p_v + H)
             mixed = torch.where(gradient < 0, gradient * (log_p + entropy[where, None]), 0)
-        gradient[rows, columns[rows]] = -torch.expm1(logps[where][rows])
+        d_label = torch.where(here, -torch.expm1(logps[where, None]), gradient.gather(1, columns))
+        gradient.scatter_(1, columns, d_label)
         if grad_logps is not None:
             gradient.mul_(grad_logps[where, None])
         if mixed is not None and grad_entropy is not None:

@@ -44,12 +44,9 @@ def row_scores_gradient(
     d_hidden = d_weight = d_bias = None
     if need_hidden:
         d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        rows = tuple(i[found] for i in where)
-        row_grad = grad[found]
-        if layout == "rows":  # a row named twice gets both gradients, added before rounding
-            totals = row_grad.new_zeros(hidden.shape[0]).index_put_(rows, row_grad, accumulate=True)
-            row_grad = totals[rows]
-        d_hidden[rows] = (row_grad[:, None] * weight.to(dtype)).to(hidden.dtype)
+        # a row named twice gets both gradients, added before rounding; one that is missing adds nothing to row 0
+        totals = grad.new_zeros(hidden.shape[:-1]).index_put_(where, grad.where(found, 0), accumulate=True)
+        d_hidden[where] = (totals[where][:, None] * weight.to(dtype)).to(hidden.dtype)
     if need_weight:
         d_weight = (grad[:, None] * hidden[where].to(dtype)).sum(0).to(weight.dtype)
     if need_bias and bias is not None:

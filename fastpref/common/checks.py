@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+ZERO_OR_ONE = (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS)
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
@@ -43,6 +44,23 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
             f"{name}: got dtype {_names([value.dtype])}, want {_names([other.dtype])} (the dtype of {other_name}); "
             "cast one of them or run under torch.autocast"
         )
+
+
+def mask(
+    name: str, value: Tensor, want: tuple[int, ...], meaning: str, other_name: str, other: Tensor
+) -> Tensor:  # fmt: skip
+    """A mask of 0 and 1 in any dtype, as bool. Another value is found where that costs no host sync; elsewhere it
+    counts as 1."""
+    tensor(name, value, dtypes=ZERO_OR_ONE)
+    shape(name, value, want, meaning)
+    same_device(name, value, other_name, other)
+    if value.dtype == torch.bool:
+        return value
+    if free_to_read(value):
+        bad = (value != 0) & (value != 1)
+        if bool(bad.any()):
+            raise ValueError(f"{name}: got {value[bad][0].item():g}, want 0 or 1 (or bool)")
+    return value != 0
 
 
 def choice(name: str, value: object, options: Iterable[str]) -> None:
@@ -110,9 +128,14 @@ def debugging() -> bool:
     return os.environ.get("FASTPREF_DEBUG", "0") == "1"
 
 
+def free_to_read(value: Tensor) -> bool:
+    """Whether its values may be looked at: on a CPU, where that is no host sync, or when debugging."""
+    return value.device.type == "cpu" or debugging()
+
+
 def label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """Without a host sync on an accelerator: there a bad label makes its log-prob NaN instead."""
-    if labels.numel() == 0 or (labels.device.type != "cpu" and not debugging()):
+    if labels.numel() == 0 or not free_to_read(labels):
         return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if bool(bad.any()):
@@ -124,7 +147,7 @@ def label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
 
 def packed_edges(cu_seqlens: Tensor | None, rows: int) -> None:
     """Checked where it costs no host sync, like the labels' range."""
-    if cu_seqlens is None or (cu_seqlens.device.type != "cpu" and not debugging()):
+    if cu_seqlens is None or not free_to_read(cu_seqlens):
         return
     edges = cu_seqlens.tolist()
     if not edges or edges[0] != 0 or edges[-1] != rows or any(a > b for a, b in itertools.pairwise(edges)):

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,37 @@ class Workspace(NamedTuple):
     preferred: int
     most: int
 
+    def told(self, workspace_bytes: int | None) -> int | None:
+        """What an operator is told, so that it does not ask again. The two differ on a CPU alone, where asking costs
+        nothing."""
+        return self.most if self.preferred == self.most else workspace_bytes
+
 
 def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        in_use = torch.cuda.memory_stats_as_nested_dict(device)
+        return _capacity(device, in_use) - _current(in_use, "allocated_bytes")
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 4096 * MIB
+
+
+READINGS = 256  # of the free memory, for which the driver is asked once
+_capacities: dict[torch.device, tuple[int, int]] = {}  # device -> bytes, for how many readings more
+
+
+def _capacity(device: torch.device, in_use: dict[str, Any]) -> int:
+    """What this process could allocate in all: free, or reserved by PyTorch. Only other processes change it, so the
+    driver (which may take a millisecond) is asked seldom."""
+    known, left = _capacities.get(device, (0, 0))
+    if not left:
+        known, left = torch.cuda.mem_get_info(device)[0] + _current(in_use, "reserved_bytes"), READINGS
+    _capacities[device] = (known, left - 1)
+    return known
+
+
+def _current(in_use: dict[str, Any], what: str) -> int:
+    return in_use[what]["all"]["current"] if in_use else 0  # nothing before the first allocation
 
 
 def keep_freed_memory() -> None:

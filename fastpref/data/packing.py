@@ -62,9 +62,10 @@ def pack(
     """A batch from groups of sequences, all groups of one size k.
 
     `input_ids` and what the layout needs beside it (`position_ids` and `fastpref_segments`, or `attention_mask`);
-    `rows` and `labels` `[M]`; `cu_seqlens` `[S + 1]` of these; `last_rows` `[S]`, of each sequence's last token. The
-    sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs. `count_copies` adds
-    `copies`, of each input token the number of sequences that it is in.
+    `rows` and `labels` `[M]`; `cu_seqlens` `[S + 1]` of these, and `sizes`, how many each sequence has, for the host;
+    `last_rows` `[S]`, of each sequence's last token. The sequences are ordered first by their place in the group:
+    [B chosen; B rejected] for pairs. `count_copies` adds `copies`, of each input token the number of sequences that it
+    is in.
     """
     sequences = [group[branch] for branch in range(len(groups[0])) for group in groups]
     if layout == "padded":
@@ -84,8 +85,8 @@ def _copies(sequences: Sequence[Scored], places: Sequence[_Place], tokens: int) 
     return torch.from_numpy(np.bincount(np.concatenate(at), minlength=tokens))
 
 
-def scored_rows(sequences: Sequence[Scored], places: Sequence[_Place]) -> dict[str, torch.Tensor]:
-    rows, labels, sizes, last = [], [], [0], []
+def scored_rows(sequences: Sequence[Scored], places: Sequence[_Place]) -> dict[str, Any]:
+    rows, labels, sizes, last = [], [], [], []
     for sequence, place in zip(sequences, places, strict=True):
         tokens = sequence.tokens()
         rows.append(place.positions(tokens - 1))
@@ -95,7 +96,8 @@ def scored_rows(sequences: Sequence[Scored], places: Sequence[_Place]) -> dict[s
     return {
         "rows": torch.from_numpy(np.concatenate(rows)),
         "labels": torch.from_numpy(np.concatenate(labels)),
-        "cu_seqlens": torch.tensor(sizes).cumsum(0),
+        "cu_seqlens": torch.tensor([0, *sizes]).cumsum(0),
+        "sizes": tuple(sizes),
         "last_rows": torch.from_numpy(np.concatenate(last)),
     }
 

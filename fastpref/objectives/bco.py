@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fastpref.common import checks
-from fastpref.objectives.unpaired import UnpairedLoss, UnpairedOutput, _all_reduced, _Batch, _class_sums
+from fastpref.common.ranks import sum_over_ranks
+from fastpref.objectives.head_inputs import HeadOptions, ScoredRows
+from fastpref.objectives.unpaired import UnpairedLoss, UnpairedOutput, _Batch, _class_sums
 from fastpref.reference import LogitTransform, UnpairedObjective
 
 BCO_SHIFTS = ("ema", "mean")
@@ -60,7 +62,7 @@ class BCOLoss(UnpairedLoss):
     def update_shift(self, rewards: Tensor, desirable: Tensor) -> None:
         """Merge a batch's rewards `[S]` into delta. A class without sequences keeps its mean."""
         sums, counts = _class_sums(rewards, desirable)
-        sums, counts = _all_reduced(torch.cat([sums, counts.to(sums.dtype)])).chunk(2)
+        sums, counts = sum_over_ranks(torch.cat([sums, counts.to(sums.dtype)])).chunk(2)
         old, seen = self.class_means.to(sums), self.class_counts.to(sums)
         if self.shift == "mean":
             rate = counts / (seen + counts).clamp(min=1)
@@ -118,6 +120,7 @@ class BCOLoss(UnpairedLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         workspace_bytes: int | None = None,
+        scored_rows: ScoredRows = None,
     ) -> UnpairedOutput:
         """From hidden states, as `KTOLoss.from_hidden`.
 
@@ -125,10 +128,10 @@ class BCOLoss(UnpairedLoss):
         workspace that costs a fourth matrix product. `update=False` and, after the step, `update_shift(out.rewards,
         desirable)` keeps it at three, with a delta one batch old.
         """
-        transform, update = LogitTransform(temperature, logit_scale, softcap), self._updates(update)
+        update = self._updates(update)
         if update and plan == "pair":
             raise ValueError("plan: got 'pair' while delta is updated from the same batch, want update=False")
+        options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
         return self._from_hidden(
-            hidden, weight, labels, desirable, bias, ref_logps, cu_seqlens, ignore_index, transform, plan,
-            workspace_bytes, update, separable=not update,
-        )  # fmt: skip
+            hidden, weight, labels, desirable, bias, ref_logps, cu_seqlens, options, update, separable=not update
+        )

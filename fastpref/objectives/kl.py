@@ -5,6 +5,7 @@ The reference is a constant everywhere: no gradient reaches it. Results are fp32
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple, overload
 
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from fastpref import ops
 from fastpref.common import checks
-from fastpref.objectives.tokens import _rows_of_logits, as_floats, choose_plan, head_inputs
-from fastpref.reference import KL_DIRECTIONS, KL_ESTIMATORS, LogitTransform
+from fastpref.common.precision import wide
+from fastpref.objectives.head_inputs import HeadOptions, ScoredRows, choose_plan, head_inputs, operator_options
+from fastpref.objectives.tokens import _rows_of_logits
+from fastpref.reference import KL_DIRECTIONS, KL_ESTIMATORS
 
 
 def _widened(*values: Tensor) -> list[Tensor]:
     """All in fp64 if one is, else in fp32; contiguous."""
-    dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+    dtype = wide(functools.reduce(torch.promote_types, (v.dtype for v in values)))
     return [v.to(dtype).contiguous() for v in values]
 
 
@@ -80,8 +83,8 @@ def kl_penalized_rewards(
 
     Args:
         scores: `[S]`, the reward model's score of each sequence.
-        logps, ref_logps: `[S, T]` log-probs of the sampled tokens; values where `mask` is False are never used.
-        mask: bool `[S, T]`, the scored tokens.
+        logps, ref_logps: `[S, T]` log-probs of the sampled tokens; values where `mask` is 0 are never used.
+        mask: `[S, T]`, the scored tokens: bool, or 0 and 1 in any dtype.
         beta: the weight of the penalty, at least 0.
         estimator: see `kl_estimate`.
         return_sums: return `PenalizedRewards(rewards, sums)`, with the sums `[S]` from the same pass.
@@ -94,11 +97,9 @@ def kl_penalized_rewards(
     checks.tensor("scores", scores, dtypes=checks.FLOATS, ndim=(1,))
     checks.tensor("logps", logps, dtypes=checks.FLOATS, ndim=(2,))
     _check_logps(logps, ref_logps)
-    checks.tensor("mask", mask, dtypes=(torch.bool,))
     checks.shape("scores", scores, logps.shape[:1], "one per sequence")
-    checks.shape("mask", mask, logps.shape, "the shape of logps")
     checks.same_device("scores", scores, "logps", logps)
-    checks.same_device("mask", mask, "logps", logps)
+    mask = checks.mask("mask", mask, tuple(logps.shape), "the shape of logps", "logps", logps)
     checks.within("beta", beta, 0, math.inf)
     checks.choice("estimator", estimator, KL_ESTIMATORS)
     r, p, q = _widened(scores, logps, ref_logps.detach())
@@ -124,7 +125,7 @@ def token_kl(
         policy_logits, ref_logits: `[..., V]`, any float dtypes; strided views such as `logits[:, :-1]` are read in
             place. Both go through `softcap * tanh(logits * logit_scale / softcap) / temperature`.
         direction: `"reverse"`, KL(policy || reference), the penalty of RLHF; or `"forward"`, KL(reference || policy).
-        mask: bool `[...]`; rows where it is False give exactly 0 and get exactly 0 gradient.
+        mask: `[...]`, bool or 0 and 1 in any dtype; rows where it is 0 give exactly 0 and get exactly 0 gradient.
 
     Returns:
         `[...]` nats, differentiable once in `policy_logits` with any upstream gradient. Reads both logits once; the
@@ -138,15 +139,13 @@ def token_kl(
     checks.shape("ref_logits", ref_logits, policy_logits.shape, "the shape of policy_logits")
     checks.same_device("ref_logits", ref_logits, "policy_logits", policy_logits)
     if mask is not None:
-        checks.tensor("mask", mask, dtypes=(torch.bool,))
-        checks.shape("mask", mask, policy_logits.shape[:-1], "one per row of logits")
-        checks.same_device("mask", mask, "policy_logits", policy_logits)
-        mask = mask.reshape(-1)
+        rows = tuple(policy_logits.shape[:-1])
+        mask = checks.mask("mask", mask, rows, "one per row of logits", "policy_logits", policy_logits).reshape(-1)
     checks.choice("direction", direction, KL_DIRECTIONS)
     checks.transform(temperature, logit_scale, softcap)
     kl, *_ = torch.ops.fastpref.token_kl(
         _rows_of_logits(policy_logits), _rows_of_logits(ref_logits.detach()), mask, direction,
-        *as_floats(LogitTransform(temperature, logit_scale, softcap)),
+        *HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap).transform,
     )  # fmt: skip
     return kl.view(policy_logits.shape[:-1])
 
@@ -175,6 +174,7 @@ def linear_token_kl(
     softcap: float | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    scored_rows: ScoredRows = None,
 ) -> TokenKL:
     """`token_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias)` without the logits in memory.
 
@@ -185,25 +185,27 @@ def linear_token_kl(
         ignore_index: rows with this label never enter a product, give exactly 0 and get exactly 0 gradient.
         plan: as in `linear_token_logprobs`: 2 products without gradients, 3 with a frozen head, 4 with a trainable
             one (`"store"`), 6 where what that keeps would not fit (`"recompute"`).
+        scored_rows: as in `linear_token_logprobs`.
 
     Returns:
         `TokenKL(kl, logps, ref_logps)`; `kl` is differentiable once in `hidden`, `weight` and `bias`. From half
         precision inputs the log-probs are those of `linear_token_logprobs` (the label's logit is recomputed in
         fp32), while the divergence is that of the rounded logits: its terms depend on every token.
     """
-    transform = LogitTransform(temperature, logit_scale, softcap)
     checks.choice("direction", direction, KL_DIRECTIONS)
     given = labels
     if labels is None:
         checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
         labels = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-        ignore_index = -100
-    inputs = head_inputs(hidden, weight, labels, bias, transform)
+        ignore_index, scored_rows = -100, labels.numel()
+    options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
+    inputs = head_inputs(hidden, weight, labels, bias, options)
     ref = _reference_inputs(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    chosen = choose_plan(inputs, plan, workspace_bytes, paired=False, ignore_index=ignore_index).plan
+    choice = choose_plan(inputs, options)
     kl, logps, ref_logps, *_ = torch.ops.fastpref.linear_token_kl(
         inputs.hidden, inputs.weight, ref[0], ref[1], None if given is None else inputs.labels, inputs.bias, ref[2],
-        direction, ignore_index, *as_floats(transform), chosen, workspace_bytes,
+        direction, *operator_options(options), choice.plan, choice.workspace_bytes, inputs.compute_weight,
+        None if given is None else choice.known.rows,
     )  # fmt: skip
     shape = labels.shape
     if given is None:

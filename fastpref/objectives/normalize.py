@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpref.common import checks
+from fastpref.common.precision import wide
+from fastpref.common.ranks import gather_over_ranks
 
 METHODS = ("running", "batch", "ema", "percentile")
 
@@ -108,7 +110,7 @@ class RewardNormalizer(nn.Module):
     def update(self, rewards: Tensor) -> None:
         """Take in rewards of any shape. NaN raises ValueError where seeing it costs no host sync."""
         checks.tensor("rewards", rewards, dtypes=checks.FLOATS)
-        if (rewards.device.type == "cpu" or checks.debugging()) and bool(rewards.isnan().any()):
+        if checks.free_to_read(rewards) and bool(rewards.isnan().any()):
             raise ValueError(f"rewards: got {int(rewards.isnan().sum())} NaN, want numbers")
         if rewards.numel() == 0:
             return
@@ -149,7 +151,7 @@ class RewardNormalizer(nn.Module):
     def normalize(self, rewards: Tensor) -> Tensor:
         """Without updating anything. Before the first update rewards stay as they are, but for `"batch"`."""
         checks.tensor("rewards", rewards, dtypes=checks.FLOATS)
-        dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+        dtype = wide(rewards.dtype)
         if rewards.numel() == 0:
             return rewards.to(dtype)
         statistics = self._statistics
@@ -187,8 +189,7 @@ class RewardNormalizer(nn.Module):
         mean of the ranks' batches, so theirs are those of one process where batches have equal sizes (`"ema"`), and
         average the ranks' percentiles (`"percentile"`). Call it once per update or less often, on every rank.
         """
-        everyone = [torch.empty_like(self.pending) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, self.pending, group=group)
+        everyone = gather_over_ranks(self.pending, group)
         factor = 1 / len(everyone) if self.method in ("ema", "percentile") else 1
         for pending in everyone:
             self.merged = self._merge(self.merged, self._weighed(pending, factor))

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.common import checks
-from fastpref.objectives.tokens import (
-    as_floats,
+from fastpref.common.precision import widened
+from fastpref.objectives.head_inputs import (
+    HeadOptions,
+    Layout,
+    ScoredRows,
     choose_plan,
     head_inputs,
-    linear_token_statistics,
-    sequence_logprobs,
-    token_statistics,
+    operator_options,
 )
+from fastpref.objectives.tokens import sequence_logprobs, statistics_by, token_statistics
 from fastpref.ops.paired import encode
 from fastpref.reference import (
     F_DIVERGENCES,
@@ -122,7 +124,7 @@ class PairedLoss(nn.Module):
         ref_rejected = self._checked_reference("ref_rejected_logps", ref_rejected_logps, (pairs,), chosen_logps)
         if (ref_chosen is None) != (ref_rejected is None):
             raise ValueError("ref_chosen_logps, ref_rejected_logps: got one of them, want both or neither")
-        token_logps = _wide(torch.cat([chosen_logps, rejected_logps]))
+        token_logps = widened(torch.cat([chosen_logps, rejected_logps]))
         ref_logps = None
         if ref_chosen is not None and ref_rejected is not None:
             ref_logps = torch.cat([ref_chosen, ref_rejected]).to(token_logps.dtype)
@@ -234,52 +236,46 @@ class PairedLoss(nn.Module):
         softcap: float | None = None,
         workspace_bytes: int | None = None,
         nll_tokens: Tensor | None = None,
+        scored_rows: ScoredRows = None,
     ) -> PreferenceOutput:
         """From hidden states `[2B, T, d]` (or `[N, d]` with `cu_seqlens`) and the head's weight `[V, d]`.
 
         No logits in memory: 3 matrix products over the scored rows with a trainable head, 2 with a frozen one,
         1 without gradients. `plan` and `workspace_bytes` as in `linear_token_logprobs`, and `"pair"`. `nll_tokens`
         (0-d) is what an NLL term is divided by, in place of this batch's own chosen tokens: for a part of a batch.
+        `scored_rows` is what the host knows of how many labels are not `ignore_index`: at most so many in all, as in
+        `linear_token_logprobs`, or a list `[2B]` of how many exactly in each sequence, with which no plan waits for an
+        accelerator (which trusts it).
         """
-        return self._from_hidden(
-            hidden, weight, labels, bias, ref_logps, cu_seqlens, plan, ignore_index,
-            LogitTransform(temperature, logit_scale, softcap), workspace_bytes, nll_tokens=nll_tokens,
-        )  # fmt: skip
+        options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
+        return self._from_hidden(hidden, weight, labels, bias, ref_logps, cu_seqlens, options, nll_tokens=nll_tokens)
 
     def _from_hidden(
-        self, hidden, weight, labels, bias, ref_logps, cu_seqlens, plan: str, ignore_index: int,
-        transform: LogitTransform, workspace_bytes, lengths: Tensor | None = None, weights: Tensor | None = None,
-        nll_tokens: Tensor | None = None,
+        self, hidden, weight, labels, bias, ref_logps, cu_seqlens, options: HeadOptions,
+        lengths: Tensor | None = None, weights: Tensor | None = None, nll_tokens: Tensor | None = None,
     ) -> PreferenceOutput:  # fmt: skip
-        inputs = head_inputs(hidden, weight, labels, bias, transform)
+        inputs, ignore_index = head_inputs(hidden, weight, labels, bias, options), options.ignore_index
         pairs = checks.num_pairs(labels, cu_seqlens)
         ref_logps = self._checked_reference("ref_logps", ref_logps, (2 * pairs,), hidden)
-        chosen = choose_plan(inputs, plan, workspace_bytes, paired=True, ignore_index=ignore_index).plan
-        if chosen != "pair":
-            tokens = linear_token_statistics(
-                hidden, weight, labels, bias, self.statistics, ignore_index=ignore_index, plan=chosen,
-                workspace_bytes=workspace_bytes, **transform._asdict(),
-            )  # fmt: skip
+        choice = choose_plan(inputs, options, Layout(cu_seqlens, 2 * pairs))
+        if choice.plan != "pair":
+            tokens = statistics_by(choice, inputs, options, labels.shape, self.statistics)
             return self._from_tokens(
                 tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, lengths, weights, nll_tokens
             )
         if weights is None:
             weights = self.token_weights(labels, cu_seqlens, ignore_index)
-        dtype = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
+        dtype = inputs.result_dtype
         loss, metrics, *_ = torch.ops.fastpref.linear_paired_loss(
-            *inputs, _as(ref_logps, dtype), cu_seqlens, ignore_index, *as_floats(transform), self._encoded, pairs,
-            workspace_bytes, *inputs.needs(), _as(lengths, dtype), _as(weights, dtype), self.use_weighting,
-            _as(nll_tokens, dtype),
+            *inputs.head, _as(ref_logps, dtype), cu_seqlens, *operator_options(options), self._encoded, pairs,
+            choice.workspace_bytes, *inputs.needs(), _as(lengths, dtype), _as(weights, dtype), self.use_weighting,
+            _as(nll_tokens, dtype), inputs.compute_weight, choice.known.edges,
         )  # fmt: skip
         return PreferenceOutput(loss, *metrics.unbind(0))
 
 
 def _as(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if value is None else value.to(dtype)
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
 
 
 class DPOLoss(PairedLoss):

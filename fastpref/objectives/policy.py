@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.common import checks
-from fastpref.objectives.tokens import as_floats, head_inputs, token_statistics
-from fastpref.reference import LogitTransform, PolicyObjective, policy_token_weights
+from fastpref.common.precision import widened
+from fastpref.objectives.head_inputs import HeadOptions, ScoredRows, head_inputs, known_rows, operator_options
+from fastpref.objectives.tokens import token_statistics
+from fastpref.reference import PolicyObjective, policy_token_weights
 
 # TRL's loss_type -> how token losses are averaged
 REDUCTIONS = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
@@ -148,6 +150,7 @@ class PolicyGradientLoss(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         workspace_bytes: int | None = None,
+        scored_rows: ScoredRows = None,
     ) -> PolicyOutput:
         """From hidden states `[S, T, d]` (or `[N, d]` with `cu_seqlens`) and the head's weight `[V, d]`.
 
@@ -157,20 +160,21 @@ class PolicyGradientLoss(nn.Module):
             old_logps: the sampling policy's token log-probs, shaped like labels; None if it is this policy.
             ref_logps: the reference's token log-probs, shaped like labels (with `beta` > 0).
             normalizer: see `loss_type`.
+            scored_rows: as in `linear_token_logprobs`.
 
         No logits in memory, and one tile of workspace: a token's coefficients are known while its logits still
         exist. 3 matrix products over the scored rows, 2 with a frozen head, 1 without gradients, with or without
         an entropy bonus.
         """
-        transform = LogitTransform(temperature, logit_scale, softcap)
-        inputs = head_inputs(hidden, weight, labels, bias, transform)
-        dtype = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
+        options = HeadOptions(ignore_index, temperature, logit_scale, softcap, "auto", workspace_bytes, scored_rows)
+        inputs = head_inputs(hidden, weight, labels, bias, options)
         old, ref, advantages, weights = self._tokens(
-            labels, advantages, old_logps, ref_logps, cu_seqlens, normalizer, ignore_index, dtype
+            labels, advantages, old_logps, ref_logps, cu_seqlens, normalizer, ignore_index, inputs.result_dtype
         )
         loss, metrics, *_ = torch.ops.fastpref.linear_policy_loss(
-            *inputs, old, ref, advantages, weights, ignore_index, *as_floats(transform), *self.objective,
-            workspace_bytes, *inputs.needs(),
+            *inputs.head, old, ref, advantages, weights, *operator_options(options), *self.objective,
+            workspace_bytes, *inputs.needs(), inputs.compute_weight,
+            known_rows(inputs.labels, scored_rows, ignore_index).rows,
         )  # fmt: skip
         logps, entropy, *metrics = metrics.unbind(0)
         return self._output(loss, logps, entropy, metrics, labels, ignore_index)
@@ -194,7 +198,7 @@ class PolicyGradientLoss(nn.Module):
         checks.shape("logps", logps, labels.shape, "one per token, like labels")
         if entropy is None and self.objective.entropy_coef:
             raise ValueError("entropy: got None, want the token entropies, like labels (entropy_coef > 0)")
-        logps = logps if logps.dtype == torch.float64 else logps.float()
+        logps = widened(logps)
         entropy = torch.zeros_like(logps) if entropy is None else entropy.to(logps.dtype)
         checks.shape("entropy", entropy, labels.shape, "one per token, like labels")
         return self._from_tokens(

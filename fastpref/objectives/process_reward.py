@@ -39,7 +39,7 @@ class ProcessRewardLoss(nn.Module):
     def forward(
         self, step_logits: Tensor, step_labels: Tensor, mask: Tensor | None = None, ignore_index: int = -100
     ) -> ProcessRewardOutput:
-        """Steps whose label is `ignore_index`, or where the boolean `mask` `[*]` is False, do not count."""
+        """Steps whose label is `ignore_index`, or where `mask` `[*]` (bool, or 0 and 1) is 0, do not count."""
         checks.tensor("step_logits", step_logits, dtypes=checks.FLOATS)
         checks.tensor("step_labels", step_labels, dtypes=(*checks.INTEGERS, *checks.FLOATS, torch.bool))
         checks.same_device("step_labels", step_labels, "step_logits", step_logits)
@@ -113,17 +113,14 @@ def _labelled(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
     scored = torch.ones_like(labels, dtype=torch.bool) if labels.dtype == torch.bool else labels != ignore_index
     if mask is None:
         return scored
-    checks.tensor("mask", mask, dtypes=(torch.bool,))
-    checks.shape("mask", mask, tuple(labels.shape), "one per label")
-    checks.same_device("mask", mask, "step_labels", labels)
-    return scored & mask
+    return scored & checks.mask("mask", mask, tuple(labels.shape), "one per label", "step_labels", labels)
 
 
 def _binary(scores: Tensor, labels: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if torch.float64 in (scores.dtype, labels.dtype) else torch.float32
     # the value that an ignored score or label holds must reach neither the loss nor the gradient
     scores, labels = scores.to(wide).masked_fill(~scored, 0), labels.detach().to(wide).masked_fill(~scored, 0)
-    if labels.device.type == "cpu" or checks.debugging():
+    if checks.free_to_read(labels):
         bad = (labels < 0) | (labels > 1) | labels.isnan()
         if bool(bad.any()):
             raise ValueError(f"step_labels: got {labels[bad][0].item():g}, want probabilities in [0, 1]")
@@ -148,7 +145,7 @@ def _step_rows(hidden: Tensor, step_index: Tensor, step_labels: Tensor, scored: 
     if hidden.ndim == 3 and step_index.shape[0] != hidden.shape[0]:
         raise ValueError(f"step_index: got shape {tuple(step_index.shape)}, want [{hidden.shape[0]}, K]")
     limit = hidden.shape[-2]
-    if step_index.device.type == "cpu" or checks.debugging():
+    if checks.free_to_read(step_index):
         bad = scored & ((step_index < 0) | (step_index >= limit))
         if bool(bad.any()):
             raise ValueError(f"step_index: got {int(step_index[bad][0])}, want a position in [0, {limit})")
@@ -176,23 +173,21 @@ def aggregate_steps(
         step_scores: probabilities that a step is right, `[S, K]`, or packed `[n]` with `cu_steps`.
         cu_steps: `[S + 1]`, the sequences' offsets in packed scores; unpacking them is a host sync on an accelerator.
         method: `"min"`, `"product"` (in log space; scores must not be negative) or `"last"`.
-        mask: boolean, shaped like `step_scores`: which are steps.
+        mask: bool or 0 and 1, shaped like `step_scores`: which are steps.
 
     A sequence without steps scores 0. The product passes no gradient to a score of exactly 0.
     """
     checks.tensor("step_scores", step_scores, dtypes=checks.FLOATS)
     checks.choice("method", method, AGGREGATIONS)
     if mask is not None:
-        checks.tensor("mask", mask, dtypes=(torch.bool,))
-        checks.shape("mask", mask, tuple(step_scores.shape), "one per step")
-        checks.same_device("mask", mask, "step_scores", step_scores)
+        mask = checks.mask("mask", mask, tuple(step_scores.shape), "one per step", "step_scores", step_scores)
     want = 2 if cu_steps is None else 1
     if step_scores.ndim != want:
         raise ValueError(
             f"step_scores: got shape {tuple(step_scores.shape)} {'without' if want == 2 else 'with'} cu_steps, want "
             f"{'[S, K]' if want == 2 else '[n]'}"
         )
-    if method == "product" and (step_scores.device.type == "cpu" or checks.debugging()):
+    if method == "product" and checks.free_to_read(step_scores):
         negative = step_scores < 0 if mask is None else (step_scores < 0) & mask
         if bool(negative.any()):
             raise ValueError(f"step_scores: got {step_scores[negative][0].item():g}, want probabilities for a product")
@@ -211,7 +206,7 @@ def aggregate_steps(
 
 
 def _check_edges(cu_steps: Tensor, rows: int) -> None:
-    if cu_steps.device.type != "cpu" and not checks.debugging():
+    if not checks.free_to_read(cu_steps):
         return
     if int(cu_steps[0]) != 0 or int(cu_steps[-1]) != rows or bool((cu_steps.diff() < 0).any()):
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastpref.common import checks
 from fastpref.common.segments import segment_sums
+from fastpref.objectives.head_inputs import HeadOptions, ScoredRows
 from fastpref.objectives.paired import PairedLoss, PreferenceOutput
 from fastpref.reference import LogitTransform, PairedObjective
 
@@ -136,14 +137,16 @@ class ORPOLoss(PairedLoss):
         workspace_bytes: int | None = None,
         nll_tokens: Tensor | None = None,
         prompt_labels: Tensor | None = None,
+        scored_rows: ScoredRows = None,
     ) -> PreferenceOutput:
-        """As `PairedLoss.from_hidden`; `prompt_labels`, shaped like labels, adds the chosen prompts to the NLL."""
+        """As `PairedLoss.from_hidden`; `prompt_labels`, shaped like labels, adds the chosen prompts to the NLL (and to
+        what `scored_rows` counts)."""
         pairs = checks.num_pairs(labels, cu_seqlens)
         labels, lengths, weights = _with_prompts(labels, prompt_labels, cu_seqlens, pairs, ignore_index)
+        options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
         return self._from_hidden(
-            hidden, weight, labels, bias, ref_logps, cu_seqlens, plan, ignore_index,
-            LogitTransform(temperature, logit_scale, softcap), workspace_bytes, lengths, weights, nll_tokens,
-        )  # fmt: skip
+            hidden, weight, labels, bias, ref_logps, cu_seqlens, options, lengths, weights, nll_tokens
+        )
 
 
 def _with_prompts(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastpref import ops, reference
 from fastpref.common import checks
+from fastpref.common.precision import widened
 from fastpref.models import adapters, inner_model
 
 RANKING_METHODS = ("pairs", "plackett_luce")
@@ -23,10 +24,6 @@ class RewardOutput(NamedTuple):
     rejected_rewards: Tensor
     margins: Tensor
     accuracies: Tensor
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
 
 
 def _head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +97,7 @@ class BradleyTerryLoss(nn.Module):
             raise ValueError("chosen_rewards: got no pairs, want at least 1")
         checks.shape("rejected_rewards", rejected_rewards, (pairs,), "as many as chosen_rewards")
         checks.same_device("rejected_rewards", rejected_rewards, "chosen_rewards", chosen_rewards)
-        rewards = _wide(torch.cat([chosen_rewards, rejected_rewards]))
+        rewards = widened(torch.cat([chosen_rewards, rejected_rewards]))
         margin = self._margin(margin, pairs, rewards)
         loss, metrics, _ = torch.ops.fastpref.bradley_terry(rewards, margin, self.center_coefficient)
         return RewardOutput(loss, *metrics.unbind(0))
@@ -163,7 +160,7 @@ class BradleyTerryLoss(nn.Module):
         for name, value in (("ranks", ranks), ("group", group)):
             checks.shape(name, value, tuple(rewards.shape), "one per response")
             checks.same_device(name, value, "rewards", rewards)
-        rewards = _wide(rewards)
+        rewards = widened(rewards)
         compared = reference.comparisons(ranks, group)
         if method == "pairs":
             loss = reference.ranking_loss(rewards, compared, self.center_coefficient)

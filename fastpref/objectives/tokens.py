@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastpref import backends, ops
-from fastpref.common import checks, memory
+from fastpref.common import checks
 from fastpref.common.segments import segment_sums, sum_dtype
-from fastpref.plans import plans
-from fastpref.reference import STATISTICS, LogitTransform, TokenStatistics
+from fastpref.objectives.head_inputs import (
+    HeadInputs,
+    HeadOptions,
+    Layout,
+    PlanChoice,
+    ScoredRows,
+    choose_plan,
+    head_inputs,
+    operator_options,
+)
+from fastpref.reference import STATISTICS, TokenStatistics
 
 
 def _rows_of_logits(logits: Tensor) -> Tensor:
@@ -90,89 +97,6 @@ def token_statistics(
     return TokenStatistics(logps.view(labels.shape), **found)
 
 
-class HeadInputs(NamedTuple):
-    """Checked, flattened and cast inputs of the linear ops."""
-
-    hidden: Tensor  # [N, d]
-    weight: Tensor  # [V, d]
-    labels: Tensor  # [N]
-    bias: Tensor | None  # [V]
-
-    def needs(self) -> plans.Needs:
-        on = torch.is_grad_enabled()
-        bias = self.bias is not None and self.bias.requires_grad
-        return plans.Needs(on and self.hidden.requires_grad, on and self.weight.requires_grad, on and bias)
-
-
-def head_inputs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
-) -> HeadInputs:
-    checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
-    checks.tensor("weight", weight, dtypes=checks.FLOATS, ndim=(2,))
-    checks.tensor("labels", labels, dtypes=checks.INTEGERS)
-    if hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden: got shape {tuple(hidden.shape)}, want [..., {weight.shape[1]}] to match weight "
-            f"{tuple(weight.shape)}"
-        )
-    checks.shape("labels", labels, hidden.shape[:-1], "one label per row of hidden")
-    checks.same_device("weight", weight, "hidden", hidden)
-    checks.same_device("labels", labels, "hidden", hidden)
-    if bias is not None:
-        checks.tensor("bias", bias, dtypes=checks.FLOATS)
-        checks.shape("bias", bias, weight.shape[:1], "[V]")
-        checks.same_device("bias", bias, "hidden", hidden)
-    checks.transform(*transform)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    checks.same_dtype("weight", weight, "hidden", hidden)
-    if bias is not None:
-        checks.same_dtype("bias", bias, "hidden", hidden)
-    return HeadInputs(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias)
-
-
-class PlanChoice(NamedTuple):
-    plan: str
-    reason: str
-
-
-def choose_plan(
-    inputs: HeadInputs, plan: str, workspace_bytes: int | None, *, paired: bool, ignore_index: int = -100
-) -> PlanChoice:
-    """The plan that runs, and why. `paired`: the objective is known, so whole pairs can be finished in the forward."""
-    checks.choice("plan", plan, ("auto", *plans.PLANS))
-    if workspace_bytes is not None:
-        checks.positive("workspace_bytes", workspace_bytes)
-    needs = inputs.needs()
-    if plan == "pair" and not paired:
-        raise ValueError("plan: got 'pair', want another one here, or call an objective's from_hidden")
-    if plan == "no_grad" and any(needs):
-        raise ValueError("plan: got 'no_grad' while a gradient is needed, want 'auto' or call under torch.no_grad()")
-    if plan == "frozen" and (needs.weight or needs.bias):
-        raise ValueError("plan: got 'frozen' while weight or bias requires a gradient, want 'store' or 'recompute'")
-    if plan != "auto":
-        return PlanChoice(plan, "asked for")
-    if not any(needs):
-        return PlanChoice("no_grad", "nothing requires a gradient")
-    if not (needs.weight or needs.bias):
-        return PlanChoice("frozen", "the head is frozen")
-    if torch.compiler.is_compiling():  # sizes must not become guards
-        fallback = "pair" if paired else "recompute"
-        return PlanChoice(fallback, "under torch.compile, whatever the length")
-    labels, weight = inputs.labels, inputs.weight
-    # counting the scored rows is free on a CPU and a host sync elsewhere
-    rows = int((labels != ignore_index).sum()) if labels.device.type == "cpu" else labels.numel()
-    size = rows * weight.shape[0] * weight.element_size()
-    limits = memory.workspace(weight.device, workspace_bytes)
-    limit = limits.preferred if paired else limits.most
-    fits = f"U of {rows} rows takes {size / 2**20:.0f} MiB, the workspace is {limit / 2**20:.0f} MiB"
-    if size <= limit:
-        return PlanChoice("store", fits)
-    return PlanChoice("pair" if paired else "recompute", fits)
-
-
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -185,6 +109,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    scored_rows: ScoredRows = None,
 ) -> Tensor:
     """`token_logprobs(hidden @ weight.T + bias, labels)` without the logits in memory.
 
@@ -196,6 +121,10 @@ def linear_token_logprobs(
         plan: `"auto"`, `"no_grad"`, `"frozen"`, `"store"` or `"recompute"`: 1, 2, 3 and 4 matrix products of
             `2 N d V` FLOPs, N the scored rows (see `fastpref.plans.plans`).
         workspace_bytes: memory for what a plan keeps; by default a quarter of what is free on an accelerator.
+        scored_rows: how many labels are not `ignore_index`, at most, if the host knows. By default an accelerator is
+            asked, once; with it nothing waits, and a CUDA graph can capture the call (with `plan` `"frozen"`,
+            `"store"` or `"recompute"`). The hidden states of ignored rows must then be finite. Too low a number is a
+            `ValueError` on a CPU, and makes the results NaN on an accelerator.
 
     Returns:
         `[...]` natural-log probabilities, fp32 (fp64 for fp64 inputs), differentiable once in `hidden`,
@@ -206,10 +135,9 @@ def linear_token_logprobs(
         ValueError, TypeError: a wrong shape, dtype, device, plan or option, or a label out of range (see
             `token_logprobs`).
     """
-    return linear_token_statistics(
-        hidden, weight, labels, bias, (), ignore_index=ignore_index, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, plan=plan, workspace_bytes=workspace_bytes,
-    ).logps  # fmt: skip
+    options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
+    inputs = head_inputs(hidden, weight, labels, bias, options)
+    return statistics_by(choose_plan(inputs, options), inputs, options, labels.shape, ()).logps
 
 
 def linear_token_statistics(
@@ -225,6 +153,7 @@ def linear_token_statistics(
     softcap: float | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    scored_rows: ScoredRows = None,
 ) -> TokenStatistics:
     """`linear_token_logprobs` and the `statistics` of `token_statistics` from the same sweep.
 
@@ -234,22 +163,24 @@ def linear_token_statistics(
     """
     for name in statistics:
         checks.choice("statistics", name, STATISTICS)
-    transform = LogitTransform(temperature, logit_scale, softcap)
-    inputs = head_inputs(hidden, weight, labels, bias, transform)
-    chosen = choose_plan(inputs, plan, workspace_bytes, paired=False, ignore_index=ignore_index).plan
+    options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
+    inputs = head_inputs(hidden, weight, labels, bias, options)
+    return statistics_by(choose_plan(inputs, options), inputs, options, labels.shape, statistics)
+
+
+def statistics_by(
+    choice: PlanChoice, inputs: HeadInputs, options: HeadOptions, shape: torch.Size, statistics: tuple[str, ...]
+) -> TokenStatistics:
+    """By a plan that is chosen, from inputs that are checked; results of the `shape` of the labels."""
     logps, _, _, _, values = torch.ops.fastpref.linear_token_logprobs(
-        *inputs, ignore_index, *as_floats(transform), chosen, workspace_bytes, ",".join(statistics)
-    )
-    found = {name: value.view(labels.shape) for name, value in zip(statistics, values, strict=True)}
+        *inputs.head, *operator_options(options), choice.plan, choice.workspace_bytes, ",".join(statistics),
+        inputs.compute_weight, choice.known.rows,
+    )  # fmt: skip
+    found = {name: value.view(shape) for name, value in zip(statistics, values, strict=True)}
     found = {name: value if name == "entropy" else value.detach() for name, value in found.items()}
     if "is_top1" in found:
         found["is_top1"] = found["is_top1"].bool()
-    return TokenStatistics(logps.view(labels.shape), **found)
-
-
-def as_floats(transform: LogitTransform) -> tuple[float, float, float | None]:
-    temperature, logit_scale, softcap = transform
-    return float(temperature), float(logit_scale), None if softcap is None else float(softcap)
+    return TokenStatistics(logps.view(shape), **found)
 
 
 def sequence_logprobs(
@@ -300,9 +231,10 @@ def explain(
     paired: bool = False,
 ) -> str:
     """In words: which backend and which plan these inputs get, and why. `paired`: as `from_hidden` would call it."""
-    inputs = head_inputs(hidden, weight, labels, bias, LogitTransform())
+    options = HeadOptions(plan=plan, workspace_bytes=workspace_bytes)
+    inputs = head_inputs(hidden, weight, labels, bias, options)
     backend = backends.choose(hidden.device)
-    choice = choose_plan(inputs, plan, workspace_bytes, paired=paired)
+    choice = choose_plan(inputs, options, Layout(None, 1) if paired else None)
     return f"backend {backend.name}: {backend.reason}; plan {choice.plan}: {choice.reason}"
 
 

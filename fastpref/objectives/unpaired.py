@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.common import checks
-from fastpref.objectives.paired import _wide
-from fastpref.objectives.tokens import (
-    as_floats,
+from fastpref.common.precision import wide, widened
+from fastpref.common.ranks import sum_over_ranks, world_size
+from fastpref.objectives.head_inputs import (
+    HeadOptions,
+    Layout,
+    ScoredRows,
     choose_plan,
     head_inputs,
-    linear_token_logprobs,
-    sequence_logprobs,
-    token_logprobs,
+    operator_options,
 )
+from fastpref.objectives.tokens import linear_token_logprobs, sequence_logprobs, statistics_by, token_logprobs
 from fastpref.ops.unpaired import encode
 from fastpref.reference import UNPAIRED_MEANS, LogitTransform, UnpairedObjective
 
@@ -75,26 +77,13 @@ def _class_means(values: Tensor, desirable: Tensor) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
-def _all_reduced(value: Tensor) -> Tensor:
-    """The sum over all ranks, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-    return value
-
-
-def _world_size() -> int:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if several else 1
-
-
 def _reference(ref_logps: Tensor | None, sequences: int, like: Tensor) -> Tensor:
     if ref_logps is None:
         raise ValueError(f"ref_logps: got None, want the reference model's log-probs {[sequences]}")
     checks.tensor("ref_logps", ref_logps, dtypes=checks.FLOATS)
     checks.shape("ref_logps", ref_logps, (sequences,), "one per sequence")
     checks.same_device("ref_logps", ref_logps, "the policy's log-probs", like)
-    return ref_logps.detach().to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return ref_logps.detach().to(wide(like.dtype))
 
 
 class _Batch(NamedTuple):
@@ -156,7 +145,7 @@ class UnpairedLoss(nn.Module):
         checks.tensor("logps", logps, dtypes=checks.FLOATS, ndim=(1,))
         if logps.shape[0] == 0:
             raise ValueError("logps: got no sequences, want at least 1")
-        logps = _wide(logps)
+        logps = widened(logps)
         batch = self._batch(None, None, -100, desirable, ref_logps, logps.shape[0], logps)
         return self._loss(logps, batch, self._shift(point, batch, logps.detach, logps))
 
@@ -187,23 +176,19 @@ class UnpairedLoss(nn.Module):
 
     def _from_hidden(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, desirable: Tensor, bias: Tensor | None,
-        ref_logps: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int, transform: LogitTransform, plan: str,
-        workspace_bytes: int | None, point, *, separable: bool,
+        ref_logps: Tensor | None, cu_seqlens: Tensor | None, options: HeadOptions, point, *, separable: bool,
     ) -> UnpairedOutput:  # fmt: skip
-        inputs = head_inputs(hidden, weight, labels, bias, transform)
+        inputs, ignore_index = head_inputs(hidden, weight, labels, bias, options), options.ignore_index
         sequences = checks.num_sequences(labels, cu_seqlens)
         batch = self._batch(inputs.labels, cu_seqlens, ignore_index, desirable, ref_logps, sequences, inputs.hidden)
-        chosen = choose_plan(inputs, plan, workspace_bytes, paired=separable, ignore_index=ignore_index).plan
-        if chosen != "pair":
-            logps = linear_token_logprobs(
-                hidden, weight, labels, bias, ignore_index=ignore_index, plan=chosen,
-                workspace_bytes=workspace_bytes, **transform._asdict(),
-            )  # fmt: skip
+        choice = choose_plan(inputs, options, Layout(cu_seqlens, sequences) if separable else None)
+        if choice.plan != "pair":
+            logps = statistics_by(choice, inputs, options, labels.shape, ()).logps
             return self._from_tokens(logps, labels, batch, point)
         shift = self._shift(point, batch, _not_needed, batch.ref_logps)
         loss, metrics, *_ = torch.ops.fastpref.linear_unpaired_loss(
-            *inputs, batch.ref_logps, desirable, shift, cu_seqlens, ignore_index, *as_floats(transform),
-            self._encoded, workspace_bytes, *inputs.needs(),
+            *inputs.head, batch.ref_logps, desirable, shift, cu_seqlens, *operator_options(options), self._encoded,
+            choice.workspace_bytes, *inputs.needs(), inputs.compute_weight, choice.known.edges,
         )  # fmt: skip
         return self._output(loss, metrics, batch, shift)
 
@@ -287,18 +272,18 @@ class KTOLoss(UnpairedLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         workspace_bytes: int | None = None,
+        scored_rows: ScoredRows = None,
     ) -> UnpairedOutput:
         """From hidden states `[S, T, d]` (or `[N, d]` with `cu_seqlens`) and the head's weight `[V, d]`.
 
         No logits in memory: 3 matrix products over the scored rows with a trainable head, 2 with a frozen one,
         1 without gradients. `plan` and `workspace_bytes` as in `linear_token_logprobs`, and `"pair"`, whose
-        groups are whole sequences here.
+        groups are whole sequences here. `scored_rows` as in `PairedLoss.from_hidden`.
         """
-        transform = LogitTransform(temperature, logit_scale, softcap)
+        options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
         return self._from_hidden(
-            hidden, weight, labels, desirable, bias, ref_logps, cu_seqlens, ignore_index, transform, plan,
-            workspace_bytes, kl, separable=True,
-        )  # fmt: skip
+            hidden, weight, labels, desirable, bias, ref_logps, cu_seqlens, options, kl, separable=True
+        )
 
 
 @torch.no_grad()
@@ -311,9 +296,9 @@ def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
     checks.tensor("logps", logps, dtypes=checks.FLOATS, ndim=(1,))
     if logps.shape[0] == 0:
         raise ValueError("logps: got no sequences, want at least 1")
-    logps = _wide(logps)
+    logps = widened(logps)
     mean = (logps - _reference(ref_logps, logps.shape[0], logps)).mean()
-    return (_all_reduced(mean) / _world_size()).clamp(min=0)
+    return (sum_over_ranks(mean) / world_size()).clamp(min=0)
 
 
 @torch.no_grad()
@@ -330,6 +315,7 @@ def mismatched_kl_from_hidden(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     workspace_bytes: int | None = None,
+    scored_rows: ScoredRows = None,
 ) -> Tensor:
     """`kto_kl` from the policy's hidden states of mismatched prompts and completions (see `mismatched_indices`).
 
@@ -339,7 +325,7 @@ def mismatched_kl_from_hidden(
     checks.num_sequences(labels, cu_seqlens)
     logps = linear_token_logprobs(
         hidden, weight, labels, bias, ignore_index=ignore_index, temperature=temperature, logit_scale=logit_scale,
-        softcap=softcap, workspace_bytes=workspace_bytes,
+        softcap=softcap, workspace_bytes=workspace_bytes, scored_rows=scored_rows,
     )  # fmt: skip
     return kto_kl(sequence_logprobs(logps, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index), ref_logps)
 

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.common import checks, memory
-from fastpref.common.precision import wide
+from fastpref.common.ranks import StartedSum, gather_over_ranks
+from fastpref.objectives.head_inputs import HeadOptions, ScoredRows, head_inputs, known_rows
 from fastpref.objectives.kl import KL_DIRECTIONS, _reference_inputs
-from fastpref.objectives.tokens import head_inputs
+from fastpref.ops.linear import head_of, upstream_of
 from fastpref.plans import kl_plans, plans
-from fastpref.reference import LogitTransform
+from fastpref.plans.compact import compact, compact_labels, gather, scatter
+from fastpref.plans.products import ParameterGradients
 
 PLANS = ("auto", "no_grad", "store", "recompute")
 EVERY_ROW = -1  # an ignore_index that no compacted label has
@@ -34,14 +36,7 @@ class Shard(NamedTuple):
 
     def gather(self, values: Tensor) -> Tensor:
         """`[ranks, ...]`, the same on every rank."""
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, values.contiguous(), group=self.group)
-        return torch.stack(parts)
-
-    def sum(self, values: Tensor) -> Tensor:
-        values = values.contiguous()
-        dist.all_reduce(values, group=self.group)
-        return values
+        return torch.stack(gather_over_ranks(values, self.group))
 
 
 def _localized(weight: Tensor, group: Any, others: tuple[Tensor | None, ...]) -> tuple[Tensor, Shard, list[Any]]:
@@ -76,10 +71,13 @@ def _choose(plan: str, needed: bool, rows: int, weight: Tensor, workspace_bytes:
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, shard, transform, ignore_index, plan, workspace_bytes):
-        rows = plans.compact(labels, ignore_index)
-        h, y = plans.gather(hidden, rows), plans.gather(labels, rows)
-        head = plans.Head(weight, bias, transform, EVERY_ROW)
+    def forward(
+        ctx, hidden, weight, bias, compute_weight, labels, shard, transform, ignore_index, plan, workspace_bytes,
+        scored_rows,
+    ):  # fmt: skip
+        rows = compact(labels, ignore_index, scored_rows)
+        h, y = gather(hidden, rows), compact_labels(labels, rows, ignore_index, scored_rows)
+        head = head_of(weight, compute_weight, bias, EVERY_ROW, *transform)
         own = y - shard.first
         here = (own >= 0) & (own < weight.shape[0])
         found = plans.forward(h, head, own.where(here, 0), plan, workspace_bytes, keep_logits=True)
@@ -87,26 +85,38 @@ class _LogProbs(torch.autograd.Function):
         all_lse, all_logps, owner = gathered.unbind(1)
         lse = all_lse.logsumexp(0)
         logps = ((all_logps + all_lse - lse) * owner).sum(0)
-        ctx.save_for_backward(hidden, weight, bias, y, rows, logps, lse, found.kept)
-        ctx.options = shard, transform, plan, workspace_bytes
-        return plans.scatter(logps, rows, hidden.shape[0])
+        # a label that no rank has is none; an upper bound of the scored rows lets in ignored ones
+        logps = logps.masked_fill(owner.sum(0) == 0, float("nan")).masked_fill(y == ignore_index, 0)
+        ctx.save_for_backward(hidden, weight, bias, compute_weight, y, rows, logps, lse, found.kept)
+        ctx.options = shard, transform, ignore_index, plan, workspace_bytes
+        return scatter(logps, rows, hidden.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        hidden, weight, bias, y, rows, logps, lse, kept = ctx.saved_tensors
-        shard, transform, plan, workspace_bytes = ctx.options
+        hidden, weight, bias, compute_weight, y, rows, logps, lse, kept = ctx.saved_tensors
+        shard, transform, ignore_index, plan, workspace_bytes = ctx.options
         needs = plans.Needs(*ctx.needs_input_grad[:3])
-        head = plans.Head(weight, bias, transform, EVERY_ROW)
-        parameters = plans.ParameterGradients(head, needs, weight.dtype)
-        h, upstream = plans.gather(hidden, rows), plans.Upstream(plans.gather(grad, rows))
+        head = head_of(weight, compute_weight, bias, EVERY_ROW, *transform)
+        parameters, total = ParameterGradients(head, needs, weight.dtype), StartedSum(shard.group)
+        upstream = plans.Upstream(upstream_of(grad, rows, y, ignore_index))
         d_hidden = plans.backward_recompute(
-            h, head, y, logps, lse, upstream, needs, parameters, workspace_bytes,
-            logits=kept if plan == "store" else None, first_column=shard.first,
+            gather(hidden, rows).contiguous(), head, y, logps, lse, upstream, needs, parameters, workspace_bytes,
+            logits=kept if plan == "store" else None, first_column=shard.first, on_hidden=total.start,
         )  # fmt: skip
-        if d_hidden is not None:
-            d_hidden = plans.scatter(shard.sum(d_hidden).to(hidden.dtype), rows, hidden.shape[0])
-        return d_hidden, parameters.weight, parameters.bias, *(None,) * 6
+        return *_reduced(d_hidden, total, rows, hidden, parameters, bias), *(None,) * 8
+
+
+def _reduced(
+    d_hidden: Tensor | None, total: StartedSum, rows: Tensor, hidden: Tensor, parameters: ParameterGradients,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dH, dW, db) of a backward, once the ranks' parts of dH have been added up."""
+    if d_hidden is not None:
+        total.wait()
+        d_hidden = scatter(d_hidden.to(hidden.dtype), rows, hidden.shape[0])
+    d_bias = parameters.bias if bias is None or parameters.bias is None else parameters.bias.to(bias.dtype)
+    return d_hidden, parameters.weight, d_bias
 
 
 def linear_token_logprobs(
@@ -122,6 +132,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    scored_rows: ScoredRows = None,
 ) -> Tensor:
     """`fastpref.linear_token_logprobs` with the vocabulary sharded over a process group.
 
@@ -137,36 +148,32 @@ def linear_token_logprobs(
         `[...]` natural-log probabilities, the same on every rank, in fp32 (fp64). Where upstream gradients are the same
         on every rank, so is the gradient of `hidden`, and it is complete; weight's and bias's are of this rank's rows.
 
-    All ranks have to call this, and its backward, together.
+    All ranks have to call this, and its backward, together. `scored_rows` as there.
     """
     weight, shard, (hidden, labels, bias) = _localized(weight, group, (hidden, labels, bias))
-    transform = LogitTransform(temperature, logit_scale, softcap)
-    inputs = head_inputs(hidden, weight, labels, bias, transform)
+    options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
+    inputs = head_inputs(hidden, weight, labels, bias, options)
     checks.label_range(inputs.labels, shard.vocab, ignore_index)
-    chosen = _choose(plan, any(inputs.needs()), inputs.labels.numel(), inputs.weight, workspace_bytes)
+    known = known_rows(inputs.labels, scored_rows, ignore_index)
+    rows = inputs.labels.numel() if known.rows is None else known.rows
+    chosen = _choose(plan, any(inputs.needs()), rows, inputs.weight, workspace_bytes)
     logps = _LogProbs.apply(
-        inputs.hidden,
-        inputs.weight,
-        inputs.bias,
-        inputs.labels,
-        shard,
-        transform,
-        ignore_index,
-        chosen,
-        workspace_bytes,
-    )
+        inputs.hidden, inputs.weight, inputs.bias, inputs.compute_weight, inputs.labels, shard, options.transform,
+        ignore_index, chosen, workspace_bytes, known.rows,
+    )  # fmt: skip
     return logps.view(labels.shape)
 
 
 class _KL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, shard, transform, ignore_index, direction,
-        workspace_bytes,
+        ctx, hidden, weight, bias, compute_weight, ref_hidden, ref_weight, ref_bias, labels, shard, transform,
+        ignore_index, direction, workspace_bytes, scored_rows,
     ):  # fmt: skip
-        rows = plans.compact(labels, ignore_index)
-        head, ref_head = (plans.Head(w, b, transform, EVERY_ROW) for w, b in ((weight, bias), (ref_weight, ref_bias)))
-        h, ref_h = plans.gather(hidden, rows), plans.gather(ref_hidden, rows)
+        rows = compact(labels, ignore_index, scored_rows)
+        y = compact_labels(labels, rows, ignore_index, scored_rows)
+        head, ref_head = _heads(weight, compute_weight, bias, ref_weight, ref_bias, transform)
+        h, ref_h = gather(hidden, rows), gather(ref_hidden, rows)
         found = kl_plans.forward(h, head, ref_h, ref_head, None, direction, "no_grad", workspace_bytes)
         all_kl, all_lse, all_ref = shard.gather(torch.stack([found.kl, found.lse, found.ref_lse])).unbind(1)
         lse, ref_lse = all_lse.logsumexp(0), all_ref.logsumexp(0)
@@ -175,26 +182,35 @@ class _KL(torch.autograd.Function):
         first, second = (log_mass, log_ref_mass) if direction == "reverse" else (log_ref_mass, log_mass)
         mass = first.exp()
         kl = torch.where(mass > 0, mass * (all_kl + first - second), 0).sum(0)
-        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, kl, lse, ref_lse)
-        ctx.options = shard, transform, direction, workspace_bytes
-        return plans.scatter(kl, rows, hidden.shape[0])
+        if scored_rows is not None:  # an upper bound lets in ignored rows; labels of a bound too low are below 0
+            kl = kl.masked_fill(y < 0, float("nan")).masked_fill(y == ignore_index, 0)
+        ctx.save_for_backward(
+            hidden, weight, bias, compute_weight, ref_hidden, ref_weight, ref_bias, y, rows, kl, lse, ref_lse
+        )
+        ctx.options = shard, transform, ignore_index, direction, workspace_bytes
+        return scatter(kl, rows, hidden.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, kl, lse, ref_lse = ctx.saved_tensors
-        shard, transform, direction, workspace_bytes = ctx.options
+        hidden, weight, bias, compute_weight, ref_hidden, ref_weight, ref_bias, y, rows, *saved = ctx.saved_tensors
+        shard, transform, ignore_index, direction, workspace_bytes = ctx.options
         needs = plans.Needs(*ctx.needs_input_grad[:3])
-        head, ref_head = (plans.Head(w, b, transform, EVERY_ROW) for w, b in ((weight, bias), (ref_weight, ref_bias)))
-        parameters = plans.ParameterGradients(head, needs, weight.dtype)
-        h, ref_h, coefs = (plans.gather(value, rows) for value in (hidden, ref_hidden, grad))
+        head, ref_head = _heads(weight, compute_weight, bias, ref_weight, ref_bias, transform)
+        parameters, total = ParameterGradients(head, needs, weight.dtype), StartedSum(shard.group)
+        coefs = upstream_of(grad, rows, y, ignore_index)
         d_hidden = kl_plans.backward_recompute(
-            h, head, ref_h, ref_head, kl, lse, ref_lse, coefs, direction, needs, parameters, workspace_bytes
-        )
-        if d_hidden is not None:
-            d_hidden = shard.sum(d_hidden.to(wide(d_hidden.dtype))).to(hidden.dtype)
-            d_hidden = plans.scatter(d_hidden, rows, hidden.shape[0])
-        return d_hidden, parameters.weight, parameters.bias, *(None,) * 9
+            gather(hidden, rows).contiguous(), head, gather(ref_hidden, rows), ref_head, *saved, coefs, direction,
+            needs, parameters, workspace_bytes, on_hidden=total.start,
+        )  # fmt: skip
+        return *_reduced(d_hidden, total, rows, hidden, parameters, bias), *(None,) * 12
+
+
+def _heads(weight, compute_weight, bias, ref_weight, ref_bias, transform) -> tuple[plans.Head, plans.Head]:
+    return (
+        head_of(weight, compute_weight, bias, EVERY_ROW, *transform),
+        head_of(ref_weight, None, ref_bias, EVERY_ROW, *transform),
+    )
 
 
 def linear_token_kl(
@@ -213,6 +229,7 @@ def linear_token_kl(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     workspace_bytes: int | None = None,
+    scored_rows: ScoredRows = None,
 ) -> Tensor:
     """The `kl` of `fastpref.linear_token_kl`, `[...]`, with the vocabulary sharded over a process group.
 
@@ -224,12 +241,12 @@ def linear_token_kl(
     hidden, ref_hidden, ref_weight, labels, bias, ref_bias = others
     if labels is None:
         labels = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-        ignore_index = -100
-    transform = LogitTransform(temperature, logit_scale, softcap)
-    inputs = head_inputs(hidden, weight, labels, bias, transform)
+        ignore_index, scored_rows = -100, labels.numel()
+    options = HeadOptions(ignore_index, temperature, logit_scale, softcap, "auto", workspace_bytes, scored_rows)
+    inputs = head_inputs(hidden, weight, labels, bias, options)
     ref = _reference_inputs(hidden, weight, ref_hidden, ref_weight, ref_bias)
     kl = _KL.apply(
-        inputs.hidden, inputs.weight, inputs.bias, *ref, inputs.labels, shard, transform, ignore_index, direction,
-        workspace_bytes,
+        inputs.hidden, inputs.weight, inputs.bias, inputs.compute_weight, *ref, inputs.labels, shard, options.transform,
+        ignore_index, direction, workspace_bytes, known_rows(inputs.labels, scored_rows, ignore_index).rows,
     )  # fmt: skip
     return kl.view(labels.shape)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref.common.precision import wide as wide
+from fastpref.plans.products import scaled_rows
 
 
 def first_order_only(op: Any) -> None:
@@ -43,8 +44,7 @@ def without_autocast(f: Callable) -> Callable:
 def scale_gradient(gradient: Tensor, coefs: Tensor, of: Tensor) -> Tensor:
     """The gradient of the tensor `of`. Out of place, since a second backward must find `gradient` as it was, and
     before rounding. `of` gives the dtype, and makes a second differentiation reach this operator's refusal."""
-    coefs = coefs.reshape(-1, *[1] * (gradient.ndim - 1)) if coefs.ndim else coefs
-    return (gradient * coefs).to(of.dtype)
+    return scaled_rows(gradient, coefs, of.dtype)
 
 
 @scale_gradient.register_fake

@@ -8,8 +8,11 @@ from torch import Tensor
 from fastpref.backends import backend_for
 from fastpref.common import checks
 from fastpref.ops.common import first_order_only, wide, without_autocast
-from fastpref.ops.linear import head_of, present
+from fastpref.ops.linear import fake_head_gradients, head_gradients, head_of
 from fastpref.plans import kl_plans, plans
+from fastpref.plans.compact import gather
+from fastpref.plans.head import logits_buffer
+from fastpref.plans.products import ParameterGradients
 from fastpref.reference import LogitTransform
 
 
@@ -161,28 +164,28 @@ def linear_token_kl(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor | None,
     bias: Tensor | None, ref_bias: Tensor | None, direction: str, ignore_index: int, temperature: float,
     logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None,
+    compute_weight: Tensor | None = None, scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(KL `[N]`, log-probs and reference log-probs of the labels `[N]` or empty, both lse `[n]`, what the plan keeps
     for its backward, the n scored rows)."""
     if labels is not None:
         checks.label_range(labels, weight.shape[0], ignore_index)
-    head, ref_head = (
-        head_of(w, b, ignore_index, temperature, logit_scale, softcap)
-        for w, b in ((weight, bias), (ref_weight, ref_bias))
-    )
-    out = kl_plans.forward(hidden, head, ref_hidden, ref_head, labels, direction, plan, workspace_bytes)
+    options = (ignore_index, temperature, logit_scale, softcap)
+    head, ref_head = head_of(weight, compute_weight, bias, *options), head_of(ref_weight, None, ref_bias, *options)
+    out = kl_plans.forward(hidden, head, ref_hidden, ref_head, labels, direction, plan, workspace_bytes, scored_rows)
     logps, ref_logps = (out.kl.new_empty(0) if x is None else x for x in (out.logps, out.ref_logps))
     return out.kl, logps, ref_logps, out.lse, out.ref_lse, out.kept, out.rows
 
 
 @linear_token_kl.register_fake
 def _(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, direction, ignore_index, *options):
-    total, plan = hidden.shape[0], options[3]
-    n = total if labels is None else torch.library.get_ctx().new_dynamic_size()
+    total, plan, (compute_weight, scored_rows) = hidden.shape[0], options[3], options[5:] or (None, None)
+    scored_rows = total if labels is None else scored_rows
+    n = torch.library.get_ctx().new_dynamic_size() if scored_rows is None else scored_rows
     dtype = wide(torch.promote_types(hidden.dtype, ref_hidden.dtype))
     kept = hidden.new_empty(0)
     if plan == "store":
-        kept = plans.logits_buffer(head_of(weight, bias, ignore_index, 1.0, 1.0, None), n)
+        kept = logits_buffer(head_of(weight, compute_weight, None, ignore_index, 1.0, 1.0, None), n)
     elif plan == "frozen":
         kept = torch.empty_like(hidden)
     scored = 0 if labels is None else total
@@ -198,59 +201,59 @@ def linear_token_kl_backward(
     ref_bias: Tensor | None, kl: Tensor, lse: Tensor, ref_lse: Tensor, kept: Tensor, rows: Tensor, direction: str,
     ignore_index: int, temperature: float, logit_scale: float, softcap: float | None, plan: str,
     workspace_bytes: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
+    compute_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dH, dW, db), empty where not needed."""
-    head = head_of(weight, bias, ignore_index, temperature, logit_scale, softcap)
+    options = (ignore_index, temperature, logit_scale, softcap)
+    head = head_of(weight, compute_weight, bias, *options)
     needs = plans.Needs(need_hidden, need_weight, need_bias)
-    parameters = plans.ParameterGradients(head, needs, weight.dtype)
-    h, coefs = plans.gather(hidden, rows), plans.gather(grad, rows)
+    parameters = ParameterGradients(head, needs, weight.dtype)
+    h, coefs = gather(hidden, rows), gather(grad, rows)
     if plan == "store":
-        d_hidden = plans.backward_store(kept, h, head, coefs, needs, parameters)
+        d_hidden = plans.backward_store(kept, h, head, coefs, needs, parameters, hidden.dtype)
     else:
-        ref_head = head_of(ref_weight, ref_bias, ignore_index, temperature, logit_scale, softcap)
         d_hidden = kl_plans.backward_recompute(
-            h, head, plans.gather(ref_hidden, rows), ref_head, plans.gather(kl, rows), lse, ref_lse, coefs,
-            direction, needs, parameters, workspace_bytes,
+            h, head, gather(ref_hidden, rows), head_of(ref_weight, None, ref_bias, *options), gather(kl, rows), lse,
+            ref_lse, coefs, direction, needs, parameters, workspace_bytes, dtype=hidden.dtype,
         )  # fmt: skip
-    if d_hidden is not None:
-        d_hidden = plans.scatter(d_hidden.to(hidden.dtype), rows, hidden.shape[0])
-    return present(plans.Gradients(d_hidden, parameters.weight, parameters.bias), hidden)
+    return head_gradients(d_hidden, parameters, rows, hidden, bias)
 
 
 @linear_token_kl_backward.register_fake
 def _(grad, hidden, weight, ref_hidden, ref_weight, bias, *rest):
-    needs = zip(rest[-3:], (hidden, weight, bias), strict=True)
-    return tuple(torch.empty_like(t) if need and t is not None else hidden.new_empty(0) for need, t in needs)
+    return fake_head_gradients(rest[13:16], hidden, weight, bias)
 
 
 first_order_only(linear_token_kl_backward)
 
 
 def _save_linear(ctx, inputs, output):
-    hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, *options = inputs
+    hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, *options, compute_weight, _ = inputs
     kl, _, _, *saved = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(labels, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, kl, *saved)
+    ctx.save_for_backward(labels, compute_weight, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, kl, *saved)
     ctx.options = options
 
 
 def _backward_linear(ctx, grad, *unused):
     if grad is None:
-        return (None,) * 14
-    labels, hidden, *rest = ctx.saved_tensors
+        return (None,) * 16
+    labels, compute_weight, hidden, *rest = ctx.saved_tensors
     need_hidden, need_weight, _, _, _, need_bias, _ = ctx.needs_input_grad[:7]
     ignore_index, plan, kept = ctx.options[1], ctx.options[5], rest[-2]
     if plan == "no_grad" or (plan == "frozen" and (need_weight or need_bias)):
         raise RuntimeError(f"plan {plan!r} kept nothing for the gradients that backward now asks for")
+    if labels is not None:  # an ignored row's upstream gradient may be anything
+        grad = grad.masked_fill(labels == ignore_index, 0)
     if plan == "frozen":
-        if labels is not None:  # an ignored row's upstream gradient may be anything
-            grad = grad.masked_fill(labels == ignore_index, 0)
-        return torch.ops.fastpref.scale_gradient(kept, grad, hidden), *(None,) * 13
+        return torch.ops.fastpref.scale_gradient(kept, grad, hidden), *(None,) * 15
     needs = (need_hidden, need_weight, need_bias)
-    gradients = torch.ops.fastpref.linear_token_kl_backward(grad, hidden, *rest, *ctx.options, *needs)
+    gradients = torch.ops.fastpref.linear_token_kl_backward(
+        grad, hidden, *rest, *ctx.options, *needs, compute_weight
+    )  # fmt: skip
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return d_hidden, d_weight, None, None, None, d_bias, *(None,) * 8
+    return d_hidden, d_weight, None, None, None, d_bias, *(None,) * 10
 
 
 linear_token_kl.register_autograd(_backward_linear, setup_context=_save_linear)

@@ -8,10 +8,19 @@ from torch import Tensor
 from fastpref.common import checks
 from fastpref.ops.common import first_order_only, split_names, wide, without_autocast
 from fastpref.plans import plans
+from fastpref.plans.compact import gather, scatter
+from fastpref.plans.head import logits_buffer
+from fastpref.plans.products import ParameterGradients
 from fastpref.reference import LogitTransform
 
+# Every operator takes the weight as a parameter, whose dtype its gradient has, and `compute_weight`, the same in the
+# dtype of hidden, where that is another one (autocast): cast once for all products. `scored_rows` is what the host
+# knows of the rows that labels score (see `fastpref.plans.compact`).
 
-def head_of(weight, bias, ignore_index, temperature, logit_scale, softcap) -> plans.Head:
+
+def head_of(weight, compute_weight, bias, ignore_index, temperature, logit_scale, softcap) -> plans.Head:
+    weight = weight if compute_weight is None else compute_weight
+    bias = None if bias is None else bias.to(weight.dtype)
     return plans.Head(weight, bias, LogitTransform(temperature, logit_scale, softcap), ignore_index)
 
 
@@ -20,23 +29,28 @@ def head_of(weight, bias, ignore_index, temperature, logit_scale, softcap) -> pl
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, temperature: float,
     logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None, statistics: str = "",
+    compute_weight: Tensor | None = None, scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(log-probs `[N]`, lse `[n]`, what the plan keeps for its backward, the n scored rows, statistics `[k, N]`)."""
     checks.label_range(labels, weight.shape[0], ignore_index)
-    head = head_of(weight, bias, ignore_index, temperature, logit_scale, softcap)
-    logps, lse, kept, rows, values = plans.forward(hidden, head, labels, plan, workspace_bytes, split_names(statistics))
+    head = head_of(weight, compute_weight, bias, ignore_index, temperature, logit_scale, softcap)
+    names = split_names(statistics)
+    logps, lse, kept, rows, values = plans.forward(
+        hidden, head, labels, plan, workspace_bytes, names, scored_rows=scored_rows
+    )
     return logps, lse, kept, rows, values
 
 
 @linear_token_logprobs.register_fake
 def _(
-    hidden, weight, labels, bias, ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, statistics=""
-):
-    n = torch.library.get_ctx().new_dynamic_size()
+    hidden, weight, labels, bias, ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, statistics="",
+    compute_weight=None, scored_rows=None,
+):  # fmt: skip
+    n = torch.library.get_ctx().new_dynamic_size() if scored_rows is None else scored_rows
     dtype = wide(hidden.dtype)
     kept = hidden.new_empty(0)
     if plan == "store":
-        kept = plans.logits_buffer(head_of(weight, bias, ignore_index, 1.0, 1.0, None), n)
+        kept = logits_buffer(head_of(weight, compute_weight, None, ignore_index, 1.0, 1.0, None), n)
     elif plan == "frozen":
         kept = torch.empty_like(hidden)
     rows = labels.new_empty(n, dtype=torch.long)
@@ -51,73 +65,89 @@ def linear_token_logprobs_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logps: Tensor, lse: Tensor,
     kept: Tensor, rows: Tensor, entropy: Tensor | None, grad_entropy: Tensor | None, ignore_index: int,
     temperature: float, logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
+    need_hidden: bool, need_weight: bool, need_bias: bool, compute_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dH, dW, db), empty where not needed. `entropy` `[N]` tells that it was asked for: plan `store` kept logits."""
-    head = head_of(weight, bias, ignore_index, temperature, logit_scale, softcap)
+    head = head_of(weight, compute_weight, bias, ignore_index, temperature, logit_scale, softcap)
     needs = plans.Needs(need_hidden, need_weight, need_bias)
-    parameters = plans.ParameterGradients(head, needs, weight.dtype)
-
-    def scored(values: Tensor | None) -> Tensor | None:
-        return None if values is None else plans.gather(values, rows)
-
-    h, coefs = plans.gather(hidden, rows), plans.gather(grad, rows)
+    parameters = ParameterGradients(head, needs, weight.dtype)
+    h, y = gather(hidden, rows), gather(labels, rows)
+    coefs, grad_entropy = (upstream_of(g, rows, y, ignore_index) for g in (grad, grad_entropy))
+    assert coefs is not None
     if plan == "store" and entropy is None:
-        d_hidden = plans.backward_store(kept, h, head, coefs, needs, parameters)
+        d_hidden = plans.backward_store(kept, h, head, coefs, needs, parameters, hidden.dtype)
     else:
         d_hidden = plans.backward_recompute(
-            h, head, plans.gather(labels, rows), plans.gather(logps, rows), lse,
-            plans.Upstream(coefs, scored(grad_entropy)), needs, parameters, workspace_bytes,
-            entropy=scored(entropy), logits=kept if plan == "store" else None,
+            h, head, y, gather(logps, rows), lse, plans.Upstream(coefs, grad_entropy), needs, parameters,
+            workspace_bytes, entropy=None if entropy is None else gather(entropy, rows),
+            logits=kept if plan == "store" else None, dtype=hidden.dtype,
         )  # fmt: skip
+    return head_gradients(d_hidden, parameters, rows, hidden, bias)
+
+
+def upstream_of(grad: Tensor | None, rows: Tensor, labels: Tensor, ignore_index: int) -> Tensor | None:
+    """The upstream gradient of the scored rows. An ignored one, which an upper bound of their number lets in, may have
+    anything."""
+    return None if grad is None else gather(grad, rows).masked_fill(labels == ignore_index, 0)
+
+
+def head_gradients(
+    d_hidden: Tensor | None, parameters: ParameterGradients, rows: Tensor, hidden: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward returns, from the gradients of the scored rows."""
     if d_hidden is not None:
-        d_hidden = plans.scatter(d_hidden.to(hidden.dtype), rows, hidden.shape[0])
-    return present(plans.Gradients(d_hidden, parameters.weight, parameters.bias), hidden)
+        d_hidden = scatter(d_hidden, rows, hidden.shape[0])
+    d_bias = parameters.bias if parameters.bias is None or bias is None else parameters.bias.to(bias.dtype)
+    return present(plans.Gradients(d_hidden, parameters.weight, d_bias), hidden)
+
+
+def fake_head_gradients(needs, hidden, weight, bias):
+    wanted = zip(needs, (hidden, weight, bias), strict=True)
+    return tuple(torch.empty_like(t) if need and t is not None else hidden.new_empty(0) for need, t in wanted)
 
 
 @linear_token_logprobs_backward.register_fake
 def _(grad, hidden, weight, labels, bias, logps, lse, kept, rows, entropy, grad_entropy, *options):
-    needs = zip(options[-3:], (hidden, weight, bias), strict=True)
-    return tuple(torch.empty_like(t) if need and t is not None else hidden.new_empty(0) for need, t in needs)
+    return fake_head_gradients(options[6:9], hidden, weight, bias)
 
 
 first_order_only(linear_token_logprobs_backward)
 
 
 def _save_linear(ctx, inputs, output):
-    hidden, weight, labels, bias, *options = inputs
+    hidden, weight, labels, bias, *options, compute_weight, _ = inputs
     logps, lse, kept, rows, statistics = output
     names = split_names(options[6])
     ctx.entropy_row = names.index("entropy") if "entropy" in names else None
     constants = (lse, kept, rows) if "entropy" in names else (lse, kept, rows, statistics)
     ctx.mark_non_differentiable(*constants)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, labels, bias, logps, lse, kept, rows, statistics)
+    ctx.save_for_backward(hidden, weight, labels, bias, logps, lse, kept, rows, statistics, compute_weight)
     ctx.options = options[:6]
 
 
 def _backward_linear(ctx, grad, *unused):
     grad_statistics, row = unused[-1], ctx.entropy_row
     if grad is None and grad_statistics is None:
-        return (None,) * 11
-    hidden, weight, labels, bias, logps, lse, kept, rows, statistics = ctx.saved_tensors
+        return (None,) * 13
+    hidden, weight, labels, bias, logps, lse, kept, rows, statistics, compute_weight = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     options, ignore_index, plan = list(ctx.options), ctx.options[0], ctx.options[4]
     if plan == "no_grad" or (plan == "frozen" and (need_weight or need_bias)):
         raise RuntimeError(f"plan {plan!r} kept nothing for the gradients that backward now asks for")
     if plan == "frozen" and grad_statistics is None:
         coefs = grad.masked_fill(labels == ignore_index, 0)  # an ignored row's upstream gradient may be anything
-        return torch.ops.fastpref.scale_gradient(kept, coefs, hidden), *(None,) * 10
+        return torch.ops.fastpref.scale_gradient(kept, coefs, hidden), *(None,) * 12
     options[4] = "recompute" if plan == "frozen" else plan
     gradients = torch.ops.fastpref.linear_token_logprobs_backward(
         torch.zeros_like(logps) if grad is None else grad, hidden, weight, labels, bias, logps, lse, kept, rows,
         None if row is None else statistics[row], None if grad_statistics is None else grad_statistics[row],
-        *options, need_hidden, need_weight, need_bias,
+        *options, need_hidden, need_weight, need_bias, compute_weight,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (
         g if need else None for g, need in zip(gradients, (need_hidden, need_weight, need_bias), strict=True)
     )
-    return d_hidden, d_weight, None, d_bias, *(None,) * 7
+    return d_hidden, d_weight, None, d_bias, *(None,) * 9
 
 
 linear_token_logprobs.register_autograd(_backward_linear, setup_context=_save_linear)
@@ -166,7 +196,7 @@ def register_ready_gradients(op, num_inputs: int) -> None:
         # traced is a fake of another type, and has no value.
         eager = type(grad) is Tensor and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         # A graph that is kept keeps its gradients too: `.grad` takes what it is given, and is written in place.
-        as_is = eager and not _graph_is_kept() and grad.device.type == "cpu" and grad.item() == 1
+        as_is = eager and not _graph_is_kept() and checks.free_to_read(grad) and grad.item() == 1
 
         def scaled(gradient, of, needed):
             if not needed or (as_is and gradient.dtype == of.dtype):

@@ -14,7 +14,7 @@ from fastpref.common import checks
 from fastpref.common.segments import segment_sums
 from fastpref.ops.common import wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
-from fastpref.plans import plans
+from fastpref.plans import fused, plans
 from fastpref.reference import PairedObjective, pair_confidence
 
 SEPARABLE_EXCEPT = ("aot", "aot_unpaired")  # these sort across the batch
@@ -91,6 +91,7 @@ def linear_paired_loss(
     objective: str, num_pairs: int, workspace_bytes: int | None,
     need_hidden: bool, need_weight: bool, need_bias: bool, lengths: Tensor | None = None,
     token_weights: Tensor | None = None, confidence: bool = False, nll_tokens: Tensor | None = None,
+    compute_weight: Tensor | None = None, edges: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics `[6, B]`, dH, dW, db), the gradients in fp32, empty where not needed."""
     checks.label_range(labels, weight.shape[0], ignore_index)
@@ -103,23 +104,24 @@ def linear_paired_loss(
     def of_group(values: Tensor | None, first: int, last: int) -> Tensor | None:
         return None if values is None else values.view(2, num_pairs)[:, first:last].reshape(-1)
 
-    def group_loss(logps: Tensor, edges: Tensor, rows: Tensor, first: int, last: int, log_sum_sq=None):
+    def group_loss(logps: Tensor, offsets: Tensor, rows: Tensor, first: int, last: int, log_sum_sq=None):
         pair_weights = None
         if log_sum_sq is not None:
-            sizes = edges.diff()
+            sizes = offsets.diff()
             sums = segment_sums(logps, sizes), segment_sums(log_sum_sq, sizes)
             pair_weights = pair_confidence(*sums, sizes).to(logps.dtype)
         return backend_for(logps).paired_loss(
-            logps, None, edges, of_group(ref_logps, first, last), of_group(lengths, first, last), pair_weights,
+            logps, None, offsets, of_group(ref_logps, first, last), of_group(lengths, first, last), pair_weights,
             chosen_tokens, o, num_pairs=last - first, total_pairs=num_pairs, ignore_index=ignore_index,
             token_weights=None if token_weights is None else token_weights[rows],
         )  # fmt: skip
 
-    loss, metrics, gradients = plans.forward_units(
-        hidden, head_of(weight, bias, ignore_index, temperature, logit_scale, softcap), labels, cu_seqlens,
+    head = head_of(weight, compute_weight, bias, ignore_index, temperature, logit_scale, softcap)
+    loss, metrics, gradients = fused.forward_units(
+        hidden, head, labels, cu_seqlens,
         2 * num_pairs, 2, plans.Needs(need_hidden, need_weight, need_bias), workspace_bytes,
         separable=not set(o.losses) & set(SEPARABLE_EXCEPT), group_loss=group_loss,
-        statistics=("log_sum_sq",) if confidence else (),
+        statistics=("log_sum_sq",) if confidence else (), edges=edges,
     )  # fmt: skip
     return loss, metrics, *present(gradients, hidden)
 
@@ -135,4 +137,4 @@ def _(
     return loss, metrics, *fake_gradients(hidden, weight, bias, needs)
 
 
-register_ready_gradients(linear_paired_loss, num_inputs=20)
+register_ready_gradients(linear_paired_loss, num_inputs=22)

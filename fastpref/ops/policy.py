@@ -9,7 +9,7 @@ from fastpref.backends import backend_for
 from fastpref.common import checks
 from fastpref.ops.common import wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
-from fastpref.plans import plans
+from fastpref.plans import fused, plans
 from fastpref.reference import POLICY_METRICS, PolicyObjective
 
 # per-token metrics that the linear operator returns besides the losses
@@ -61,6 +61,7 @@ def linear_policy_loss(
     ref_logps: Tensor | None, advantages: Tensor, weights: Tensor, ignore_index: int, temperature: float,
     logit_scale: float, softcap: float | None, epsilon_low: float, epsilon_high: float, beta: float,
     entropy_coef: float, workspace_bytes: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
+    compute_weight: Tensor | None = None, scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, LINEAR_METRICS `[5, N]`, dH, dW, db), the gradients in fp32, empty where not needed."""
     checks.label_range(labels, weight.shape[0], ignore_index)
@@ -77,9 +78,9 @@ def linear_policy_loss(
         )  # fmt: skip
         return losses, torch.cat([logps[None], entropy[None], metrics]), coefs, coefs_entropy if entropy_coef else None
 
-    loss, metrics, gradients = plans.forward_tokens(
-        hidden, head_of(weight, bias, ignore_index, temperature, logit_scale, softcap), labels,
-        plans.Needs(need_hidden, need_weight, need_bias), workspace_bytes, len(LINEAR_METRICS), token_loss,
+    loss, metrics, gradients = fused.forward_tokens(
+        hidden, head_of(weight, compute_weight, bias, ignore_index, temperature, logit_scale, softcap), labels,
+        plans.Needs(need_hidden, need_weight, need_bias), workspace_bytes, len(LINEAR_METRICS), token_loss, scored_rows,
     )  # fmt: skip
     return loss, metrics, *present(gradients, hidden)
 
@@ -89,7 +90,7 @@ def _(hidden, weight, labels, bias, *options):
     dtype = wide(hidden.dtype)
     loss = hidden.new_empty((), dtype=dtype)
     metrics = hidden.new_empty(len(LINEAR_METRICS), hidden.shape[0], dtype=dtype)
-    return loss, metrics, *fake_gradients(hidden, weight, bias, plans.Needs(*options[-3:]))
+    return loss, metrics, *fake_gradients(hidden, weight, bias, plans.Needs(*options[13:16]))
 
 
-register_ready_gradients(linear_policy_loss, num_inputs=20)
+register_ready_gradients(linear_policy_loss, num_inputs=22)

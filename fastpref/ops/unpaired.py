@@ -12,7 +12,7 @@ from fastpref.backends import backend_for
 from fastpref.common import checks
 from fastpref.ops.common import wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
-from fastpref.plans import plans
+from fastpref.plans import fused, plans
 from fastpref.reference import UnpairedObjective
 
 
@@ -67,23 +67,25 @@ def linear_unpaired_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ref_logps: Tensor, desirable: Tensor,
     shift: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int, temperature: float, logit_scale: float,
     softcap: float | None, objective: str, workspace_bytes: int | None,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
+    need_hidden: bool, need_weight: bool, need_bias: bool, compute_weight: Tensor | None = None,
+    edges: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, metrics `[2, S]`, dH, dW, db), the gradients in fp32, empty where not needed."""
     checks.label_range(labels, weight.shape[0], ignore_index)
     checks.packed_edges(cu_seqlens, labels.numel())
     o = decode(objective)
 
-    def group_loss(logps: Tensor, edges: Tensor, rows: Tensor, first: int, last: int):
+    def group_loss(logps: Tensor, offsets: Tensor, rows: Tensor, first: int, last: int):
         return backend_for(logps).unpaired_loss(
-            logps, None, edges, ref_logps[first:last], desirable, shift, o,
+            logps, None, offsets, ref_logps[first:last], desirable, shift, o,
             first_sequence=first, num_sequences=last - first, ignore_index=ignore_index,
         )  # fmt: skip
 
-    loss, metrics, gradients = plans.forward_units(
-        hidden, head_of(weight, bias, ignore_index, temperature, logit_scale, softcap), labels, cu_seqlens,
+    head = head_of(weight, compute_weight, bias, ignore_index, temperature, logit_scale, softcap)
+    loss, metrics, gradients = fused.forward_units(
+        hidden, head, labels, cu_seqlens,
         desirable.numel(), 1, plans.Needs(need_hidden, need_weight, need_bias), workspace_bytes,
-        separable=True, group_loss=group_loss,
+        separable=True, group_loss=group_loss, edges=edges,
     )  # fmt: skip
     return loss, metrics, *present(gradients, hidden)
 
@@ -91,7 +93,7 @@ def linear_unpaired_loss(
 @linear_unpaired_loss.register_fake
 def _(
     hidden, weight, labels, bias, ref_logps, desirable, shift, cu_seqlens, ignore_index, temperature, logit_scale,
-    softcap, objective, workspace_bytes, need_hidden, need_weight, need_bias,
+    softcap, objective, workspace_bytes, need_hidden, need_weight, need_bias, *_,
 ):  # fmt: skip
     dtype = wide(hidden.dtype)
     needs = plans.Needs(need_hidden, need_weight, need_bias)
@@ -99,4 +101,4 @@ def _(
     return loss, metrics, *fake_gradients(hidden, weight, bias, needs)
 
 
-register_ready_gradients(linear_unpaired_loss, num_inputs=17)
+register_ready_gradients(linear_unpaired_loss, num_inputs=19)

@@ -14,6 +14,7 @@ K is written over the policy's logits. The reference has no gradient, and its lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from fastpref.backends import backend_for
 from fastpref.common.precision import wide
-from fastpref.plans import plans
+from fastpref.plans.compact import chunks, compact, compact_labels, gather_part, joined, put_rows, scatter
+from fastpref.plans.head import Head, Needs, borrowed_logits, logits_buffer, tile_rows
+from fastpref.plans.products import ParameterGradients, matmul_into, project, scaled_in_place, unit_product
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -36,12 +39,12 @@ class Forward(NamedTuple):
     rows: Tensor  # the scored rows [n]
 
 
-def _tile_rows(head: plans.Head, rows: int, workspace_bytes: int | None) -> int:
+def _tile_rows(head: Head, rows: int, workspace_bytes: int | None) -> int:
     """Rows of two tiles in the memory that one may take."""
-    return max(1, plans.tile_rows(head, 2 * rows, workspace_bytes) // 2)
+    return max(1, tile_rows(head, 2 * rows, workspace_bytes) // 2)
 
 
-def _exact(hidden: Tensor, head: plans.Head, labels: Tensor | None) -> Tensor | None:
+def _exact(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor | None:
     """The labels' logits in fp32, where the tile rounds them."""
     if labels is None or hidden.dtype not in HALF:
         return None
@@ -49,75 +52,92 @@ def _exact(hidden: Tensor, head: plans.Head, labels: Tensor | None) -> Tensor | 
 
 
 def forward(
-    hidden: Tensor, head: plans.Head, ref_hidden: Tensor, ref_head: plans.Head, labels: Tensor | None,
-    direction: str, plan: str, workspace_bytes: int | None,
+    hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, labels: Tensor | None,
+    direction: str, plan: str, workspace_bytes: int | None, scored_rows: int | None = None,
 ) -> Forward:  # fmt: skip
     total, backend = hidden.shape[0], backend_for(hidden)
     if labels is None:
         rows = torch.arange(total, device=hidden.device)
     else:
-        rows = plans.compact(labels, head.ignore_index)
-        labels = plans.gather(labels, rows)
+        rows = compact(labels, head.ignore_index, scored_rows)
+        labels = compact_labels(labels, rows, head.ignore_index, scored_rows)
     n = rows.numel()
     names = ("kl", "lse", "ref_lse") + (() if labels is None else ("logps", "ref_logps"))
     dtype = wide(torch.promote_types(hidden.dtype, ref_hidden.dtype))
-    results = {name: hidden.new_empty(n, dtype=dtype) for name in names}
-    unit_hidden = torch.zeros_like(hidden) if plan == "frozen" else None
-    k = plans.logits_buffer(head, n) if plan == "store" else None
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    unit_hidden = None
+    if plan == "frozen":
+        unit_hidden = torch.empty_like(hidden) if n == total else torch.zeros_like(hidden)
+    k = logits_buffer(head, n) if plan == "store" else None
     step = _tile_rows(head, n, workspace_bytes)
     with (
-        plans.borrowed_logits(0 if k is not None else step, head.vocab, head.weight) as scratch,
-        plans.borrowed_logits(step, head.vocab, ref_head.weight) as ref_scratch,
+        borrowed_logits(0 if k is not None else step, head.vocab, head.weight) as scratch,
+        borrowed_logits(step, head.vocab, ref_head.weight) as ref_scratch,
     ):
-        for part in plans._chunks(n, step):
+        for part in chunks(n, step):
             size = part.stop - part.start
             tile = scratch[:size] if k is None else k[part]
             ref_tile = ref_scratch[:size]
-            h, ref_h = hidden.index_select(0, rows[part]), ref_hidden.index_select(0, rows[part])
+            h, ref_h = gather_part(hidden, rows, part), gather_part(ref_hidden, rows, part)
             y = None if labels is None else labels[part]
-            plans._project(h, head.weight, head.bias, tile)
-            plans._project(ref_h, ref_head.weight, ref_head.bias, ref_tile)
+            project(h, head.weight, head.bias, tile)
+            project(ref_h, ref_head.weight, ref_head.bias, ref_tile)
             found = backend.token_kl(
                 tile, ref_tile, direction=direction, transform=head.transform, labels=y,
                 target_logits=_exact(h, head, y), ref_target_logits=_exact(ref_h, ref_head, y),
                 write_k=plan in ("frozen", "store"),
             )  # fmt: skip
-            for name, result in results.items():
-                result[part] = found[name]
+            for name, values in parts.items():
+                values.append(found[name])
             if unit_hidden is not None:
-                unit_hidden.index_copy_(0, rows[part], torch.mm(tile, head.weight))
+                put_rows(unit_hidden, rows, part, unit_product(tile, head.weight))
     kept = k if unit_hidden is None else unit_hidden
-    scattered = {name: plans.scatter(results[name], rows, total) for name in names if not name.endswith("lse")}
+    results = {name: joined(values, hidden, dtype) for name, values in parts.items()}
+    if labels is not None and scored_rows is not None:
+        results |= _of_scored_rows(results, labels, head)
+    scattered = {name: scatter(results[name], rows, total) for name in names if not name.endswith("lse")}
     return Forward(
         scattered["kl"], scattered.get("logps"), scattered.get("ref_logps"), results["lse"], results["ref_lse"],
         hidden.new_empty(0) if kept is None else kept, rows,
     )  # fmt: skip
 
 
+def _of_scored_rows(results: dict[str, Tensor], labels: Tensor, head: Head) -> dict[str, Tensor]:
+    """With an upper bound of the scored rows, some are ignored, and all are NaN where it was too low."""
+    ignored, unknown = labels == head.ignore_index, results["logps"].isnan()
+    kl = results["kl"].masked_fill(unknown, float("nan")).masked_fill(ignored, 0)
+    return {"kl": kl} | {name: results[name].masked_fill(ignored, 0) for name in ("logps", "ref_logps")}
+
+
 def backward_recompute(
-    hidden: Tensor, head: plans.Head, ref_hidden: Tensor, ref_head: plans.Head, kl: Tensor, lse: Tensor,
-    ref_lse: Tensor, coefs: Tensor, direction: str, needs: plans.Needs, parameters: plans.ParameterGradients,
-    workspace_bytes: int | None,
+    hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, kl: Tensor, lse: Tensor,
+    ref_lse: Tensor, coefs: Tensor, direction: str, needs: Needs, parameters: ParameterGradients,
+    workspace_bytes: int | None, *, dtype: torch.dtype | None = None, on_hidden: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Four products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]`."""
+    """Four products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]`, `dtype` and
+    `on_hidden` as in `plans.backward_recompute`."""
     n = hidden.shape[0]
     width = _tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
     width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries
-    d_hidden = torch.zeros_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
+    d_hidden = torch.empty_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
     backend = backend_for(hidden)
     with (
-        plans.borrowed_logits(n, width, head.weight) as tile,
-        plans.borrowed_logits(n, width, ref_head.weight) as ref_tile,
+        borrowed_logits(n, width, head.weight) as tile,
+        borrowed_logits(n, width, ref_head.weight) as ref_tile,
     ):
-        for part in plans._chunks(head.vocab, width):
+        for part in chunks(head.vocab, width):
             size, weight = part.stop - part.start, head.weight[part]
             k, ref = tile[:, :size], ref_tile[:, :size]
-            plans._project(hidden, weight, None if head.bias is None else head.bias[part], k)
+            project(hidden, weight, None if head.bias is None else head.bias[part], k)
             ref_bias = None if ref_head.bias is None else ref_head.bias[part]
-            plans._project(ref_hidden, ref_head.weight[part], ref_bias, ref)
+            project(ref_hidden, ref_head.weight[part], ref_bias, ref)
             backend.token_kl_gradient(k, ref, kl, lse, ref_lse, k, direction=direction, transform=head.transform)
             if d_hidden is not None:
-                plans._matmul_into(d_hidden, k, weight, add=True)
+                matmul_into(d_hidden, k, weight, add=part.start > 0)
+                if part.stop == head.vocab:
+                    d_hidden = scaled_in_place(d_hidden, coefs, dtype or d_hidden.dtype)
+                    if on_hidden is not None:
+                        on_hidden(d_hidden)
             parameters.add(k, hidden, coefs, part)
     parameters.finish()
-    return None if d_hidden is None else (d_hidden * coefs[:, None]).to(hidden.dtype)
+    return d_hidden

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastpref.common import checks
+from fastpref.plans.compact import compact
 
 
 class UnitRows(NamedTuple):
@@ -18,25 +20,37 @@ class UnitRows(NamedTuple):
     """
 
     rows: Tensor  # [n]
-    edges: list[int]  # sides * U + 1
+    edges: Sequence[int]  # sides * U + 1
     sides: int
+    offsets: Tensor  # the edges on the device
 
     @property
     def number(self) -> int:
         return (len(self.edges) - 1) // self.sides
 
     def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
+        if last - first == self.number:
+            return [(0, len(self.edges) - 1)]
         return [(side * self.number + first, side * self.number + last) for side in range(self.sides)]
 
-    def of(self, first: int, last: int) -> Tensor:
-        """Compacted positions of units first..last-1, side after side."""
-        e, device = self.edges, self.rows.device
-        return torch.cat([torch.arange(e[a], e[b], device=device) for a, b in self._spans(first, last)])
+    def places(self, first: int, last: int) -> list[slice]:
+        """Where units first..last-1 lie among the compacted rows, side after side."""
+        return [slice(self.edges[a], self.edges[b]) for a, b in self._spans(first, last)]
+
+    def of(self, values: Tensor, first: int, last: int) -> Tensor:
+        """Their part of compacted values `[n, ...]`; a view where it is in one piece."""
+        parts = [values[place] for place in self.places(first, last)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def cu_seqlens(self, first: int, last: int) -> Tensor:
         """Offsets of those units' sequences, as if they were the whole batch."""
-        lengths = [self.edges[s + 1] - self.edges[s] for a, b in self._spans(first, last) for s in range(a, b)]
-        return torch.tensor([0, *itertools.accumulate(lengths)], device=self.rows.device)
+        (a, b), *others = self._spans(first, last)
+        begin, size = self.edges[a], self.edges[b] - self.edges[a]
+        parts = [self.offsets[a : b + 1] - begin if begin else self.offsets[a : b + 1]]
+        for a, b in others:
+            parts.append(self.offsets[a + 1 : b + 1] + (size - self.edges[a]))
+            size += self.edges[b] - self.edges[a]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def size(self, first: int, last: int) -> int:
         return sum(self.edges[b] - self.edges[a] for a, b in self._spans(first, last))
@@ -48,3 +62,27 @@ class UnitRows(NamedTuple):
             if last == self.number or self.size(first, last + 1) > rows:
                 yield first, last
                 first = last
+
+
+def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, sequences: int, ignore_index: int) -> Tensor:
+    """Where the scored rows of each sequence begin among all scored ones, on the device `[sequences + 1]`."""
+    scored = labels != ignore_index
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(sequences + 1, device=labels.device) * (labels.numel() // sequences)
+    before = torch.cat([scored.new_zeros(1, dtype=torch.long), scored.cumsum(0)])
+    return before.index_select(0, cu_seqlens)
+
+
+def unit_rows(
+    labels: Tensor, cu_seqlens: Tensor | None, sequences: int, sides: int, ignore_index: int,
+    edges: Sequence[int] | None = None,
+) -> UnitRows:  # fmt: skip
+    """`edges`: the offsets of each sequence's scored rows, if the host knows them; else one host sync finds out."""
+    layout = (labels, cu_seqlens, sequences, ignore_index)
+    every = edges is not None and edges[-1] == labels.numel() and cu_seqlens is not None
+    offsets = cu_seqlens if every and cu_seqlens is not None else sequence_offsets(*layout)
+    if edges is None:
+        edges = offsets.tolist()
+    elif checks.free_to_read(labels) and (found := sequence_offsets(*layout).tolist()) != list(edges):
+        raise ValueError(f"scored_rows: got offsets {list(edges)}, want those of the labels, {found}")
+    return UnitRows(compact(labels, ignore_index, edges[-1]), edges, sides, offsets)

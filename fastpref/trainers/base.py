@@ -87,6 +87,8 @@ class PreferenceTrainer(Trainer):
         dispatch: Any = args.accelerator_config
         if dispatch.dispatch_batches is None:  # a packed batch cannot be cut into ranks' shares
             dispatch.dispatch_batches = False
+        if args.dataloader_pin_memory:  # the next batch is copied while the device works on this one
+            dispatch.non_blocking = True
         self.tokenizer_in_use = processing_class
         options = {name: value for name, value in options.items() if value is not None}
         super().__init__(

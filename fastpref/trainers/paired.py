@@ -38,8 +38,8 @@ class PairTraining(PolicyTrainer):
         labels, ref_logps, edges = part["labels"], part.get("ref_logps"), part["cu_seqlens"]
         if tokens is None or options:
             out = self.loss_fn.from_hidden(
-                hidden, head.weight, labels, head.bias, ref_logps, edges, nll_tokens=denominator, **head.options(),
-                **options,
+                hidden, head.weight, labels, head.bias, ref_logps, edges, nll_tokens=denominator,
+                scored_rows=part["sizes"], **head.options(), **options,
             )  # fmt: skip
         else:
             out = self.loss_fn.from_tokens(tokens, labels, ref_logps, edges, nll_tokens=denominator)

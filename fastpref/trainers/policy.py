@@ -93,7 +93,9 @@ class PolicyTrainer(PreferenceTrainer):
             return None
         wanted = (*MEASURED, *getattr(self.loss_fn, "statistics", ()))
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            return linear_token_statistics(hidden, head.weight, part["labels"], head.bias, wanted, **head.options())
+            return linear_token_statistics(
+                hidden, head.weight, part["labels"], head.bias, wanted, scored_rows=part["sizes"], **head.options()
+            )
 
     def add_token_metrics(self, tokens: TokenStatistics | None, part: Mapping[str, Any], chosen: Tensor) -> None:
         """Entropy over all scored tokens, mean logits of chosen and rejected ones, accuracy on the chosen; `chosen`
@@ -112,7 +114,9 @@ class PolicyTrainer(PreferenceTrainer):
         """Of every scored row `[M]`, by any model, without gradients."""
         inner = inner_model(model)
         hidden, head = scored_hidden(model, part), models.read_head(inner)
-        return linear_token_logprobs(hidden, head.weight, part["labels"], head.bias, **head.options())
+        return linear_token_logprobs(
+            hidden, head.weight, part["labels"], head.bias, scored_rows=part["sizes"], **head.options()
+        )
 
 
 class ReferencedTrainer(PolicyTrainer):

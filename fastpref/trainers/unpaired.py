@@ -112,7 +112,9 @@ class KTOTrainer(ReferencedTrainer):
         tokens, labels, desirable = self.measured(hidden, head, part), part["labels"], part["desirable"]
         given = (part["ref_logps"], part.get("kl"), part["cu_seqlens"])
         if tokens is None:
-            out = self.loss_fn.from_hidden(hidden, head.weight, labels, desirable, head.bias, *given, **head.options())
+            out = self.loss_fn.from_hidden(
+                hidden, head.weight, labels, desirable, head.bias, *given, scored_rows=part["sizes"], **head.options()
+            )
         else:
             out = self.loss_fn.from_tokens(tokens.logps, labels, desirable, *given)
         sizes = part["cu_seqlens"].diff()

@@ -118,7 +118,7 @@ def _linear_token_kl(direction: str, plan: str, wrt: tuple[str, ...]) -> Operato
         return {name: value for name, value in out._asdict().items() if value is not None}
 
     def slice_width(x: Inputs) -> int:
-        """As `fastpref.plans.plans.kl_plans.backward_recompute` cuts the vocabulary."""
+        """As `fastpref.plans.kl_plans.backward_recompute` cuts the vocabulary."""
         vocab, scored = x.weight.shape[0], int((x.labels != IGNORE).sum())
         head = plans.Head(x.weight, None, LogitTransform(), IGNORE)
         width = kl_plans._tile_rows(head, scored, a_third(x)) * vocab // max(1, scored)

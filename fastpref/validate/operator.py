@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref.plans import plans
+from fastpref.plans.head import tile_rows
 from fastpref.reference import LogitTransform, TokenStatistics
 from fastpref.validate import inputs
 from fastpref.validate.ideal import Exact, Partition
@@ -73,7 +74,7 @@ def slice_width(x: Inputs, workspace_bytes: int | None) -> int:
     """Columns in a slice of plan `recompute`, as `fastpref.plans.plans.backward_recompute` cuts them."""
     vocab, scored = x.weight.shape[0], int((x.labels != IGNORE).sum())
     head = plans.Head(x.weight, None, LogitTransform(), IGNORE)
-    width = plans.tile_rows(head, scored, workspace_bytes) * vocab // max(1, scored)
+    width = tile_rows(head, scored, workspace_bytes) * vocab // max(1, scored)
     return min(vocab, max(128, width // 128 * 128))
 
 

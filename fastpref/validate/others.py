@@ -11,6 +11,9 @@ import fastpref
 from fastpref import reference
 from fastpref.objectives.policy import REDUCTIONS
 from fastpref.plans import plans
+from fastpref.plans.compact import compact
+from fastpref.plans.head import tile_rows
+from fastpref.plans.units import UnitRows, unit_rows
 from fastpref.reference import LogitTransform
 from fastpref.validate import divergences, inputs, rewards
 from fastpref.validate.ideal import Exact, Partition
@@ -82,9 +85,9 @@ def _unpaired(name: str, loss: fastpref.KTOLoss | fastpref.BCOLoss) -> tuple[Ope
         logps, rewards = reference.unpaired_metrics(sums.detach(), x.ref_logps, o)
         return {"loss": total, "logps": logps, "rewards": rewards}
 
-    def edges(x: Inputs) -> tuple[plans.UnitRows, int]:
+    def edges(x: Inputs) -> tuple[UnitRows, int]:
         """Where the sequences' rows are, and how many two of the longest have."""
-        units = plans.unit_rows(x.labels, x.cu_seqlens, x.cu_seqlens.numel() - 1, 1, IGNORE)
+        units = unit_rows(x.labels, x.cu_seqlens, x.cu_seqlens.numel() - 1, 1, IGNORE)
         return units, 2 * max(units.size(i, i + 1) for i in range(units.number))
 
     def from_hidden(x: Inputs) -> Results:
@@ -97,7 +100,7 @@ def _unpaired(name: str, loss: fastpref.KTOLoss | fastpref.BCOLoss) -> tuple[Ope
 
     def hidden_formula(spec: Exact, x: Inputs) -> Results:
         units, rows = edges(x)
-        pieces = Partition(row_groups=tuple(units.rows[units.of(*group)] for group in units.groups(rows)))
+        pieces = Partition(row_groups=tuple(units.of(units.rows, *group) for group in units.groups(rows)))
         logps = hidden_logps(spec, x, pieces)
         return specified(spec, x, spec.sequence_logprobs(logps, x.labels, x.cu_seqlens))
 
@@ -183,9 +186,9 @@ def _policy(name: str, loss: fastpref.PolicyGradientLoss) -> tuple[Operator, ...
         return results(loss.from_hidden(workspace_bytes=room, **given(x)))
 
     def hidden_formula(spec: Exact, x: Inputs) -> Results:
-        rows = plans.compact(x.labels, IGNORE)
+        rows = compact(x.labels, IGNORE)
         head = plans.Head(x.weight, None, LogitTransform(), IGNORE)
-        step = plans.tile_rows(head, rows.numel(), tile(x) * x.weight.shape[0] * x.weight.element_size())
+        step = tile_rows(head, rows.numel(), tile(x) * x.weight.shape[0] * x.weight.element_size())
         pieces = Partition(row_groups=rows.split(step))
         bias = x.floats.get("bias")
         logps, entropy = spec.linear_token_statistics(x.hidden, x.weight, x.labels, bias, pieces, **x.transform)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastpref import reference
 from fastpref.objectives.paired import PairedLoss, PreferenceOutput
 from fastpref.ops.paired import SEPARABLE_EXCEPT
-from fastpref.plans import plans
+from fastpref.plans.units import UnitRows, unit_rows
 from fastpref.validate import inputs
 from fastpref.validate.ideal import Exact, Partition
 from fastpref.validate.inputs import IGNORE, Inputs
@@ -104,9 +104,9 @@ def _from_tokens(spec: Exact, loss_fn: PairedLoss, x: Inputs, logps: Tensor) -> 
     return _specified(spec, loss_fn, spec.sequence_logprobs(logps, x.labels, x.cu_seqlens), x.ref_logps, lengths)
 
 
-def _pair_rows(x: Inputs) -> tuple[plans.UnitRows, int]:
+def _pair_rows(x: Inputs) -> tuple[UnitRows, int]:
     """Where the pairs' rows are, and how many the largest pair has."""
-    pairs = plans.unit_rows(x.labels, x.cu_seqlens, x.cu_seqlens.numel() - 1, 2, IGNORE)
+    pairs = unit_rows(x.labels, x.cu_seqlens, x.cu_seqlens.numel() - 1, 2, IGNORE)
     return pairs, max(pairs.size(i, i + 1) for i in range(pairs.number))
 
 
@@ -119,4 +119,4 @@ def _pieces(loss_fn: PairedLoss, x: Inputs) -> Partition:
     pairs, largest = _pair_rows(x)
     if set(loss_fn.objective.losses) & set(SEPARABLE_EXCEPT):  # one group, larger than the workspace: recomputed
         return Partition(slice_width=slice_width(x, _room_for_one_pair(x)))
-    return Partition(row_groups=tuple(pairs.rows[pairs.of(*group)] for group in pairs.groups(largest)))
+    return Partition(row_groups=tuple(pairs.of(pairs.rows, *group) for group in pairs.groups(largest)))

@@ -221,7 +221,7 @@ ERRORS = [
         lambda: loss_fn(zeros(3, 2), zeros(3, dtype=LONG) + 2), ValueError,
         "labels: got 2 at row 0, want a token in [0, 2) or ignore_index=-1",
     ),
-    (lambda: loss_fn(zeros(3), zeros(3), zeros(3)), TypeError, "mask: got dtype float32, want bool"),
+    (lambda: loss_fn(zeros(3), zeros(3), zeros(3) + 2), ValueError, "mask: got 2, want 0 or 1 (or bool)"),
     (
         lambda: loss_fn.from_hidden(zeros(2, 3, 4), zeros(2, 5), zeros(2, 3, dtype=LONG)), ValueError,
         "hidden: got shape (2, 3, 4), want [*, 5] to match head_weight (2, 5)",

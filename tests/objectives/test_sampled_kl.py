@@ -230,7 +230,7 @@ ERRORS = [
         ValueError,
         "scores: got shape (1,), want (2,) (one per sequence)",
     ),
-    (lambda: fastpref.kl_penalized_rewards(S, L, L, L, 0.1), TypeError, "mask: got dtype float32, want bool"),
+    (lambda: fastpref.kl_penalized_rewards(S, L, L, L + 0.5, 0.1), ValueError, "mask: got 0.5, want 0 or 1 (or bool)"),
     (
         lambda: fastpref.kl_penalized_rewards(S, L, L, MASK[:, :2], 0.1),
         ValueError,
@@ -301,3 +301,15 @@ def test_errors(call, kind, message):
     fastpref.set_backend("auto")  # the arguments are on the CPU
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16])
+def test_masks_of_zeros_and_ones_in_any_dtype(backend, device, dtype):
+    """What most loops have is an integer mask."""
+    torch.manual_seed(0)
+    scores, logps, ref = (torch.randn(*s, device=device) for s in ((3,), (3, 5), (3, 5)))
+    mask = torch.rand(3, 5, device=device) < 0.5
+    wanted = fastpref.kl_penalized_rewards(scores, logps, ref, mask, 0.1)
+    assert torch.equal(fastpref.kl_penalized_rewards(scores, logps, ref, mask.to(dtype), 0.1), wanted)
+    logits = torch.randn(2, 3, 5, 7, device=device)
+    assert torch.equal(fastpref.token_kl(*logits, mask=mask.to(dtype)), fastpref.token_kl(*logits, mask=mask))

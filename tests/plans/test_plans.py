@@ -22,6 +22,7 @@ from fastpref import DPOLoss, linear_token_logprobs, linear_token_statistics, re
 from fastpref.backends import portable
 from fastpref.objectives.paired import DPO_LOSS_TYPES
 from fastpref.plans import plans
+from fastpref.plans.head import borrowed_logits, logits_buffer
 from fastpref.reference import LogitTransform
 
 DTYPES = (torch.float32, torch.float64)
@@ -327,7 +328,7 @@ def test_scratch_and_kept_logits_have_the_backends_row_stride(monkeypatch):
     monkeypatch.setattr(portable, "row_stride", lambda columns, element: columns + 7)
     like = torch.zeros(32, 3)
     head = plans.Head(like, None, LogitTransform(), -100)
-    with plans.borrowed_logits(4, 32, like) as scratch:
+    with borrowed_logits(4, 32, like) as scratch:
         assert (scratch.shape, scratch.stride()) == ((4, 32), (39, 1))
-    kept = plans.logits_buffer(head, 4)
+    kept = logits_buffer(head, 4)
     assert (kept.shape, kept.stride()) == ((4, 32), (39, 1))

@@ -1,0 +1,99 @@
+"""The matrix products of the plans: accumulated in fp32, rounded once, nothing else of the head's size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpref.common.memory import MIB
+from fastpref.plans.compact import chunks
+from fastpref.plans.head import Head, Needs
+
+SCRATCH = 64 * MIB  # of a product that cannot be stored as it comes
+ONE_WAVE = 132 * 128 * 256  # elements of a result that has as many tiles as an H100 has multiprocessors
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def scaled_rows(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values * scale` (one factor a row, or one in all) in `dtype`: one pass, rounded once from the wider dtype."""
+    scale = scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.ndim else scale
+    return torch.mul(values, scale, out=torch.empty_like(values, dtype=dtype))
+
+
+def scaled_in_place(product: Tensor, coefs: Tensor, dtype: torch.dtype) -> Tensor:
+    """`coefs * product`, in its own memory where it is of `dtype`."""
+    return product.mul_(coefs[:, None]) if product.dtype == dtype else scaled_rows(product, coefs, dtype)
+
+
+def unit_product(u: Tensor, weight: Tensor) -> Tensor:
+    """U W `[n, d]` in the compute dtype. For few rows cuBLAS may split the sum over V among thread blocks, and would
+    add up their parts in the dtype of the result: so that is fp32 then."""
+    half = u.dtype in (torch.bfloat16, torch.float16)
+    if u.is_cuda and half and u.shape[0] * weight.shape[1] < ONE_WAVE:
+        return torch.mm(u, weight, out_dtype=torch.float32).to(u.dtype)
+    return torch.mm(u, weight)
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """`out = a @ b`, or `+=`: accumulated in fp32 and, on CUDA, rounded only when stored as `out`."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # no mixed-output product on the CPU (torch 2.13): each product is rounded once
+        for part in _slices(out):
+            product = torch.mm(a[part], b)
+            out[part].add_(product) if add else out[part].copy_(product)
+
+
+def _slices(out: Tensor) -> list[slice]:
+    """Rows of a result, as many at a time as fit the scratch in fp32."""
+    return list(chunks(out.shape[0], max(1, SCRATCH // (4 * max(1, out.shape[1])))))
+
+
+class ParameterGradients:
+    """dW and db of the head, added up over groups of rows in `dtype`; None where not needed."""
+
+    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype) -> None:
+        self.weight = torch.empty_like(head.weight, dtype=dtype) if needs.weight else None
+        self.bias = torch.empty_like(head.bias, dtype=dtype) if needs.bias and head.bias is not None else None
+        self._started = False
+
+    def add(self, u: Tensor, hidden: Tensor, coefs: Tensor, columns: slice = slice(None)) -> None:
+        """Add U^T (c * H) and U^T c to the vocabulary rows `columns`; `finish` after each pass over them."""
+        dtype = torch.float32 if u.dtype == torch.float16 else u.dtype
+        if self.weight is not None:
+            self._add(self.weight[columns], u, scaled_rows(hidden, coefs, dtype))
+        if self.bias is not None:
+            self._add(self.bias[columns, None], u, coefs[:, None].to(dtype))
+
+    def _add(self, total: Tensor, u: Tensor, scaled: Tensor) -> None:
+        """total += U^T scaled, with `scaled` rounded once."""
+        if u.dtype != torch.float16:
+            matmul_into(total, u.t(), scaled, add=self._started)
+            return
+        # Coefficients of 1e-6 would underflow in fp16, and a GradScaler's 65536 overflow: the product is of values
+        # of size 1.
+        # Dividing and multiplying by a power of two rounds nothing.
+        peak = scaled.abs().amax() if scaled.numel() else scaled.new_ones(())
+        peak = peak.masked_fill(peak == 0, 1)
+        peak = peak / torch.frexp(peak).mantissa
+        values = (scaled / peak).to(u.dtype)
+        if total.dtype == torch.float32 and not self._started:
+            matmul_into(total, u.t(), values, add=False)
+            total.mul_(peak)
+            return
+        for part in _slices(total):
+            product = torch.empty_like(total[part], dtype=torch.float32)
+            matmul_into(product, u[:, part].t(), values, add=False)
+            product.mul_(peak)
+            total[part].add_(product) if self._started else total[part].copy_(product)
+
+    def finish(self) -> None:
+        self._started = True

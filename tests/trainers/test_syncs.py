@@ -1,0 +1,138 @@
+"""No training step waits for the device because of fastpref: counted over forward, backward and optimizer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import warnings
+
+import pytest
+import torch
+from counting import Operators, Watch
+from support_trainers import METHODS, config, data_of, pairs, tiny, train
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, TrainerCallback
+
+import fastpref
+from fastpref import trainers
+from fastpref.common import memory
+
+TRL = importlib.util.find_spec("trl") is not None and importlib.metadata.version("trl").startswith("1.16.")
+HOSTS = {
+    ("_local_scalar_dense", "transformers/trainer.py"): "is the loss NaN? logging_nan_inf_filter, of TRL's arguments",
+    ("to", "transformers/trainer.py"): "_prepare_input, of batches that are on the device",
+    ("to", "transformers/models/llama/modeling_llama.py"): "a buffer to the device that it is on",
+    ("to", "accelerate/accelerator.py"): "clip_grad_norm_: norms to the device of the first of them",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+class WatchSteps(TrainerCallback):
+    """From the beginning of each update to its end."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.steps = watch, 0
+
+    def on_step_begin(self, *args, **kwargs) -> None:
+        self.watch.start()
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.watch.stop()
+        self.steps += 1
+
+
+def assert_nothing_waits(trainer, monkeypatch) -> Operators:
+    watch = Watch(monkeypatch)
+    steps = WatchSteps(watch)
+    trainer.add_callback(steps)
+    train(trainer)
+    assert steps.steps == 2 and sum(watch.operators.launches.values()) > 100
+    assert watch.ours == []
+    assert {(event.what, event.file) for event in watch.operators.waits if not event.ours} <= HOSTS.keys()
+    return watch.operators
+
+
+def trainer_of(method: str, tmp_path, **options):
+    trainer_class, config_class, more = METHODS[method]
+    model, tokenizer = tiny()
+    args = config(config_class, tmp_path, max_steps=2, **more, **options)
+    return trainer_class(model=model, args=args, train_dataset=data_of(method), processing_class=tokenizer)
+
+
+# the configurations' own precision and checkpointing; parts of a batch; every step measures entropies or none does
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dpo", {"bf16": True, "gradient_checkpointing": True}),
+        ("dpo", {"precompute_ref_log_probs": False, "token_budget": 200, "statistics": "never"}),
+        ("dpo", {"ld_alpha": 0.5, "use_weighting": True, "statistics": "never"}),
+        ("ipo", {"statistics": "never", "layout": "packed"}),
+        ("kto", {"statistics": "never", "precompute_ref_log_probs": False}),
+        ("orpo", {}),
+        ("cpo", {"statistics": "never"}),
+        ("simpo", {"gradient_accumulation_steps": 2, "statistics": "never"}),
+    ],
+    ids=str,
+)
+def test_policy_trainers(method, options, tmp_path, monkeypatch):
+    assert_nothing_waits(trainer_of(method, tmp_path, **options), monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_groups_of_units_whose_logits_do_not_fit(method, tmp_path, monkeypatch):
+    trainer = trainer_of(method, tmp_path, statistics="never")
+    operator = {"dpo": "linear_paired_loss", "kto": "linear_unpaired_loss"}[method]
+    rows = max(sum(part["sizes"]) for part in trainer.data_collator(trainer.train_dataset.to_list()[:4])["parts"])
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 4 * rows * 4 * trainer.model.config.vocab_size // 2)
+    assert operator in assert_nothing_waits(trainer, monkeypatch).of_fastpref
+
+
+def test_rewards_and_steps(tmp_path, monkeypatch):
+    model, tokenizer = tiny()
+    classifier = AutoModelForSequenceClassification.from_config(_labelled(model.config, 1))
+    args = config(trainers.RewardConfig, tmp_path, max_steps=2)
+    rewards = pairs().map(lambda row, i: {"margin": float(i)}, with_indices=True)
+    assert_nothing_waits(
+        trainers.RewardTrainer(classifier, args, train_dataset=rewards, processing_class=tokenizer), monkeypatch
+    )
+    rows = [{"prompt": "Two and two?", "completions": ["Four.", "Five."], "labels": [True, False]}] * 8
+    from datasets import Dataset
+
+    classifier = AutoModelForTokenClassification.from_config(_labelled(model.config, 2))
+    args = config(trainers.PRMConfig, tmp_path, max_steps=2)
+    trainer = trainers.PRMTrainer(classifier, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    assert_nothing_waits(trainer, monkeypatch)
+
+
+def _labelled(model_config, labels: int):
+    model_config.num_labels = labels
+    return model_config
+
+
+@pytest.mark.skipif(not TRL, reason="TRL 1.16 is not installed")
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_trl_under_the_patch(method, tmp_path, monkeypatch):
+    import trl_hosts
+
+    from fastpref.integrations import trl as fast_trl
+
+    with fast_trl.patched(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trl_hosts.build(method, tmp_path, max_steps=2)
+        assert_nothing_waits(trainer, monkeypatch)
+
+
+def test_the_watch_sees_what_waits(monkeypatch):
+    watch, x = Watch(monkeypatch), torch.randn(5)
+    with watch as operators:
+        for wait in (x.nonzero, x.sum().item, x.tolist, x.cpu, lambda: x[x > 0], lambda: x.to("cpu")):
+            before = len(operators.waits)
+            wait()
+            assert len(operators.waits) == before + 1
+        x.to("cpu", non_blocking=True), x.to(torch.float64), x[torch.tensor([1])], x.repeat_interleave(2)
+        assert len(operators.waits) == 6
+        fastpref.linear_token_logprobs(x[None], torch.randn(7, 5), torch.tensor([1]))
+    assert [event.what for event in watch.ours] == ["nonzero"]
