@@ -46,7 +46,7 @@ class Segments:
     key_rows: Tensor  # [M] the packed rows whose keys the segments see, one segment after the other
     max_queries: int
     max_keys: int
-    _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    _masks: dict[tuple, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, table: Sequence[Segment]) -> Segments:
@@ -86,7 +86,26 @@ class Segments:
             )
         return self._masks[key]
 
+    @torch.compiler.disable
+    def block_mask(self, window: int | None) -> Any:
+        """For FlexAttention over the gathered keys, kept for the other layers: a query sees one range of them."""
+        from torch.nn.attention.flex_attention import create_block_mask
 
+        if ("flex", window) not in self._masks:
+            queries, keys = self.table[-1].end, len(self.key_rows)
+            at = torch.arange(queries, device=self.key_rows.device)
+            segment = torch.bucketize(at, self.cu_queries[1:], right=True)
+            last = self.cu_keys[segment + 1] - self.cu_queries[segment + 1] + at
+            first = self.cu_keys[segment] if window is None else torch.maximum(self.cu_keys[segment], last - window + 1)
+
+            def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return (key >= first[query]) & (key <= last[query])
+
+            self._masks["flex", window] = create_block_mask(seen, None, None, queries, keys, self.key_rows.device)
+        return self._masks["flex", window]
+
+
+@torch.compiler.disable
 def by_segment(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None = None,
     softcap: float | None = None, dropout: float = 0.0,
@@ -138,6 +157,7 @@ def _varlen() -> tuple[Callable, frozenset[str]] | None:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
+@torch.compiler.disable
 def by_varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None = None
 ) -> Tensor:
@@ -163,6 +183,41 @@ def by_varlen(
     return out.transpose(0, 1)[None]
 
 
+@torch.compiler.disable(recursive=False)
+def by_flex(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The same in one FlexAttention, for what variable-length attention has no argument for: a soft cap, large heads.
+
+    Compiled on a GPU, for every length at once; elsewhere the whole score matrix, for tests."""
+    if segments.shared:
+        key, value = key.index_select(2, segments.key_rows), value.index_select(2, segments.key_rows)
+    call = _flex(query.device.type)
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return call(
+        query, key, value, score_mod=None if softcap is None else capped, block_mask=segments.block_mask(window),
+        scale=scale, enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
+
+
+@functools.cache
+def _flex(device: str) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
+
+
+@torch.compiler.disable
+def _can_flex(query: Tensor, dropout: float) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)  # in fp32 it is no faster than a call a segment
+    return query.is_cuda and half and not dropout and query.shape[-1] >= 16 and torch.version.hip is None
+
+
+@torch.compiler.disable
 def _can_varlen(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> bool:
     found = _varlen() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
     if found is None or softcap is not None or dropout or query.shape[-1] > 256 or query.shape[-1] % 8:
@@ -192,13 +247,16 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable  # a compiled model breaks here: the segments' sizes would be compiled into it
+# a compiled model breaks here, since the segments' sizes would be compiled into it; FlexAttention is compiled by itself
+@torch.compiler.disable(recursive=False)
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None,
     softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
     if _can_varlen(query, window, softcap, dropout):
         return by_varlen(query, key, value, segments, scale, window)
+    if _can_flex(query, dropout):
+        return by_flex(query, key, value, segments, scale, window, softcap)
     return by_segment(query, key, value, segments, scale, window, softcap, dropout)
 
 

@@ -1,10 +1,13 @@
 """Packed rows with shared prefixes give every model family its own hidden states and gradients."""
 
+import types
+
 import pytest
 import torch
 import transformers
 from support_zoo import tiny_model
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from fastpref.data.packing import Scored, pack
 from fastpref.models import attention
@@ -157,6 +160,46 @@ def test_by_varlen_is_the_definition(window, asked, monkeypatch):
     query, key, value = tensors()
     found = attention.by_varlen(query, key, value, SEGMENTS, 0.3, window)
     torch.testing.assert_close(found, dense(query, key, value, SEGMENTS, window, 0.3))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 3])
+def test_by_flex_is_the_definition(window, softcap):
+    """Forward only: FlexAttention has no backward on a CPU."""
+    given = tensors()
+    found = attention.by_flex(*given, SEGMENTS, 0.3, window, softcap)
+    torch.testing.assert_close(found, attention.by_segment(*given, SEGMENTS, 0.3, window, softcap))
+    if softcap is None:
+        torch.testing.assert_close(found, dense(*given, SEGMENTS, window, 0.3))
+
+
+def test_flex_attention_is_compiled_inside_of_a_model_that_is_not(monkeypatch):
+    """Not run as the whole score matrix, and not for every length anew."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, backend=counter, dynamic=True)
+    monkeypatch.setattr(attention, "_flex", lambda device: compiled)
+    monkeypatch.setattr(attention, "_can_flex", lambda *_: True)
+    for n in range(5):
+        segments = Segments.of([Segment(0, 7 + n), Segment(7 + n, 11 + 2 * n, 0, 4), Segment(11 + 2 * n, 15 + 3 * n)])
+        given = [torch.randn(1, h, 15 + 3 * n, 16) for h in (4, 2, 2)]
+        found = attention.packed_attention(*given, segments, 0.3, None, 0.7, 0.0)
+        torch.testing.assert_close(found, attention.by_segment(*given, segments, 0.3, None, 0.7))
+    assert 0 < counter.frame_count <= 2
+
+
+def test_no_call_a_segment_in_half_precision_on_a_gpu():
+    """Which way queries go, by what the fused calls can do."""
+    for head, softcap, dropout, way in ((64, None, 0.0, "varlen"), (256, None, 0.0, "varlen"), (64, 50.0, 0.0, "flex"),
+                                        (512, None, 0.0, "flex"), (64, None, 0.1, "segment")):  # fmt: skip
+        query = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 4, 9, head), device="cuda:0")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+            found = "varlen" if attention._can_varlen(query, 5, softcap, dropout) else None
+            found = found or ("flex" if attention._can_flex(query, dropout) else "segment")
+        assert found == way
 
 
 def test_the_installed_varlen_attention_has_the_parameters_that_we_pass():
