@@ -1,5 +1,6 @@
 """Every tensor argument of every backend function, as a strided, sliced, transposed or expanded view: the results of
-contiguous tensors, bit for bit on the Triton backend. What is written in place says which views it cannot take."""
+contiguous tensors, but for the order of the sums (where rows begin decides what one load brings). What is written in
+place says which views it cannot take."""
 
 from __future__ import annotations
 
@@ -114,9 +115,9 @@ def test_a_view_of_any_argument_gives_what_a_contiguous_tensor_does(backend, nam
                 continue
             got = _results(call, tensors | {argument: view}, options)
             want = _results(call, tensors | {argument: view.contiguous()}, options)
-            # the portable backend's sums may go in another order
-            tolerance = {"rtol": 1e-5, "atol": 1e-5} if backend == "portable" else {"rtol": 0, "atol": 0}
-            if not all(torch.allclose(a, b, equal_nan=True, **tolerance) for a, b in zip(got, want, strict=True)):
+            if not all(
+                torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True) for a, b in zip(got, want, strict=True)
+            ):
                 wrong.append((argument, kind))
     assert wrong == []
 
