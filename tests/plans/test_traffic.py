@@ -10,6 +10,10 @@ from support import relative_error
 import fastpref
 from fastpref import DPOLoss
 from fastpref.common import memory
+from fastpref.plans import plans
+from fastpref.plans.head import Head, Needs
+from fastpref.plans.products import ParameterGradients
+from fastpref.reference import LogitTransform
 
 PAIRS, LENGTH, VOCAB, WIDTH = 4, 6, 512, 16
 SIZE = VOCAB * WIDTH
@@ -131,3 +135,26 @@ def test_the_driver_is_asked_seldom_for_memory_that_pytorch_knows(monkeypatch):
 def test_an_operator_is_told_the_workspace_that_was_found():
     assert memory.Workspace(5, 5).told(None) == 5
     assert memory.Workspace(3, 5).told(None) is None and memory.Workspace(7, 7).told(7) == 7
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_hidden_gradients_are_ready_before_the_last_product_of_the_weight(slices):
+    """So that ranks that share a vocabulary add them up while that product runs."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(5, WIDTH), torch.randn(VOCAB, WIDTH), torch.randint(VOCAB, (5,))
+    head, order = Head(weight, None, LogitTransform(), -100), []
+
+    class Noting(ParameterGradients):
+        def add(self, *args):
+            order.append("weight")
+            super().add(*args)
+
+    workspace = 5 * (VOCAB // slices) * 4
+    done = plans.forward(hidden, head, labels, "no_grad", workspace)
+    needs = Needs(True, True, False)
+    d_hidden = plans.backward_recompute(
+        hidden, head, labels, done.logps, done.lse, plans.Upstream(torch.randn(5)), needs,
+        Noting(head, needs, torch.float32), workspace, on_hidden=lambda found: order.append(found.clone()),
+    )  # fmt: skip
+    assert [x for x in order if isinstance(x, str)] == ["weight"] * slices
+    assert torch.equal(order[-2], d_hidden) and order[-1] == "weight"
