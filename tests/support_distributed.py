@@ -229,6 +229,29 @@ def evaluated(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, An
     return found | {"logs": [*found["logs"], {"loss": trainer.evaluate(data)["eval_loss"]}]}
 
 
+def adapted(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    """Adapters, and norms that train beside them in the layers and in the root: the reference is the model as it was,
+    with the adapters it came with or with the new ones off."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = tiny()
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    extra = {}
+    if case == "goes-on-dpo":
+        model = get_peft_model(model, config)
+    else:
+        extra = {"peft_config": config}
+    args = trainers.DPOConfig(output_dir=str(folder), **options(wrapper, batch, precompute_ref_log_probs=False))
+    trainer = trainers.DPOTrainer(
+        model=model, args=args, train_dataset=trl_hosts.dataset("dpo"), processing_class=tokenizer, **extra
+    )
+    if case != "goes-on-dpo":
+        for name, parameter in trainer.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or "norm" in name)
+    return trained(trainer, wrapper)
+
+
 def refused(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
     """What sharding cannot give, as the error's text."""
     more = options(wrapper, batch, **({"token_budget": 8} if case == "budget" else {"precompute_ref_log_probs": True}))
@@ -357,6 +380,7 @@ LOOPS = ("plain-dpo", "plain-kto", "head-dpo", "accelerate-dpo", "accelerate-kto
 KINDS: dict[str, Callable] = {
     "ours": ours, "trl": trl, "unpatched": functools.partial(trl, patch=contextlib.nullcontext), "loop": loop,
     "resumed": resumed, "evaluated": evaluated, "refused": refused, "uneven": uneven,
+    "adapted": adapted,
 }  # fmt: skip
 
 

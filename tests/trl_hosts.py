@@ -18,13 +18,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from datasets import Dataset
-from support import relative_error
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from fastpref import models
 from fastpref.objectives.paired import DPO_LOSS_TYPES
+from tests.support import relative_error
 
 QUESTIONS = ["Name a colour.", "Two and two?", "And two more?", "Say hello to the world."]
 # two or three tokens each: the last bit of a longer completion's log-prob is 1e-6 of a loss

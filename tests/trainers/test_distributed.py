@@ -22,6 +22,7 @@ NAMES = [
     *(f"loop:{case}" for case in support.LOOPS),
     *(f"ours:{case}" for case in support.OURS),
     *("trl:dpo", "trl:apo", "trl:reward", "resumed:tr-dpo", "evaluated:lora-dpo"),
+    *("adapted:goes-on-dpo", "adapted:fresh-dpo"),
 ]
 # z0 of TRL's KTO depends on how batches are cut: two patched ranks are two unpatched ones
 ALIKE = [f"{wrapper}/{kind}:kto" for wrapper in ("ddp", "fsdp2") for kind in ("trl", "unpatched")]
