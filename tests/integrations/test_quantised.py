@@ -1,0 +1,83 @@
+"""Quantised base models (QLoRA): the head is found, the losses are those of the hosts, and of their reference at first."""
+
+import pytest
+import torch
+
+pytest.importorskip("bitsandbytes")
+peft = pytest.importorskip("peft")
+
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from fastpref import models, trainers
+from fastpref.models.adapters import own_names
+from tests.support_trainers import config, pairs, tiny, train
+
+BITS = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantised") / "base"
+    model, tokenizer = tiny()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def loaded(folder, bits="nf4", **more):
+    found = BitsAndBytesConfig(**BITS[bits], **more)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=found, dtype=torch.float32)
+
+
+def test_a_quantised_head_is_named(base):
+    for bits in BITS:
+        assert models.output_head(loaded(base, bits)).weight.dtype == torch.float32
+        with pytest.raises(ValueError, match=r"model: got a quantised output head \(Linear(4bit|8bitLt)\)"):
+            models.output_head(loaded(base, bits, llm_int8_skip_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_our_trainer_is_at_log_2_before_it_moves(bits, base, tmp_path):
+    """Its policy runs in training mode and its reference in evaluation mode: for int8 on a CPU, two products. What is
+    trained whole stays in fp32, in which small steps move it."""
+    lora = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    found = []
+    for precompute in (True, False):
+        args = config(trainers.DPOConfig, tmp_path, precompute_ref_log_probs=precompute)
+        torch.manual_seed(0)
+        trainer = trainers.DPOTrainer(
+            base, args=args, train_dataset=pairs(8), peft_config=lora,
+            quantization_config=BitsAndBytesConfig(**BITS[bits]),
+        )  # fmt: skip
+        found.append([entry["loss"] for entry in train(trainer)])
+        assert found[-1][0] == pytest.approx(0.6931472, abs=1e-5) and found[-1][-1] < 0.693
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    dtypes = {name.rpartition(".default")[0].rpartition(".")[2]: p.dtype for name, p in trainer.model.named_parameters()
+              if p.requires_grad}  # fmt: skip
+    assert dtypes == {"lora_A": torch.bfloat16, "lora_B": torch.bfloat16, "modules_to_save": torch.float32}
+    assert trainer.evaluate(pairs(4))["eval_loss"] < 0.693
+    assert any(name.endswith("lora_A.default.weight") for name in own_names(trainer.model))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_trl_under_the_patch(bits, base, tmp_path):
+    trl_hosts = pytest.importorskip("tests.trl_hosts")
+    from fastpref.integrations import trl as fast_trl
+
+    folder = trl_hosts.checkpoint()
+    records = []
+    for patch in (fast_trl.patched, trl_hosts.contextlib.nullcontext):
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", **trl_hosts.LORA)
+        options = {"model": loaded(folder, bits), "peft": lora, "learning_rate": 1e-2}
+        records.append(trl_hosts.train("dpo", tmp_path / patch.__name__, patch=patch, **options))
+    assert records[0].losses == pytest.approx(records[1].losses, rel=1e-5)
+    assert len(set(records[0].losses)) == 3
