@@ -22,6 +22,7 @@ from fastpref.models.wrappers import has_parameters as has_parameters
 from fastpref.models.wrappers import inner_model as inner_model
 from fastpref.models.wrappers import is_peft as is_peft
 from fastpref.models.wrappers import is_sharded as is_sharded
+from fastpref.models.wrappers import keep_arithmetic as keep_arithmetic
 from fastpref.models.wrappers import reshard as reshard
 from fastpref.models.wrappers import run_inside as run_inside
 from fastpref.models.wrappers import sharded_like as sharded_like

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.models.layers import base, decoder
-from fastpref.models.wrappers import has_parameters, inner_model, uncompiled, whole
+from fastpref.models.wrappers import evaluating, has_parameters, inner_model, uncompiled, whole
 
 HEAD_TOLERANCE = 1e-4  # relative; two ways of computing logits in fp32 differ by some 1e-6
 PROBED, LARGEST_HIDDEN = 50.0, 2.0**14  # the largest logit and hidden state of a probe; fp16 ends at 2^16
@@ -160,7 +160,7 @@ def _probed_logits(model: Any, head: Head) -> tuple[Tensor, Tensor]:
     try:
         with (
             torch.no_grad(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),  # dropout draws
+            evaluating(model),
             torch.autocast(device.type, enabled=False),
             uncompiled(inner_model(model)),
         ):

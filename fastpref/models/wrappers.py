@@ -52,6 +52,25 @@ def run_inside(wrapped: nn.Module, accelerator: Any, function: Callable[[Any], A
         restore()
 
 
+def keep_arithmetic(model: nn.Module, for_good: bool = False) -> None:
+    """Layers of bitsandbytes compute as in training, in evaluation mode, too (from now on, if `for_good`).
+
+    On a CPU their evaluation mode is another arithmetic: products of integers, or, with AVX512-BF16, weights that are
+    packed anew, and that stay so in a training without gradients through them; to save them is to unpack them.
+    """
+    modules: Iterable[Any] = model.modules()
+    for layer in modules:
+        if type(layer).__module__.startswith("bitsandbytes"):
+            layer.state_dict()
+            layer.train()
+            if for_good:
+                layer.train = _stay
+
+
+def _stay(mode: bool = True) -> None:
+    """In place of a layer's `train`."""
+
+
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Modules that `Module.compile` compiled in place run as written: for trials, whose hooks would be compiled in."""
@@ -67,9 +86,10 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and afterwards in the mode that it was in."""
+    """In evaluation mode, and afterwards in the mode that it was in; quantised layers compute as in training."""
     training = model.training
     model.eval()
+    keep_arithmetic(model)
     try:
         yield
     finally:

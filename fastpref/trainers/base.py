@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastpref.common.memory import keep_freed_memory
 from fastpref.data.collators import PackedCollator
-from fastpref.models import compile_backbone, inner_model, limits, run_inside
+from fastpref.models import compile_backbone, inner_model, keep_arithmetic, limits, run_inside
 from fastpref.trainers import card
 from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.fillers import POSITION, NumberedStream, real_examples
@@ -26,7 +26,6 @@ from fastpref.trainers.loading import (
     check_datasets,
     check_limits,
     disable_dropout,
-    one_arithmetic,
     refuse_frozen,
     refuse_options,
 )  # fmt: skip
@@ -76,7 +75,7 @@ class PreferenceTrainer(Trainer):
         if args.batch_eval_metrics:
             raise unsupported("batch_eval_metrics", True, "`compute_metrics` is called once, with all scores")
         refuse_frozen(model)
-        one_arithmetic(model)
+        keep_arithmetic(model, for_good=True)
         self.router_aux_loss_coef = self.router_coefficient(model, args)
         self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
         collator.count_copies = self.aux_loss_enabled

@@ -147,20 +147,6 @@ def is_quantised(model: Any) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
-def one_arithmetic(model: nn.Module) -> None:
-    """On a CPU, layers of bitsandbytes multiply integers in evaluation mode and dequantised weights in training: they
-    stay with the latter, so that a policy that has not moved is its reference."""
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
-        if type(module).__module__.startswith("bitsandbytes"):
-            module.train()
-            module.train = _stay
-
-
-def _stay(mode: bool = True) -> None:
-    """In place of a module's `train`."""
-
-
 def _refuse_other_adapters(configs: Iterable[Any]) -> None:
     if any(config.is_prompt_learning for config in configs):
         raise unsupported("peft_config", "prompt learning", "want adapters inside the layers, such as LoRA")

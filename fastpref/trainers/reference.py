@@ -18,7 +18,7 @@ from fastpref.data.reference_cache import Fingerprint, ReferenceCache
 from fastpref.models import adapters, inner_model, is_peft
 from fastpref.models.adapters import Snapshot, initialised_from_weights
 from fastpref.trainers.layout import choose_layout
-from fastpref.trainers.loading import disable_dropout, one_arithmetic
+from fastpref.trainers.loading import disable_dropout
 
 
 class Reference:
@@ -75,7 +75,7 @@ def ready_reference(model: Any, collator: PackedCollator, disable: bool) -> None
     """An explicit reference model, tried on the policy's batches; where it cannot run them, both get padded ones."""
     if disable:
         disable_dropout(model)
-    one_arithmetic(model)
+    models.keep_arithmetic(model, for_good=True)
     if choose_layout(model, collator.layout) != (collator.layout, collator.ours):
         collator.layout, collator.ours = "padded", False
     models.output_head(inner_model(model))

@@ -1,16 +1,15 @@
-"""Quantised base models (QLoRA): the head is found, the losses are those of the hosts, and of their reference at first."""
+"""Quantised base models (QLoRA): the head is found, the reference computes as the policy does."""
 
 import pytest
 import torch
-
-pytest.importorskip("bitsandbytes")
-peft = pytest.importorskip("peft")
-
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastpref import models, trainers
 from fastpref.models.adapters import own_names
 from tests.support_trainers import config, pairs, tiny, train
+
+pytest.importorskip("bitsandbytes")
+peft = pytest.importorskip("peft")
 
 BITS = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}
 
@@ -66,6 +65,26 @@ def test_our_trainer_is_at_log_2_before_it_moves(bits, base, tmp_path):
     assert dtypes == {"lora_A": torch.bfloat16, "lora_B": torch.bfloat16, "modules_to_save": torch.float32}
     assert trainer.evaluate(pairs(4))["eval_loss"] < 0.693
     assert any(name.endswith("lora_A.default.weight") for name in own_names(trainer.model))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_model_that_was_tried_before_had_no_gradients_through_its_layers(bits, base):
+    """In evaluation mode bitsandbytes packs 4-bit weights for AVX512-BF16, and trains on them so, with no gradient."""
+    found = []
+    for tried in ("not", "by us", "by the user"):
+        model = loaded(base, bits).eval()
+        if tried == "by us":
+            models.output_head(model)
+        if tried == "by the user":
+            with torch.no_grad():
+                model(input_ids=torch.arange(8)[None])
+        models.keep_arithmetic(model, for_good=True)
+        model.eval().train()
+        hidden = model.model.embed_tokens(torch.arange(8)[None]).detach().requires_grad_(True)
+        model(inputs_embeds=hidden).logits.square().sum().backward()
+        found.append(hidden.grad)
+    assert torch.equal(found[0], found[1]) and found[0].abs().max() > 0
+    assert (found[2] - found[0]).norm() < 2**-8 * found[0].norm()  # unpacked scales were in bf16
 
 
 @pytest.mark.parametrize("bits", BITS)
