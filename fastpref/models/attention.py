@@ -195,8 +195,10 @@ def by_flex(
         key, value = key.index_select(2, segments.key_rows), value.index_select(2, segments.key_rows)
     call = _flex(query.device.type)
 
+    cap: Any = softcap
+
     def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return call(
         query, key, value, score_mod=None if softcap is None else capped, block_mask=segments.block_mask(window),
@@ -205,7 +207,7 @@ def by_flex(
 
 
 @functools.cache
-def _flex(device: str) -> Callable:
+def _flex(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
