@@ -130,8 +130,9 @@ class DPOTrainer(_ReferencedPairs):
     """TRL 1.16's `DPOTrainer`: direct preference optimisation with any of its 15 loss types.
 
     Args:
-        model: a name, a folder, a causal language model, or a PeftModel.
-        ref_model: the reference; by default the model as it is now (with adapters: without them).
+        model: a name, a folder, an adapter's folder (which goes on training), a causal language model, or a PeftModel.
+        ref_model: the reference; by default the model as it is now: a PeftModel or an adapter's folder with its
+            adapters, and a model that gets new ones from `peft_config` without them.
         args: `DPOConfig`.
         train_dataset, eval_dataset: pairs in any format of `fastpref.data.formats`.
         processing_class: the tokenizer, by default the model's.
