@@ -309,7 +309,7 @@ class PreferenceTrainer(Trainer):
         return found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:  # at the end, of the steps since the last log
             found = self.derived_metrics(self._sums["train"].flush(self.accelerator))
             self.state.num_input_tokens_seen += int(found.pop("num_tokens", 0))
             logs |= found | {"num_tokens": self.state.num_input_tokens_seen}

@@ -118,6 +118,12 @@ def test_num_tokens_goes_on_where_a_run_is_resumed(tmp_path):
     assert [entry["num_tokens"] for entry in entries[-2:]] == [entry["num_tokens"] for entry in whole[-2:]]
 
 
+def test_a_run_shorter_than_its_logging_steps_has_metrics(tmp_path):
+    trainer, _ = run("dpo", tmp_path, max_steps=2, logging_steps=10)
+    (last,) = trainer.state.log_history
+    assert {"train_loss", "rewards/margins", "mean_token_accuracy"} <= last.keys() and last["num_tokens"] > 0
+
+
 def test_pairs_for_kto_are_said_to_be_unmixed(tmp_path):
     with pytest.warns(UserWarning, match="train_dataset: got pairs, .* most batches have one class"):
         model, tokenizer = tiny()
