@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import sys
 import time
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ EXAMPLES = """examples:
   fastpref bench compare A.json B.json       two records; or two commits with records in benchmarks/results/
   fastpref bench report results/             Markdown, PNGs and one HTML page of the records in a folder
 """
+# what is no suite, each with options of its own: python -m benchmarks NAME --help
+TOOLS = ("experiments", "hosts", "resources", "roofline", "trainers", "tune")
 REPEATS = {"cpu": 5, "cuda": 20}
 QUICK_REPEATS = 3
 INTERRUPTED = 130  # the exit status
@@ -140,6 +143,9 @@ def show(records: list[record.Record], folder: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] and argv[0] in TOOLS:
+        return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="fastpref bench", description="Measure fastpref, eager PyTorch and the peers."
     )

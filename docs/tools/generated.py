@@ -173,7 +173,7 @@ def _fields(some: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    return "" if value is None or value is MISSING else f"`{value}`"
+    return "" if value in (None, "", MISSING) else f"`{value}`"
 
 
 def _cell(text: str) -> str:

@@ -9,7 +9,10 @@ python=$(realpath -s "$1")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-"$python" -m build --wheel --no-isolation --outdir "$folder" "$root" > /dev/null
+mkdir "$folder/source" # a build writes beside the sources
+cp -r "$root"/{pyproject.toml,README.md,LICENSE,fastpref,kernels} "$folder/source"
+"$python" -m build --wheel --no-isolation --outdir "$folder" "$folder/source" > "$folder/build.log" 2>&1 ||
+    { cat "$folder/build.log" >&2; exit 1; }
 "$python" -m venv "$folder/venv"
 "$folder/venv/bin/pip" --quiet install "$(grep ^torch== "$root/constraints.txt")"
 "$folder/venv/bin/pip" --quiet install --constraint "$root/constraints.txt" "$folder"/fastpref-*.whl mypy

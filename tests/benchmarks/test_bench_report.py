@@ -105,6 +105,14 @@ def test_bench_is_a_command_of_fastpref(capsys):
     assert all(f"\n{name}\n" in f"\n{listed}" for name in suite.NAMES) and "smollm2 quick, frozen head" in listed
 
 
+@pytest.mark.parametrize("tool", cli.TOOLS)
+def test_one_entry_point(tool, capsys):
+    """`python -m benchmarks TOOL` is `python -m benchmarks.TOOL`."""
+    with pytest.raises(SystemExit) as found:
+        cli.main([tool, "--help"])
+    assert found.value.code == 0 and f"benchmarks.{tool}" in capsys.readouterr().out
+
+
 def test_bench_without_a_checkout_says_where_to_get_one(monkeypatch, tmp_path):
     from fastpref.commands import bench
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import json
 import os
 import re
@@ -73,6 +75,15 @@ def test_the_notebook_is_the_tutorial():
     assert {page.stem for page in (DOCS / "tutorial").glob("*.md")} == set(notebook.CHAPTERS)
     figures = [o for cell in book["cells"] for o in cell.get("outputs", []) if o["output_type"] == "display_data"]
     assert len(figures) >= 6 and all(o["data"]["image/png"] for o in figures)
+
+
+def test_no_chapter_takes_a_builtin_name():
+    """The notebook runs all chapters in one process: a loop over `round` broke the chapter after it."""
+    for chapter in notebook.CHAPTERS:
+        for _, source in run.blocks((DOCS / "tutorial" / f"{chapter}.md").read_text()):
+            names = {node.id for node in ast.walk(ast.parse(source))
+                     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}  # fmt: skip
+            assert not names & set(dir(builtins)), f"{chapter}: {names & set(dir(builtins))}"
 
 
 def test_every_public_name_is_in_the_reference():
