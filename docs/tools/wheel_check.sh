@@ -28,7 +28,7 @@ out: fastpref.PreferenceOutput = fastpref.DPOLoss(beta=0.1).from_hidden(
     hidden, weight, labels, ref_logps=torch.zeros(4)
 )
 out.loss.backward()  # type: ignore[no-untyped-call]
-print("fastpref", fastpref.__version__, "from", fastpref.__file__, "loss", float(out.loss))
+print("fastpref", fastpref.__version__, "from", fastpref.__file__, "loss", out.loss.item())
 END
 venv/bin/python user.py
 venv/bin/fastpref --help > /dev/null
