@@ -1,5 +1,6 @@
 # make demo    validate this machine, train a small model with DPO, compare with eager PyTorch
 # make test    the tests        make lint    ruff, mypy, imports        make docs    the documentation, in build/site
+# make matrix  every way to train of tests/matrix (hours)
 # The environment in .venv is made by the first of them, and again when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo test lint docs notebook wheel-check install
+.PHONY: demo test matrix lint docs notebook wheel-check install
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
@@ -30,6 +31,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+# every way to train of tests/matrix/table.py, and all hosts in all precisions: hours; `make test` has a covering set
+matrix: $(INSTALLED)
+	FASTPREF_MATRIX=all $(BIN)/python -m pytest --numprocesses auto tests/matrix tests/integrations/test_precision.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -4,6 +4,7 @@ from fastpref.models.head import HEAD_TOLERANCE as HEAD_TOLERANCE
 from fastpref.models.head import Head as Head
 from fastpref.models.head import backbone as backbone
 from fastpref.models.head import compile_backbone as compile_backbone
+from fastpref.models.head import for_head as for_head
 from fastpref.models.head import hidden_and_head as hidden_and_head
 from fastpref.models.head import hidden_states as hidden_states
 from fastpref.models.head import output_head as output_head

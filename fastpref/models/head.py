@@ -40,7 +40,17 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     do their work around the model's forward: under one, call this from inside of it.
     """
     output = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
-    return output.last_hidden_state
+    return for_head(model, output.last_hidden_state)
+
+
+def for_head(model: Any, hidden: Tensor) -> Tensor:
+    """Hidden states as the output layer takes them: where that is kept in fp32 above a backbone in half precision, they
+    are multiplied in fp32. Autocast, if there is one, decides itself."""
+    inner = inner_model(model)
+    layer: Any = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if getattr(layer, "weight", None) is None or torch.is_autocast_enabled(hidden.device.type):
+        return hidden
+    return hidden.to(layer.weight.dtype) if layer.weight.is_floating_point() else hidden
 
 
 def backbone(model: Any) -> nn.Module:

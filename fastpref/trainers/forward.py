@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.models import attention, backbone
+from fastpref.models import attention, backbone, for_head
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", attention.KWARG)
 
@@ -26,7 +26,7 @@ def run_backbone(model: Any, batch: Mapping[str, Any], **options: Any) -> Any:
 
 def hidden_rows(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """The backbone's last hidden states `[N, d]` of a batch from `fastpref.data.packing.pack`."""
-    return run_backbone(model, batch).last_hidden_state.flatten(0, 1)
+    return for_head(model, run_backbone(model, batch).last_hidden_state).flatten(0, 1)
 
 
 def scored_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:

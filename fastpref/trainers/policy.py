@@ -69,7 +69,8 @@ class PolicyTrainer(PreferenceTrainer):
         loss = experts.balance_loss(sums / tokens)
         self.metrics.add("aux_loss", loss * part["examples"], part["examples"])
         self.keep_routes(sums, tokens)
-        return output.last_hidden_state.flatten(0, 1).index_select(0, part["rows"]), self.router_aux_loss_coef * loss
+        hidden = models.for_head(self.inner, output.last_hidden_state).flatten(0, 1)
+        return hidden.index_select(0, part["rows"]), self.router_aux_loss_coef * loss
 
     def keep_routes(self, sums: Tensor, tokens: Tensor) -> None:
         """In an evaluation, whose load-balancing loss is that of all its tokens."""

@@ -7,12 +7,13 @@ import types
 
 import pytest
 import torch
+import transformers
 from accelerate.utils import convert_outputs_to_fp32
 from support import DEVICE
 from support_models import model_of
 from torch import nn
 
-from fastpref import models
+from fastpref import linear_token_logprobs, models
 
 REFUSED = "whose logits are not its hidden states times its output embeddings"
 HALVES = (torch.bfloat16, torch.float16)
@@ -82,3 +83,29 @@ def test_a_forward_that_was_replaced_is_the_one_that_is_tried() -> None:
     model.forward = forward
     with pytest.raises(ValueError, match=REFUSED):
         models.output_head(model)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_head_in_fp32_multiplies_in_fp32(dtype) -> None:
+    model, ids = head_in_fp32(model_of("Llama", tie_word_embeddings=False), dtype), torch.arange(3, 12)[None].to(DEVICE)
+    hidden, head = models.hidden_and_head(model, ids)
+    found = linear_token_logprobs(hidden[:, :-1], head.weight, ids[:, 1:], head.bias, **head.options())
+    wanted = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_4_bit_layers_pass_gradients_on_after_an_evaluation(tmp_path) -> None:
+    """bitsandbytes repacks them for inference in a forward of evaluation mode, on CPUs with AVX512-BF16."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    model_of("Llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    quantised = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    ids = torch.arange(3, 12)[None].to(model.device)
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    models.output_head(model)
+    models.hidden_states(model.train(), ids).square().sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
