@@ -41,15 +41,17 @@ def unit_product(u: Tensor, weight: Tensor) -> Tensor:
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
-    """`out = a @ b`, or `+=`: accumulated in fp32 and, on CUDA, rounded only when stored as `out`."""
+    """`out = a @ b`, or `+=`: accumulated in fp32 and rounded only when stored as `out`."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # no mixed-output product on the CPU (torch 2.13): each product is rounded once
-        for part in _slices(out):
-            product = torch.mm(a[part], b)
-            out[part].add_(product) if add else out[part].copy_(product)
+    else:  # no mixed-output product on the CPU (torch 2.13): that of copies, a slice of the sum at a time
+        if not (add or a.shape[1]):
+            out.zero_()
+        for part in chunks(a.shape[1], max(1, SCRATCH // (out.element_size() * (a.shape[0] + b.shape[1])))):
+            left, right = a[:, part].to(out.dtype), b[part].to(out.dtype)
+            torch.addmm(out, left, right, beta=1 if add or part.start else 0, out=out)
 
 
 def _slices(out: Tensor) -> list[slice]:
