@@ -6,13 +6,7 @@ import warnings
 from typing import Any
 
 from fastpref.data.packing import LAYOUTS
-from fastpref.models import (
-    attention,
-    has_parameters,
-    inner_model,
-    other_mixers,
-    uncompiled,
-)
+from fastpref.models import attention, has_parameters, inner_model, other_mixers, uncompiled
 from fastpref.trainers.probe import batch_fault
 
 

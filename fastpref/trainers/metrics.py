@@ -71,7 +71,7 @@ class MetricSums:
 
     def rows(self, accelerator: Any) -> dict[str, Tensor]:
         """All that was kept, by all ranks, in the order of the data, on the CPU; forgotten here."""
-        kept = {name: [rows.cpu() for rows in batches] for name, batches in self._rows.items()}
+        kept = {name: torch.cat(some).cpu().split([len(rows) for rows in some]) for name, some in self._rows.items()}
         self._rows = {}
         by_rank = gather_object([kept]) if accelerator.num_processes > 1 else [kept]
         found = {}
