@@ -1,1 +1,1 @@
-"""Benchmarks of fastpref against its own matrix products, eager PyTorch and the peers. See README.md here."""
+"""Benchmarks of fastpref against its own matrix products, eager PyTorch and other libraries. See README.md here."""

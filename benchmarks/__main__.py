@@ -1,3 +1,5 @@
+"""Runs `python -m benchmarks`."""
+
 import signal
 import sys
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel's assembly says: registers, spills, the widths of memory accesses, and what its loops do."""
+"""Reads a compiled kernel's assembly: registers, spills, widths of memory accesses, and what its loops do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTHS = {  # bytes of one access, by the suffix of the instruction; LDG and STG
 
 
 class Loop(NamedTuple):
-    """One iteration of an innermost loop, of one thread."""
+    """One iteration of an innermost loop, for one thread."""
 
     instructions: int
     barriers: int
@@ -30,7 +30,7 @@ class Loop(NamedTuple):
 
 
 class Assembly(NamedTuple):
-    """Accesses are counts of global instructions by their width in bytes."""
+    """What the assembly says. Accesses are counts of global instructions by their width in bytes."""
 
     registers: int
     spills: int  # instructions that access spilled registers (sm), or registers spilled (gfx)
@@ -41,7 +41,7 @@ class Assembly(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """Patterns of the instructions that count; the group of an access is what names its width."""
+    """Patterns of the instructions that count. The group of an access is what names its width."""
 
     load: str
     store: str
@@ -58,7 +58,7 @@ GCN = Dialect(
 
 
 def _accesses(code: list[str], pattern: str) -> dict[int, int]:
-    """Width in bytes -> instructions that match `pattern`, whose group is the suffix."""
+    """Counts the instructions that match `pattern`, by width in bytes. The pattern's group is the suffix."""
     found: Counter[int] = Counter()
     for text in code:
         if access := re.search(pattern, text):
@@ -83,7 +83,7 @@ def _matched(pattern: str, text: str) -> list[int]:
 
 
 def of_nvidia(cubin: bytes) -> Assembly:
-    """From the SASS: a loop lies between the target of a branch backwards and the branch."""
+    """Reads SASS. A loop lies between the target of a branch backwards and the branch."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -106,7 +106,7 @@ def of_nvidia(cubin: bytes) -> Assembly:
 
 
 def of_amd(amdgcn: str) -> Assembly:
-    """The assembler says of every block which loop contains it."""
+    """Reads AMD's assembly, in which every block says which loop contains it."""
     blocks: dict[str, list[str]] = {}
     code, block, header = [], "", ""
     for line in amdgcn.splitlines():

@@ -1,4 +1,4 @@
-"""The command behind `fastpref bench` and `python -m benchmarks`."""
+"""The command behind `fastpref bench` and `python -m benchmarks`: runs suites, shows records, compares them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Two records of the same suite, row by row: fastpref bench compare A B.
+"""Compares two records of the same suite, row by row: `fastpref bench compare A B`.
 
-A and B are record files, or commits whose records lie in benchmarks/results/.
+A and B are record files, or commits whose records lie in `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ RESULTS = record.ROOT / "benchmarks" / "results"
 
 
 class Change(NamedTuple):
+    """A row that two records have."""
+
     case: str
     provider: str
     seconds: tuple[float, float]  # medians
@@ -32,7 +34,7 @@ def find(what: str, folder: Path = RESULTS) -> list[record.Record]:
     """The record of a file, or those of a commit (a prefix of at least 4 digits).
 
     Raises:
-        ValueError: neither.
+        ValueError: it is neither.
     """
     if Path(what).is_file():
         return [record.read(Path(what))]
@@ -43,7 +45,7 @@ def find(what: str, folder: Path = RESULTS) -> list[record.Record]:
 
 
 def pairs(a: list[record.Record], b: list[record.Record]) -> Iterator[tuple[record.Record, record.Record]]:
-    """Records of the same suite; the latest where a side has several."""
+    """Records of the same suite. Where a side has several, its latest counts."""
     latest = [{r["suite"]: r for r in sorted(side, key=lambda r: r["date"])} for side in (a, b)]
     for suite in latest[0]:
         if suite in latest[1]:
@@ -51,7 +53,7 @@ def pairs(a: list[record.Record], b: list[record.Record]) -> Iterator[tuple[reco
 
 
 def changes(a: record.Record, b: record.Record) -> list[Change]:
-    """Of the rows that both have, in the order of the first."""
+    """The rows that both have, in the order of the first."""
     found = []
     for row in a["rows"]:
         other = record.find(b["rows"], row["case"], row["provider"])
@@ -71,7 +73,7 @@ def same_machine(a: record.Record, b: record.Record) -> bool:
 
 
 def table(a: record.Record, b: record.Record) -> str:
-    """Markdown; the last lines say what was compared, and the geometric mean of fastpref's speeds."""
+    """A Markdown table. Its last lines say what was compared, and the geometric mean of fastpref's speeds."""
     lines = ["| case | what | A, ms | B, ms | B is | A, MiB | B, MiB |", "|" + "---|" * 7]
     found = changes(a, b)
     for one in found:
@@ -90,7 +92,11 @@ def table(a: record.Record, b: record.Record) -> str:
 
 
 def main(a: str, b: str) -> str:
-    """Raises ValueError where there is nothing to compare."""
+    """Prints the comparison.
+
+    Raises:
+        ValueError: there is nothing to compare.
+    """
     compared = [f"### {x['suite']}\n\n{table(x, y)}" for x, y in pairs(find(a), find(b))]
     if not compared:
         raise ValueError(f"compare: got {a!r} and {b!r}, which have no suite in common")

@@ -77,7 +77,10 @@ def _operands(sizes: Sizes, rows: int, device: torch.device, dtype: torch.dtype)
 
 
 def rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
-    """Bytes count every pass: U in place reads the logits twice, though the L2 cache may still have the row."""
+    """The row kernels. Bytes count every pass.
+
+    U in place reads the logits twice, though the L2 cache may still have the row.
+    """
     n, vocab = sizes.rows, sizes.vocab
     logits = torch.randn(n, vocab, device=device, dtype=dtype)
     u = logits.clone()  # overwritten again and again: the time does not depend on the values
@@ -159,7 +162,8 @@ def operand(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[
 
 
 def epilogue(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Run]:
-    """At a large head and at a narrow one, where the elementwise pass weighs most; after a check against fp64."""
+    """At a large head and at a narrow one, where the elementwise pass weighs most. The results are first checked
+    against fp64."""
     from benchmarks import linear_lse
 
     triton = backends.choose(device).name == "triton"
@@ -218,8 +222,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _works(experiment: str, one: Run, absent: dict[str, str]) -> bool:
-    """Whether the device takes this run, and it is right. Triton's errors (a tile too large for an SM, say) are of
-    no common kind, and cost this run alone."""
+    """Whether the device takes this run, and its result is right.
+
+    Triton's errors (a tile too large for an SM, say) have no common kind. They cost this run alone.
+    """
     try:
         found = one.call()
         if one.check is not None:
@@ -234,8 +240,10 @@ def run(
     names: Sequence[str], sizes: Sizes, device: torch.device, dtype: torch.dtype, repeats: int,
     save: Callable[[record.Record], object] | None = None,
 ) -> record.Record:  # fmt: skip
-    """One experiment after the other, the runs of each interleaved. `save` gets the record after each; an interrupt
-    (SIGINT) ends it early."""
+    """Runs one experiment after the other, with the runs of each interleaved.
+
+    `save` gets the record after each. An interrupt (SIGINT) ends it early.
+    """
     found: list[record.Row] = []
     absent: dict[str, str] = {}
     settings = {"device": device.type, "repeats": repeats, "sizes": sizes._asdict(), "dtype": str(dtype)}

@@ -1,4 +1,4 @@
-"""Work and memory by formula: what a figure is a share of, and what a peak should be."""
+"""Work and memory by formula: what a rate is a share of, and what a memory peak should be."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ WIDE = 4  # bytes of an fp32
 
 
 def head_bytes(rows: int, scored: int, d: int, vocab: int, element: int, trainable: bool) -> int:
-    """Hidden states and head read once, their gradients written once."""
+    """Hidden states and head are read once; their gradients are written once."""
     return (scored * d + vocab * d + rows * d + (vocab * d if trainable else 0)) * element
 
 
 def eager_peak(rows: int, d: int, vocab: int, element: int, trainable: bool) -> int:
-    """`log_softmax` + gather in fp32: the log-probs that autograd keeps, the gather's gradient of the same size, and
-    the logits' gradient in their own dtype; or, after those, the last with the gradients that come of it."""
+    """The peak of `log_softmax` and gather in fp32: the larger of two moments.
+
+    In one there are the log-probs that autograd keeps, the gather's gradient of the same size, and the logits' gradient
+    in its own dtype. In the other, later, there is the logits' gradient with the gradients that come of it.
+    """
     gradients = (rows * d + (vocab * d if trainable else 0)) * element
     return max(rows * vocab * (2 * WIDE + element), rows * vocab * element + gradients)
 
@@ -27,9 +30,9 @@ def eager_peak(rows: int, d: int, vocab: int, element: int, trainable: bool) -> 
 def plan_peak(
     plan: str, weight: torch.Tensor, rows: int, scored: int, trainable: bool, workspace_bytes: int | None = None
 ) -> int:
-    """Of `fastpref.plans.plans`, gradients included: the larger of the forward's and the backward's.
+    """The peak of a plan of `fastpref.plans.plans`, gradients included: the larger of the forward's and the backward's.
 
-    U is `[n, V]` in the compute dtype, in `pair` of as many rows as the workspace takes; gradients that are formed
+    U is `[n, V]` in the compute dtype; in `pair` it has as many rows as the workspace takes. Gradients that are formed
     before their scale is known are fp32.
     """
     (vocab, d), element = weight.shape, weight.element_size()

@@ -1,4 +1,4 @@
-"""The head of a language model under a preference loss, forward and backward: fastpref, its products, eager, peers."""
+"""Suite: a language model's head under a preference loss, forward and backward, by fastpref and everyone else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastpref.objectives.head_inputs import HeadOptions, Layout, choose_plan, he
 
 
 class Case(NamedTuple):
-    """`pairs` pairs of `seq_len` tokens, `scored` of all their rows valid."""
+    """`pairs` pairs of `seq_len` tokens. `scored` of all their rows have a label."""
 
     name: str
     d: int
@@ -100,7 +100,7 @@ CASES: dict[str, list[Case]] = {
 
 
 def completion_lengths(case: Case) -> list[int]:
-    """Scored rows of each sequence: different from pair to pair, `case.scored` in all."""
+    """Scored rows of each sequence. They differ from pair to pair, and are `case.scored` in all."""
     base, rest = divmod(case.scored, 2 * case.pairs)
     spread = min(base // 4, case.seq_len - base - bool(rest))
     of_pair = [base + spread * (2 * i - case.pairs + 1) // case.pairs for i in range(case.pairs)]
@@ -109,8 +109,10 @@ def completion_lengths(case: Case) -> list[int]:
 
 
 def make_batch(case: Case, device: torch.device, seed: int = 0) -> Batch:
-    """Logits of standard deviation 2, completions in one piece after a prompt, padding behind; the reference
-    model's log-probs near the policy's, so that no pair's gradient vanishes."""
+    """A batch with logits of standard deviation 2, a completion in one piece after each prompt, and padding behind.
+
+    The reference model's log-probs are near the policy's, so that no pair's gradient vanishes.
+    """
     torch.manual_seed(seed)
     sequences = 2 * case.pairs
     hidden = torch.randn(sequences, case.seq_len, case.d, device=device).to(case.dtype)
@@ -145,8 +147,8 @@ class Truth(NamedTuple):
 def truth(batch: Batch, objective: str = "dpo", *, with_reference: bool = True, rounded: bool = False) -> Truth:
     """Loss and gradients in fp64, sequence by sequence, from the specification's log-probs.
 
-    `rounded` rounds to the compute dtype where every implementation on tensor cores does (logits, their gradient,
-    the results): the error of that is what a perfect one would make.
+    `rounded` rounds to the compute dtype where every implementation on tensor cores does: the logits, their gradient,
+    the results. The error of that is what a perfect implementation would make.
     """
 
     def round_off(value: Tensor) -> Tensor:
@@ -266,7 +268,10 @@ class HeadProblem(Problem):
 
 
 class Target(NamedTuple):
-    """A bound on fastpref against another provider: `seconds` or `peak_bytes`, ours over theirs or theirs over ours."""
+    """A bound on fastpref against another provider.
+
+    It is on `seconds` or `peak_bytes`: ours over theirs, or theirs over ours.
+    """
 
     quantity: str
     against: str
@@ -280,7 +285,10 @@ class Target(NamedTuple):
 
 
 def _cpu_targets(memory: float) -> tuple[Target, ...]:
-    """None against eager's time, which depends on its page faults: 2.5 to 3.5 times ours from run to run."""
+    """Targets on a CPU. There is none against eager's time.
+
+    That depends on page faults: it is 2.5 to 3.5 times ours from run to run.
+    """
     return Target("seconds", "products", 1.05, True), Target("peak_bytes", "eager", memory, True)
 
 

@@ -2,10 +2,12 @@
 
     python -m benchmarks.hosts [--data pairs.json] [--model smollm2] [--json benchmarks/results]
 
-A step is the loss and its backward pass, references and metrics included, the optimizer left out. Both run in one
-process on the same trainer and batches, in turn, after the losses and gradients of both are compared with those that
-the host computes in fp64. Memory is measured in a process of its own for each: the step's peak beyond the model, and
-the head's, which is that less the peak of the backbone's forward and backward pass alone.
+A step is the loss and its backward pass, with references and metrics, without the optimizer. Both run in one process,
+in turn, on the same trainer and batches. First the losses and gradients of both are compared with those that the host
+computes in fp64.
+
+Memory is measured in a process of its own for each. The step's peak is what it takes beyond the model. The head's peak
+is that, less the peak of the backbone's forward and backward pass alone.
 """
 
 from __future__ import annotations
@@ -57,7 +59,11 @@ Step = Callable[[bool, int], Tensor]  # (with fastpref, number of the batch) -> 
 
 
 def trainer_step(host: str, args: argparse.Namespace, folder: Path, scratch: str) -> tuple[list[Any], Step]:
-    """(policy and perhaps reference, step) of a trainer of TRL, built under the patch and run under it or not."""
+    """A step of one of TRL's trainers, built under the patch, and run under it or not.
+
+    Returns:
+        (the policy and perhaps the reference, step).
+    """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,7 +109,11 @@ def trainer_step(host: str, args: argparse.Namespace, folder: Path, scratch: str
 
 
 def loop_step(args: argparse.Namespace, folder: Path) -> tuple[list[Any], Step]:
-    """(policy and reference, step) of a loop over logits, and of the same loop with `batch_loss`."""
+    """A step of a loop over logits, and of the same loop with `batch_loss`.
+
+    Returns:
+        (policy and reference, step).
+    """
     from fastpref.data.collate import tokenize_pairs
     from fastpref.data.pairs import Pair
     from fastpref.integrations.transformers import pair_batch
@@ -150,7 +160,8 @@ def prepare(host: str, args: argparse.Namespace, folder: Path, scratch: str) -> 
 
 
 def check(modules: list[Any], step: Step) -> dict[str, dict[str, float]]:
-    """Relative errors of the loss and the gradients, the host's own and with fastpref, against the host's in fp64."""
+    """Relative errors of the loss and of the gradients against the host's in fp64: the host's own, and those with
+    fastpref."""
 
     def run(with_fastpref: bool) -> tuple[float, Tensor]:
         loss = step(with_fastpref, 0)
@@ -169,14 +180,17 @@ def check(modules: list[Any], step: Step) -> dict[str, dict[str, float]]:
 
 
 def seconds(step: Step, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Of every batch, `repeats` times, the two in turn."""
+    """The seconds of every batch, `repeats` times, with and without fastpref in turn."""
     counts = {OWN: itertools.count(), FAST: itertools.count()}
     runs = {name: lambda name=name: step(name == FAST, next(counts[name])) for name in counts}
     return measure.interleave(runs, args.repeats * args.batches, torch.device(args.device), warm_up=0)
 
 
 def peak(what: str, model: Any, step: Step, device: torch.device) -> int:
-    """Of a step, or of the backbone's part in it: packed batches are a matter of the backbone, not of the head."""
+    """The peak memory of a step, or of the backbone's part in it.
+
+    Packed batches change the backbone's memory, not the head's.
+    """
     with_fastpref = what.startswith(FAST)
     if not what.endswith(BACKBONE):
         return measure.peak_bytes(lambda: step(with_fastpref, 0), device)
@@ -217,7 +231,7 @@ def peak_in_process(what: str, host: str, args: argparse.Namespace, folder: Path
 
 
 def run(args: argparse.Namespace, save: Callable[[record.Record], object] | None = None) -> record.Record:
-    """Host after host; `save` gets the record after each. A host that fails is listed with its error."""
+    """Runs host after host. `save` gets the record after each. A host that fails is listed with its error."""
     rows: list[record.Row] = []
     gate: list[dict[str, Any]] = []
     targets: list[dict[str, Any]] = []
@@ -277,7 +291,7 @@ def run_host(
 
 
 def judge(own: record.Row, fast: record.Row) -> list[dict[str, Any]]:
-    """The project's target for TRL's DPO; the others' figures stand without one."""
+    """The project's target for TRL's DPO. The figures of the others stand without one."""
     if own["case"] != "TRL DPOTrainer":
         return []
     speed, best = sum(own["seconds"]) / sum(fast["seconds"]), min(own["seconds"]) / min(fast["seconds"])
@@ -291,7 +305,7 @@ def judge(own: record.Row, fast: record.Row) -> list[dict[str, Any]]:
 
 
 def table(found: record.Record) -> str:
-    """Markdown; times are means over all steps, since batches differ."""
+    """A Markdown table. Times are means over all steps, since batches differ."""
     lines = [
         "| host | step, s | with fastpref | faster | head, MiB | with fastpref | step's peak, MiB | with fastpref |"
     ]

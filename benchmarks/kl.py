@@ -1,4 +1,4 @@
-"""KL penalties: exact from logits, exact from hidden states, and estimated from sampled tokens."""
+"""Suite: KL penalties, exact from logits, exact from hidden states, and estimated from sampled tokens."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def from_hidden(case: Case, device: torch.device) -> Task:
 
 
 def penalized(case: Case, device: torch.device) -> Task:
-    """Token log-probs and sequence scores to the per-token rewards of RLHF, forward only."""
+    """From token log-probs and sequence scores to the per-token rewards of RLHF, forward only."""
     shape = (case.rows // 512, 512)
     logps, ref_logps = (-torch.rand(2, *shape, device=device)).unbind(0)
     scores, mask = torch.randn(shape[0], device=device), torch.rand(shape, device=device) > 0.3

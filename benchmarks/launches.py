@@ -1,4 +1,4 @@
-"""Every kernel as it is really launched: calls of its launchers on meta tensors, for the report of `resources.py`."""
+"""Every kernel as it is really launched, for `resources.py`: calls of its launchers on meta tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same run as everything else: copying memory and matrix products."""
+"""What this machine can do at most: copying memory and matrix products, measured in the same run as all else."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ REPEATS = 5
 
 
 class Limits(NamedTuple):
+    """The rates of one machine."""
+
     copy_bytes_per_second: float
     flops_per_second: dict[str, float]  # by dtype
 
@@ -26,7 +28,7 @@ class Limits(NamedTuple):
 
 
 def best(a: Limits, b: Limits) -> Limits:
-    """Of two measurements, which other work on the machine can only have slowed down."""
+    """The best of two measurements. Other work on the machine can only have slowed one down."""
     rates = {dtype: max(rate, b.flops_per_second[dtype]) for dtype, rate in a.flops_per_second.items()}
     return Limits(max(a.copy_bytes_per_second, b.copy_bytes_per_second), rates)
 

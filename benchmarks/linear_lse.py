@@ -1,11 +1,12 @@
-"""A candidate for the `no_grad` plan: one product whose epilogue takes the log-sum-exp, so that no logits are stored.
+"""A candidate for the `no_grad` plan: one product that also takes the log-sum-exp, so that no logits are stored.
 
-Persistent programs load tiles of hidden states and of the head through TMA descriptors that the host makes (a
-descriptor made on the device needs an allocator, which autograd's thread does not see). Each tile of logits leaves its
-maximum and its sum of exponentials, from the fp32 accumulator; a second kernel merges a row's tiles. The label's logit
-is the library's own fp32 dot product: finding it in the tiles spilled 150 registers. No atomics: bitwise deterministic.
+Persistent programs load tiles of hidden states and of the head through TMA descriptors. The host makes these: a
+descriptor made on the device needs an allocator, which autograd's thread does not see. Each tile of logits leaves its
+maximum and its sum of exponentials, from the fp32 accumulator. A second kernel merges a row's tiles. The label's logit
+is the library's own fp32 dot product, since finding it in the tiles spilled 150 registers. There are no atomics:
+results are bitwise deterministic.
 
-It moves into the library if `benchmarks.experiments` shows it faster than cuBLAS and the row kernel on a GPU: a product
+It moves into the library if `benchmarks.experiments` shows it faster on a GPU than cuBLAS and the row kernel. A product
 by Triton is said to reach 75 to 90 % of cuBLAS's rate, and this one saves a write and a read of the logits.
 """
 
@@ -69,9 +70,9 @@ def merge_kernel(max_ptr, sum_ptr, target_ptr, logps_ptr, vocab_tiles, BLOCK: tl
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, tiles: Tiles = CANDIDATES[0]) -> Tensor:
-    """Log-probs `[N]` in fp32 of `labels` `[N]` under the logits `hidden [N, d] @ weight [V, d].T`; every label counts.
+    """Log-probs `[N]` in fp32 of `labels` `[N]` under the logits `hidden [N, d] @ weight [V, d].T`. Every label counts.
 
-    Rows of both operands must begin on 16-byte boundaries, as a TMA descriptor wants.
+    Rows of both operands must begin on 16-byte boundaries: a TMA descriptor needs that.
     """
     (n, d), vocab = hidden.shape, weight.shape[0]
     out = torch.empty(n, dtype=torch.float32, device=hidden.device)

@@ -1,4 +1,4 @@
-"""Token log-probs from logits that exist already: what the row kernels do, against their bytes."""
+"""Suite: token log-probs from logits that already exist. It shows what the row kernels do with their bytes."""
 
 from __future__ import annotations
 

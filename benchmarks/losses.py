@@ -1,4 +1,4 @@
-"""The losses themselves, on sequence log-probs `[2B]`: one launch forward and one backward, or eager's many."""
+"""Suite: the losses alone, on sequence log-probs `[2B]`. Ours launch one kernel forward and one backward."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """Each `[2B]`, but `z0`."""
+    """The inputs, each `[2B]` except `z0`."""
 
     logps: Tensor
     ref_logps: Tensor

@@ -1,4 +1,4 @@
-"""Seconds, bytes, and the formulas that turn them into rates."""
+"""Measures seconds and bytes, and has the formulas that turn them into rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics."""
+    """A quantile by linear interpolation between the sorted samples."""
     ordered = sorted(samples)
     at = q * (len(ordered) - 1)
     low = int(at)
@@ -31,7 +31,10 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """(median over the rounds of a/b, best of a / best of b): what disturbs a round disturbs both sides of it."""
+    """(median over the rounds of a/b, best of a / best of b).
+
+    What disturbs a round disturbs both sides of it.
+    """
     return statistics.median(x / y for x, y in zip(a, b, strict=True)), min(a) / min(b)
 
 
@@ -41,12 +44,12 @@ def matmul_flops(n: int, d: int, vocab: int, products: int) -> int:
 
 
 def row_bytes(n: int, vocab: int, element_size: int, passes: int) -> int:
-    """`passes` reads or writes of `[n, V]` logits; the vectors `[n]` beside them do not count."""
+    """The bytes of `passes` reads or writes of `[n, V]` logits. The vectors `[n]` beside them do not count."""
     return passes * n * vocab * element_size
 
 
 class Timer:
-    """Seconds of one call with a cold last-level cache: wall clock on a CPU, events around it on CUDA."""
+    """Times one call with a cold last-level cache: by wall clock on a CPU, by events around it on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -73,9 +76,10 @@ class Timer:
 def interleave(
     runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every run, `repeats` rounds of each of them once, after `warm_up` rounds that do not count.
+    """The seconds of every run, over `repeats` rounds of each of them once. First come `warm_up` rounds that do not
+    count.
 
-    A round starts one run further than the one before, so that no run always follows the same other.
+    A round starts one run further than the one before, so that no run always follows the same other run.
     """
     timer, names = Timer(device), list(runs)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -106,7 +110,10 @@ def _reset_peak_rss() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give every freed buffer of a MiB or more back at once, so that the resident set is what is in use."""
+    """Has glibc give every freed buffer of a MiB or more back at once.
+
+    So the resident set is what is in use.
+    """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         mmap_threshold = -3  # name of the parameter in malloc.h
@@ -115,12 +122,13 @@ def return_freed_memory() -> None:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Peak memory of a call beyond what was there before the first: inputs do not count, kept buffers do.
+    """The peak memory of a call beyond what was there before the first. Inputs do not count; kept buffers do.
 
-    The call is made twice and the second is measured, so that code loaded by the first is charged once and
-    transients of loading it are not. On a CPU this is the resident set, and wants a fresh process: freed memory
-    that the allocator keeps would hide what a later call takes. Where the high-water mark cannot be reset, it
-    is that of both calls.
+    The call is made twice and the second is measured. So code that the first call loads is charged once, and what
+    loading takes for a while is not.
+
+    On a CPU this is the resident set. It needs a fresh process: freed memory that the allocator keeps would hide what a
+    later call takes. Where the high-water mark cannot be reset, it is that of both calls.
     """
     gc.collect()
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The objectives of the head's benchmarks: fastpref's module, and the same from sequence sums by the specification."""
+"""The objectives of the head's benchmarks: fastpref's module, and the specification's formula from sequence sums."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Batch(NamedTuple):
 
     @property
     def desirable(self) -> Tensor:
-        """For unpaired losses: the first half of the sequences `[2B]`."""
+        """For unpaired losses: the first half of the sequences, `[2B]`."""
         return torch.arange(len(self.labels), device=self.labels.device) < len(self.labels) // 2
 
     @property
     def products(self) -> int:
-        """Matrix products that forward and backward cannot do without."""
+        """The matrix products that forward and backward cannot do without."""
         return 3 if self.weight.requires_grad else 2
 
     def clear_gradients(self) -> None:

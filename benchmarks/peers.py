@@ -1,4 +1,4 @@
-"""Who is measured at the head: each provider turns a batch into a loss, everything else is common."""
+"""Who is measured at the head. A provider turns a batch into a loss; everything else is common to all."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ TokenLogps = Callable[[Tensor, Tensor, Batch], Tensor]  # (hidden [..., d], labe
 
 
 class Provider(NamedTuple):
+    """One way to compute the loss."""
+
     loss: Loss
     reference: bool = True  # takes the reference model's log-probs
 
 
 def step(loss: Loss, batch: Batch) -> Tensor:
-    """Forward and backward into `.grad`, as a training loop has it. Returns the loss, detached."""
+    """Forward and backward into `.grad`, as in a training loop. Returns the loss, detached."""
     batch.clear_gradients()
     value = loss(batch)
     value.backward()
@@ -32,7 +34,7 @@ def step(loss: Loss, batch: Batch) -> Tensor:
 
 
 def _from_tokens(objective: Objective, logps: TokenLogps, *, compacted: bool) -> Loss:
-    """A loss from somebody's token log-probs, of all rows or of the scored ones."""
+    """A loss from a library's token log-probs, of all rows or of the scored ones."""
 
     def loss(batch: Batch) -> Tensor:
         scored = batch.scored
@@ -57,8 +59,10 @@ def _eager(hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
 
 
 def products(batch: Batch) -> Callable[[], object]:
-    """The plan's own matrix products and nothing else: full size over the scored rows, in the compute dtype, each
-    allocating its output as any caller of `torch.mm` would."""
+    """The plan's own matrix products and nothing else, at full size over the scored rows, in the compute dtype.
+
+    Each allocates its output, like any caller of `torch.mm`.
+    """
     rows = batch.hidden.detach()[batch.scored]
     weight = batch.weight.detach()
 
@@ -71,8 +75,10 @@ def products(batch: Batch) -> Callable[[], object]:
 
 
 def products_in_place(batch: Batch) -> Callable[[], object]:
-    """The same into outputs that stay allocated: no page of them is ever new, a bound that no caller reaches who
-    must hand out a gradient."""
+    """The same products into outputs that stay allocated, so that no page of them is ever new.
+
+    No caller who must hand out a gradient can reach this bound.
+    """
     rows = batch.hidden.detach()[batch.scored]
     weight = batch.weight.detach()
     u, d_hidden = weight.new_empty(rows.shape[0], weight.shape[0]), torch.empty_like(rows)
@@ -100,7 +106,10 @@ def _needs_cuda(device: torch.device) -> None:
 
 
 def _trl() -> TokenLogps:
-    """TRL 1.16's head, asked for log-probs alone: its DPO trainer has it compute entropy and more beside them."""
+    """TRL 1.16's head, asked for log-probs alone.
+
+    TRL's DPO trainer has it compute entropy and more beside them.
+    """
     chunk = imported("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE  # the backward imports it too
     function = getattr(imported("trl.kernels"), "ChunkedLogProbFunction", None)
     if function is None:
@@ -130,7 +139,7 @@ def _torch_linear() -> TokenLogps:
 
 
 def _cce() -> TokenLogps:
-    """Apple's cut-cross-entropy as it comes, filter and all."""
+    """Apple's cut-cross-entropy as it comes, with its gradient filter."""
     function = imported("cut_cross_entropy").linear_cross_entropy
 
     def logps(hidden: Tensor, labels: Tensor, batch: Batch) -> Tensor:
@@ -149,8 +158,10 @@ LIGER = {
 
 
 def _liger(objective: str) -> Loss:
-    """Liger's fused losses as they come (compiled), without a reference: they take a reference model's hidden
-    states, not its log-probs, and would run that model's head too."""
+    """Liger's fused losses as they come (compiled), without a reference.
+
+    They take a reference model's hidden states, not its log-probs, and would run that model's head too.
+    """
     name, options = LIGER[objective]
     loss_fn = getattr(imported("liger_kernel.chunked_loss"), name)(ignore_index=IGNORE, **options)
 
@@ -182,7 +193,7 @@ NAMES = (
 
 
 def names_for(objective: str, trainable: bool) -> tuple[str, ...]:
-    """Who can be asked for this objective at all."""
+    """The providers that can compute this objective."""
     inapplicable = {"liger_cross_entropy"} if objective != "nll" else {"liger", "fastpref_pair"}
     if not trainable:  # the plan is `frozen` then, and no other
         inapplicable |= {"fastpref_store", "fastpref_pair", "fastpref_recompute"}
@@ -190,7 +201,11 @@ def names_for(objective: str, trainable: bool) -> tuple[str, ...]:
 
 
 def provider(name: str, objective_name: str, device: torch.device) -> Provider:
-    """Raises Absent."""
+    """A provider by name.
+
+    Raises:
+        Absent: it cannot run here.
+    """
     objective = OBJECTIVES[objective_name]
     of_tokens = functools.partial(_from_tokens, objective)
     if name.startswith("fastpref"):

@@ -1,6 +1,7 @@
 """The pictures of a report: bars of time and of memory, the roofline, scaling curves, and the summary.
 
-Blue is fastpref, dark grey eager PyTorch, light grey the others, hatched what is a bound and no way to compute it.
+Blue is fastpref, dark grey is eager PyTorch, light grey are the others. Hatched bars are bounds, and no way to compute
+it.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _plain_log(axis: Any) -> None:
 
 
 def pages(found: Record) -> list[list[str]]:
-    """The record's cases, as many as one picture takes together."""
+    """The record's cases, in groups that fit one picture."""
     cases = list(_cases(found["rows"]))
     return [cases[i : i + PANELS] for i in range(0, len(cases), PANELS)]
 
@@ -111,7 +112,7 @@ class _Look(NamedTuple):
 
 
 def _bars(found: Record, look: _Look, title: str, cases: Sequence[str] | None) -> Any:
-    """One panel a case; None where there is nothing to compare."""
+    """One panel for each case. None where there is nothing to compare."""
     panels = {
         case: [row for row in rows if look.value(row) is not None]
         for case, rows in _cases(found["rows"]).items() if cases is None or case in cases
@@ -133,7 +134,7 @@ def _bars(found: Record, look: _Look, title: str, cases: Sequence[str] | None) -
 
 
 def _panel(axis: Any, case: str, rows: Sequence[Row], look: _Look) -> None:
-    """One bar a provider, the smallest on top, each with its label."""
+    """One bar for each provider, the smallest on top, with its label."""
     rows = sorted(rows, key=lambda row: -(look.value(row) or 0.0))
     eager = next((row for row in rows if row["provider"] == "eager"), None)
     sizes = [look.value(row) or 0.0 for row in rows]
@@ -161,7 +162,7 @@ def _panel(axis: Any, case: str, rows: Sequence[Row], look: _Look) -> None:
 
 
 def speed(found: Record, cases: Sequence[str] | None = None, title: str | None = None) -> Any:
-    """Median time of every provider; the line on a bar goes from p20 to p80."""
+    """The median time of every provider. The line on a bar goes from p20 to p80."""
 
     def text(row: Row, eager: Row | None) -> str:
         label = seconds_text(statistics.median(row["seconds"]))
@@ -184,7 +185,7 @@ def speed(found: Record, cases: Sequence[str] | None = None, title: str | None =
 
 
 def memory(found: Record, cases: Sequence[str] | None = None) -> Any:
-    """Peak memory of every provider; the tick is what the formula says."""
+    """The peak memory of every provider. The tick is what the formula says."""
 
     def text(row: Row, eager: Row | None) -> str:
         label = bytes_text(row["peak_bytes"])
@@ -249,7 +250,7 @@ AXES = {
 
 
 def scaling(found: Record) -> Any:
-    """Time above, peak memory below, against one size a column; both axes logarithmic."""
+    """Time above and peak memory below, with one size in each column. Both axes are logarithmic."""
     rows = [row for row in found["rows"] if row.get("axis") and row["provider"] not in BOUNDS]
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     if not axes_names:
@@ -298,8 +299,10 @@ def scaling(found: Record) -> Any:
 
 
 def speedups(records: Sequence[Record]) -> list[tuple[str, str, float]]:
-    """(suite, case, how many times as fast as eager) of fastpref, everywhere that both were measured; the scaling
-    suite varies the head's case, and is left to its curves."""
+    """(suite, case, how many times as fast as eager) of fastpref, wherever both were measured.
+
+    The scaling suite varies the head's case, and is left to its curves.
+    """
     found = []
     for one in records:
         for case in _cases([] if one["suite"].startswith("scale") else one["rows"]):

@@ -131,7 +131,7 @@ def file_name(record: Record) -> str:
 
 
 def write(record: Record, path: Path) -> Path:
-    """To the file `path`, or into the folder `path` under the record's own name."""
+    """Writes to the file `path`, or into the folder `path` under the record's own name."""
     if path.suffix != ".json":
         path.mkdir(parents=True, exist_ok=True)
         path = path / file_name(record)
@@ -157,7 +157,7 @@ def find(rows: Sequence[Row], case: str, provider: str) -> Row | None:
 
 
 def ratio(a: Row | None, b: Row | None, quantity: str) -> tuple[float, float] | None:
-    """(value, best-of) of a/b in seconds or peak bytes; None where a side is missing."""
+    """(value, best-of) of a/b in seconds or peak bytes. None where a side is missing."""
     if a is None or b is None:
         return None
     if quantity == "seconds":
@@ -173,7 +173,10 @@ def milliseconds(seconds: float) -> str:
 
 
 def floor(record: Record, row: Row) -> float | None:
-    """The least seconds that the row's work can take on the machine of the record, as measured in the same run."""
+    """The least seconds that the row's work can take on the record's machine.
+
+    Its limits were measured in the same run.
+    """
     limits = record.get("limits")
     if not limits or "dtype" not in row or not (row.get("flops") or row.get("bytes")):
         return None
@@ -224,7 +227,10 @@ def target_line(target: dict[str, Any]) -> str:
 
 
 def table(record: Record) -> str:
-    """Markdown: the rows (columns that no row fills are left out), the targets, who is absent, the provenance."""
+    """A record as Markdown: the rows, the targets, who is absent, and where it comes from.
+
+    Columns that no row fills are left out.
+    """
     cells = [_cells(record, row) for row in record["rows"]]
     columns = [name for name in (cells[0] if cells else {}) if any(c[name] for c in cells)]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)] if columns else []
@@ -235,7 +241,7 @@ def table(record: Record) -> str:
 
 
 def provenance(record: Record) -> str:
-    """One line: when, where, which code, with what, at what limits."""
+    """Where a record comes from, in one line: when, where, which code, with what, at what limits."""
     host = record["machine"]
     on_gpu = record["settings"].get("device") == "cuda"
     where = host["gpu"]["name"] if on_gpu else f"{host['cpu']}, {host['cores']} cores"

@@ -61,7 +61,7 @@ def _html_table(lines: Sequence[str]) -> str:
 
 
 def _html_of(markdown: str) -> str:
-    """Of the Markdown that `record.table` writes: tables, lists and paragraphs."""
+    """HTML of the Markdown that `record.table` writes: tables, lists and paragraphs."""
     blocks = []
     for block in re.split(r"\n\s*\n", markdown.strip()):
         lines = block.splitlines()
@@ -75,7 +75,7 @@ def _html_of(markdown: str) -> str:
 
 
 def write(records: Sequence[Record], folder: Path) -> Path:
-    """report.md, report.html and the PNGs into `folder`; returns the page.
+    """Writes report.md, report.html and the PNGs into `folder`. Returns the page.
 
     Raises:
         SystemExit: matplotlib is not installed.
@@ -131,7 +131,7 @@ HEAD_ROWS = {
 
 
 def head_table(path: Path) -> str:
-    """A record of the head with all that were measured: where it comes from, the table, what was missed."""
+    """A record of the head with all who were measured: where it comes from, the table, what was missed."""
     found = record.read(path)
     case = found["settings"]["cases"][0]
     tables = {head: f"{case['name']}, {head} head" for head in ("trainable", "frozen")}

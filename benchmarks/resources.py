@@ -57,7 +57,7 @@ class Sweep(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Of one compiled kernel."""
+    """What one compiled kernel uses."""
 
     kernel: str
     variant: str
@@ -69,8 +69,10 @@ class Resources(NamedTuple):
     assembly: Assembly
 
     def sweeps(self) -> list[Sweep]:
-        """Over full blocks of a row; each is followed by a loop over the row's end. Empty for other kernels and GPUs
-        whose loops are not told apart."""
+        """The sweeps over full blocks of a row. Each is followed by a loop over the row's end.
+
+        Empty for other kernels, and for GPUs whose loops cannot be told apart.
+        """
         rows = ROWS_AT_ONCE.get(self.kernel)
         if rows is None or not self.target.startswith("sm_"):
             return []
@@ -81,7 +83,7 @@ class Resources(NamedTuple):
         return found
 
     def record(self) -> dict[str, Any]:
-        """Flat, as JSON takes it."""
+        """A flat mapping, as JSON takes it."""
         flat = self._asdict()
         assembly = flat.pop("assembly")
         lists = {"loops": assembly.loops, "sweeps": self.sweeps()}
@@ -112,8 +114,10 @@ def recorded_launch(case: Case) -> Launch:
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
-    """Specialised as Triton does at run time: None and 1 are constants, multiples of 16 are known to be such, unless
-    the kernel says otherwise of an argument."""
+    """The kernel, specialised as Triton does at run time.
+
+    None and 1 are constants, and multiples of 16 are known to be such, unless the kernel says otherwise of an argument.
+    """
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -142,7 +146,7 @@ def measure(case: Case) -> Resources:
 
 
 def measure_candidate(tiles: linear_lse.Tiles) -> dict[str, Any]:
-    """The product with a log-sum-exp in its epilogue, in bf16 for Hopper."""
+    """The product with a log-sum-exp in its epilogue (`linear_lse.py`), in bf16 for Hopper."""
     kernel = linear_lse.tile_lse_kernel
     signature = {
         "hidden": f"tensordesc<bf16[{tiles.rows},{tiles.d}]>", "weight": f"tensordesc<bf16[{tiles.vocab},{tiles.d}]>",

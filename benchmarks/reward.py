@@ -1,4 +1,4 @@
-"""A reward model's last steps, forward + backward: find where each sequence ends, the scalar head, Bradley-Terry."""
+"""Suite: a reward model's last steps, forward and backward: find sequence ends, the scalar head, Bradley-Terry."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ KERNELS = (
 
 
 class Row(NamedTuple):
-    """Seconds."""
+    """What one kernel should take and took, in seconds."""
 
     kernel: str
     vocab: int

@@ -1,4 +1,4 @@
-"""How time and memory at the head grow: one size at a time, the others at their base."""
+"""Suite: how time and memory at the head grow. One size varies at a time, the others stay at their base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BF16 = torch.bfloat16
 
 
 def _sweep(base: Case, axes: dict[str, tuple[int, ...]]) -> list[Case]:
-    """`scored` varies the share of rows that a label scores, `seq_len` and `pairs` how many rows there are."""
+    """`scored` varies the share of rows that have a label. `seq_len` and `pairs` vary how many rows there are."""
     cases = []
     for axis, values in axes.items():
         for value in values:

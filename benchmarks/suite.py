@@ -1,6 +1,6 @@
-"""What every suite is made of, and how one is run: right first, then interleaved timings, then memory.
+"""What every benchmark suite is made of, and how one is run: first a check of the results, then timings, then memory.
 
-A suite has cases; a case becomes a `Problem`: inputs on a device, who can compute the thing, and what is right.
+A suite has cases. A case becomes a `Problem`: inputs on a device, who can compute the thing, and what is right.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Absent(Exception):
 
 
 class RedGate(Exception):
-    """fastpref or the baseline computes something else than the specification: no time means anything."""
+    """fastpref or the baseline computes something other than the specification. Then no time means anything."""
 
 
 class Problem(ABC):
@@ -57,14 +57,18 @@ class Problem(ABC):
 
     @abstractmethod
     def call(self, provider: str) -> Callable[[], Results]:
-        """What is timed; its results are compared with `truth`. Raises Absent."""
+        """What is timed. Its results are compared with `truth`.
+
+        Raises:
+            Absent: the provider cannot run here.
+        """
 
     @abstractmethod
     def truth(self, provider: str) -> Results:
-        """In fp64. By provider, because a peer may be unable to compute quite the same thing."""
+        """The results in fp64. By provider, because another library may be unable to compute quite the same thing."""
 
     def limits(self, provider: str, truth: Results, results: Results) -> dict[str, float]:
-        """Relative L2 errors that are fastpref's at most."""
+        """The largest relative L2 errors that fastpref may have."""
         return {name: FP32_LIMIT + rounding_limit(truth[name], value.dtype) for name, value in results.items()}
 
     def predicted_peak(self, provider: str) -> int | None:
@@ -98,7 +102,7 @@ class Task(Problem):
 
 
 def relative_error(value: Tensor, wanted: Tensor) -> float:
-    """Relative L2; NaN anywhere makes it NaN, which passes no limit."""
+    """Relative L2 error. NaN anywhere makes it NaN, which passes no limit."""
     return float((value.double() - wanted).norm() / wanted.norm())
 
 
@@ -150,7 +154,11 @@ def _wanted(problem: Problem, options: Options) -> tuple[list[str], dict[str, st
 
 
 def check(problem: Problem, provider: str, call: Callable[[], Results]) -> dict[str, Any]:
-    """One provider's entry in the gate. Raises Absent where there is nothing to compare."""
+    """One provider's entry in the gate.
+
+    Raises:
+        Absent: there is nothing to compare.
+    """
     results, truth = call(), problem.truth(provider)
     if any(wanted.abs().max() < VANISHED for wanted in truth.values()):
         raise Absent("the right gradient of what it computes vanishes here (its sigmoids saturate): nothing to compare")
@@ -175,7 +183,11 @@ class Gate(NamedTuple):
 
 
 def gate(problem: Problem, names: Sequence[str]) -> Gate:
-    """Raises RedGate if fastpref or eager is wrong."""
+    """Checks all providers' results.
+
+    Raises:
+        RedGate: fastpref or eager is wrong.
+    """
     found = Gate({}, [], {})
     for name in names:
         must_run = is_ours(name) or name.startswith("eager")
@@ -205,7 +217,10 @@ def gate(problem: Problem, names: Sequence[str]) -> Gate:
 
 
 def _peak(suite: str, case: Any, small: Any, provider: str, device: torch.device) -> int:
-    """One provider's peak in this process. A small call first: loading code takes memory that no batch causes."""
+    """One provider's peak in this process.
+
+    A small call comes first: loading code takes memory that no batch causes.
+    """
     if device.type == "cpu":
         measure.return_freed_memory()
     build = load(suite).build
@@ -214,7 +229,7 @@ def _peak(suite: str, case: Any, small: Any, provider: str, device: torch.device
 
 
 def _peak_in_fresh_process(suite: str, case: Any, small: Any, provider: str) -> int:
-    """From a server process that has imported what every suite needs and done nothing else."""
+    """The same in a new process, forked from one that has imported what every suite needs and done nothing else."""
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     multiprocessing.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -250,12 +265,15 @@ def run_case(suite: Suite, case: Any, options: Options):
 
 
 def _like(small: Any, case: Any) -> Any:
-    """The small case with everything of the large one that is not a size."""
+    """The small case with everything of the large one except its sizes."""
     return small._replace(**{k: v for k, v in case._asdict().items() if not isinstance(v, int) or isinstance(v, bool)})
 
 
 def run(suite: Suite, cases: Sequence[Any], options: Options, name: str | None = None) -> record.Record:
-    """The record of all cases that there was time for. An interrupt (SIGINT) ends it early; `absent` says where."""
+    """The record of all cases that there was time for.
+
+    An interrupt (SIGINT) ends it early; `absent` says where.
+    """
     rows: list[record.Row] = []
     checks: list[dict[str, Any]] = []
     absent: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What is faster, in one table: the README's, from the newest record of each kind."""
+"""The README's table of what is faster, from the newest record of each kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def newest(kind: str, folder: Path = compare.RESULTS) -> Path:
 
 
 def table() -> str:
-    """Markdown: times in seconds, memory in MiB, the ratios of both, and which record they are from."""
+    """A Markdown table: times in seconds, memory in MiB, their ratios, and which record they are from."""
     lines = ["| | | fastpref | it | times as fast | of its memory |", "|---|---|---|---|---|---|"]
     head, trainers, hosts = (record.read(newest(kind)) for kind in (HEAD, TRAINERS, HOSTS))
     case = head["settings"]["cases"][0]["name"]
@@ -54,7 +54,7 @@ def _line(what: str, name: str, ours: Any, theirs: Any, average: Any) -> str:
 
 
 def sources() -> str:
-    """Which records, on which machines, of which commits."""
+    """Which records the table is from, on which machines, of which commits."""
     found = {kind: newest(kind) for kind in (HEAD, TRAINERS, HOSTS)}
     return "; ".join(f"`{path.name}` ({plots.source(record.read(path))})" for path in found.values())
 

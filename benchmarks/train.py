@@ -1,7 +1,7 @@
-"""Whole training steps of small models: forward, DPO, backward, AdamW. Who computes the loss is all that differs.
+"""Suite: whole training steps of small models (forward, DPO, backward, AdamW). Only who computes the loss differs.
 
-The models have random weights, since the time of a step does not depend on what was learnt, and a learning rate of 0:
-the same arithmetic, but every step starts from the weights whose gradients were checked.
+The models have random weights, since the time of a step does not depend on what was learnt. The learning rate is 0: the
+arithmetic is the same, but every step starts from the weights whose gradients were checked.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ class Case(NamedTuple):
 
 
 def make_model(case: Case, device: torch.device) -> Any:
-    """Raises Absent without transformers."""
+    """The model of a case.
+
+    Raises:
+        Absent: transformers is not installed.
+    """
     transformers, config = peers.imported("transformers"), CONFIGS[case.model]
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -120,7 +124,7 @@ class TrainProblem(Problem):
 
     @functools.cached_property
     def _optimizer(self) -> torch.optim.Optimizer:
-        """One for all: its state is as large as two models."""
+        """One optimizer for all: its state is as large as two models."""
         return torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0)
 
     @functools.cached_property

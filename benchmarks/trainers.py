@@ -2,9 +2,11 @@
 
     python -m benchmarks.trainers --data pairs.json [--model smollm2] [--steps 8] [--json benchmarks/results]
 
-Each run is a process of its own, so that its peak is its own; the libraries take turns, `--repeats` times. Both get the
-same model, data, order, truncation and options, and must end with the same mean loss. Two cases: the reference's
-log-probs computed in every step, and before training (what that took is a column of its own, and is not in the rate).
+Each run is a process of its own, so that its peak is its own. The libraries take turns, `--repeats` times. Both get the
+same model, data, order, truncation and options, and must end with the same mean loss.
+
+There are two cases. In one the reference's log-probs are computed in every step. In the other they are computed before
+training; what that took is a column of its own, and is not in the rate.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def model_folder(name: str, folder: Path) -> Path:
 
 
 def measure(args: argparse.Namespace, save: Callable[[record.Record], object] | None = None) -> record.Record:
-    """Case after case; `save` gets the record after each. A library that fails costs its case alone."""
+    """Runs case after case. `save` gets the record after each. A library that fails costs its case alone."""
     rows: list[record.Row] = []
     gate: list[dict[str, Any]] = []
     targets: list[dict[str, Any]] = []
@@ -142,7 +144,7 @@ def _targets(case: str, trl: dict[str, Any], ours: dict[str, Any], device: str) 
 
 
 def table(found: record.Record) -> str:
-    """Markdown; a step's time is the mean over all, since steps differ in length."""
+    """A Markdown table. A step's time is the mean over all, since steps differ in length."""
     pairs = found["settings"]["batch_size"]
     lines = [
         "| reference | library | pairs/s | step, s (p20 to p80) | peak, MiB | setup, s |",

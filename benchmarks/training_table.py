@@ -1,4 +1,4 @@
-"""What `training_runs.sh` recorded, as the README's table: `python -m benchmarks.training_table [FOLDER]`."""
+"""The README's table of what `training_runs.sh` recorded: `python -m benchmarks.training_table [FOLDER]`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ COLUMNS = {  # header -> the names under which methods log it on held-out data
 
 
 def _cell(run: dict[str, Any], header: str) -> str:
-    """Held out, before -> after; a policy that is its own reference ranks nothing before it is trained."""
+    """A metric on held-out data, before -> after.
+
+    A policy that is its own reference ranks nothing before it is trained.
+    """
 
     def text(when: str) -> str:
         found = run["evaluations"][when]

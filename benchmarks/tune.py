@@ -2,9 +2,9 @@
 
     python -m benchmarks.tune RECORD.json [--out kernels/fastpref_kernels/configs]
 
-Takes the fastest BLOCK and number of warps of the `rows` experiment for each kernel, in place of the default's for
-long rows: those for rows that stay in the L2 cache between two sweeps are kept. So is the default of kernels that the
-experiment does not run.
+For each kernel it takes the fastest BLOCK and number of warps of the `rows` experiment. These replace the default's
+tile sizes for long rows. Those for rows that stay in the L2 cache between two sweeps are kept. Kernels that the
+experiment does not run keep their default, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GAIN = 0.98  # of the default's time: what is less than 2 % faster in one run ma
 
 
 def table(found: record.Record) -> dict[str, Any]:
-    """The file's contents.
+    """The contents of the file.
 
     Raises:
         ValueError: the record has no sweep of the row kernels on a GPU.

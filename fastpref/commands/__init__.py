@@ -1,1 +1,1 @@
-"""What `fastpref NAME` runs."""
+"""The command line: one module or package for each `fastpref NAME`."""

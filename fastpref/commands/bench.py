@@ -1,4 +1,4 @@
-"""`fastpref bench`: the benchmark suites, which live in the repository and not in the installed package."""
+"""`fastpref bench`: runs the benchmark suites. They live in the repository, not in the installed package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOW = (
 
 
 def _suites() -> ModuleType:
-    """`benchmarks.cli` of the checkout that fastpref is imported from."""
+    """The module `benchmarks.cli` of the checkout that fastpref is imported from."""
     if not (ROOT / "benchmarks" / "cli.py").is_file():
         raise SystemExit(HOW)
     if str(ROOT) not in sys.path:

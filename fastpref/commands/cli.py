@@ -1,4 +1,4 @@
-"""The `fastpref` command: one subcommand a use, each in its own module, imported when called."""
+"""The `fastpref` command. Each subcommand has a module of its own, imported when it is called."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The Triton kernels as a kernel of the Hugging Face Hub: `fastpref hub FOLDER`.
+"""`fastpref hub FOLDER`: the Triton kernels as a kernel of the Hugging Face Hub.
 
-The folder has what `kernels.get_kernel` loads (`build/torch-<backend>/`, pure Python: "noarch") and what Hugging Face's
-kernel-builder takes (`build.toml`, `torch-ext/`). Upload it with `hf upload USER/fastpref-kernels FOLDER`.
+The folder has what `kernels.get_kernel` loads (`build/torch-<backend>/`, pure Python: "noarch"). It also has what
+Hugging Face's kernel-builder takes (`build.toml`, `torch-ext/`). Upload it with
+
+    hf upload USER/fastpref-kernels FOLDER
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ kernels = get_kernel("USER/{name}", version={version})
 
 
 def sources() -> list[Path]:
-    """The kernels' Python files, and the tile sizes of GPUs."""
+    """The kernels' Python files, and the files of tile sizes for GPUs."""
     spec = importlib.util.find_spec(PACKAGE)
     assert spec is not None and spec.origin is not None  # a part of fastpref
     folder = Path(spec.origin).parent
@@ -58,10 +60,12 @@ def _place(file: Path) -> Path:
 
 
 def export(folder: str | Path, backends: Sequence[str] = BACKENDS[:3]) -> Path:
-    """Write the Hub's layout into `folder`, which must be new or empty; returns it. "cpu" is for Triton's interpreter.
+    """Writes the Hub's layout into `folder`, which must be new or empty. Returns it.
+
+    The backend "cpu" is for Triton's interpreter.
 
     Raises:
-        ValueError: an unknown backend, or a folder with files in it.
+        ValueError: a backend is unknown, or the folder has files in it.
     """
     for backend in backends:
         checks.choice("backends", backend, BACKENDS)

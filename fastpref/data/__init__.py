@@ -1,0 +1,1 @@
+"""Preference data: reading records, applying chat templates, tokenising, packing into batches."""

@@ -1,4 +1,4 @@
-"""From pairs to batches: chat template, truncation, shifted labels, padding."""
+"""From text pairs to padded batches, for a training loop of your own: template, truncation, shifted labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastpref.data.template import template_ids
 
 
 class TokenizedPair(NamedTuple):
-    """Token ids; `prompt` is what both sequences begin with."""
+    """A pair as token ids. `prompt` is what both sequences begin with."""
 
     prompt: list[int]
     chosen: list[int]
@@ -25,7 +25,10 @@ class TokenizedPair(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Right-padded `[2B, T]`, the B chosen sequences first. `labels[s, t]` is the token that position t scores."""
+    """A right-padded batch `[2B, T]`, the B chosen sequences first.
+
+    `labels[s, t]` is the token that position t scores, or -100.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -36,8 +39,11 @@ class PairBatch(NamedTuple):
 
 
 def tokenize_pair(pair: Pair, tokenizer: Any) -> TokenizedPair:
-    """As TRL does: a completion is what the template adds to the prompt with its generation header, whatever
-    closes the assistant's turn included. The prompt ends where it stops being a prefix of either sequence."""
+    """A pair's token ids, as TRL makes them.
+
+    A completion is all that the template adds to the prompt with its generation header, including what closes the
+    assistant's turn. The prompt ends where it stops being a prefix of either sequence.
+    """
     prompt = template_ids(tokenizer, pair.prompt, add_generation_prompt=True)
     chosen = template_ids(tokenizer, pair.prompt + pair.chosen)
     rejected = template_ids(tokenizer, pair.prompt + pair.rejected)
@@ -46,7 +52,13 @@ def tokenize_pair(pair: Pair, tokenizer: Any) -> TokenizedPair:
 
 
 def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, max_length: int) -> list[TokenizedPair]:
-    """Sequences are cut at `max_length`; pairs whose prompt leaves no room for a completion are left out."""
+    """Tokenises pairs and cuts their sequences at `max_length` tokens.
+
+    Pairs whose prompt leaves no room for a completion are left out.
+
+    Raises:
+        ValueError: no pair is left.
+    """
     tokenized = (tokenize_pair(pair, tokenizer) for pair in pairs)
     kept = [
         TokenizedPair(prompt, chosen[: max_length - len(prompt)], rejected[: max_length - len(prompt)])
@@ -61,6 +73,7 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, max_length: int) -> li
 
 
 def collate_pairs(pairs: Sequence[TokenizedPair], pad_token_id: int) -> PairBatch:
+    """Pads tokenised pairs into a batch."""
     sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     length = max(p.longest() for p in pairs)
     batch = PairBatch(
@@ -78,6 +91,6 @@ def collate_pairs(pairs: Sequence[TokenizedPair], pad_token_id: int) -> PairBatc
 
 
 def batches_by_length(pairs: Sequence[TokenizedPair], batch_size: int, pad_token_id: int) -> list[PairBatch]:
-    """All pairs, neighbours in length together, so that little is padding."""
+    """All pairs in batches of similar length, so that there is little padding."""
     by_length = sorted(pairs, key=TokenizedPair.longest)
     return [collate_pairs(by_length[i : i + batch_size], pad_token_id) for i in range(0, len(by_length), batch_size)]

@@ -1,4 +1,4 @@
-"""Collators of the trainers: examples of token ids to packed batches."""
+"""Collators of the trainers: they make packed batches from examples of token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Example = dict[str, Any]
 
 
 class Kept:
-    """A batch's examples, closed to what looks into batches for tensors."""
+    """A batch's examples, wrapped so that code that looks for tensors in batches does not look into them."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -23,8 +23,11 @@ class Kept:
 
 @dataclass
 class PackedCollator:
-    """Batches as `{"index": [B], "parts": [...]}`: each part a packed batch of consecutive examples within
-    `token_budget` tokens, with `columns` of numbers beside it. `ours`: fastpref's attention runs packed rows."""
+    """Makes batches `{"index": [B], "parts": [...]}`.
+
+    A part is a packed batch of consecutive examples of at most `token_budget` tokens, with their numbers (margins,
+    reference log-probs) beside it. `ours` says that fastpref's attention runs packed rows.
+    """
 
     pad_token_id: int = 0
     layout: str = "padded"
@@ -39,10 +42,15 @@ class PackedCollator:
         raise NotImplementedError
 
     def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """What else a part holds."""
+        """What a part holds besides its sequences."""
         return {}
 
     def pack(self, groups: Sequence[Sequence[Scored]]) -> dict[str, Any]:
+        """Packs the sequences into one batch.
+
+        Raises:
+            ValueError: a sequence is beyond the model's limits.
+        """
         if self.limits is not None:
             self.limits.check(s.ids for group in groups for s in group)
         batch = pack(groups, self.layout, self.pad_token_id, count_copies=self.count_copies)
@@ -51,11 +59,13 @@ class PackedCollator:
         return batch
 
     def part(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """One part: the packed examples and what belongs to them."""
         groups = self.groups(examples)
         tokens = sum(len(s.ids) for group in groups for s in group)
         return self.pack(groups) | self.extras(examples) | {"examples": len(examples), "tokens": tokens}
 
     def split(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        """The examples of each part."""
         if self.token_budget is None:
             return [examples]
         ranges = split_by_tokens(self.groups(examples), self.layout, self.token_budget)
@@ -69,9 +79,10 @@ class PackedCollator:
 
 @dataclass
 class PairCollator(PackedCollator):
-    """`prompt_ids, chosen_ids, rejected_ids` (and the reference's log-probs) to `[B chosen; B rejected]`.
+    """Pairs of `prompt_ids, chosen_ids, rejected_ids`, and perhaps the reference's log-probs, as `[B chosen; B
+    rejected]`.
 
-    `score_prompts`: the chosen prompts get rows too, labelled by `prompt_labels` only (ORPO's NLL).
+    With `score_prompts` the chosen prompts have rows too, labelled by `prompt_labels` only (for ORPO's NLL).
     """
 
     score_prompts: bool = False
@@ -98,7 +109,7 @@ class PairCollator(PackedCollator):
 
 @dataclass
 class RewardCollator(PackedCollator):
-    """`chosen_ids, rejected_ids` (and `margin`): whole sequences, scored by their last row."""
+    """Pairs of `chosen_ids, rejected_ids` (and `margin`): whole sequences, scored by their last row."""
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         return [[Scored(ids, len(ids)) for ids in (e["chosen_ids"], e["rejected_ids"])] for e in examples]
@@ -114,7 +125,7 @@ class RewardCollator(PackedCollator):
 
 @dataclass
 class StepCollator(PackedCollator):
-    """`input_ids, labels`: step labels at the rows where steps end."""
+    """Solutions as `input_ids, labels`: a step's label is at the row where the step ends."""
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         return [[Scored(e["input_ids"], len(e["input_ids"]))] for e in examples]
@@ -131,7 +142,10 @@ class StepCollator(PackedCollator):
 
 @dataclass
 class UnpairedCollator(PackedCollator):
-    """`prompt_ids, completion_ids, label`, and KTO's mismatched `kl_completion_ids`, which are parts of their own."""
+    """Single responses as `prompt_ids, completion_ids, label`.
+
+    KTO's mismatched `kl_completion_ids` become parts of their own.
+    """
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         return [[_response(e, "completion")] for e in examples]
@@ -143,13 +157,14 @@ class UnpairedCollator(PackedCollator):
         return found
 
     def kl_part(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """The mismatched completions, as a part."""
         part = self.pack([[_response(e, "kl_completion")] for e in examples]) | {"examples": len(examples)}
         if "ref_KL_logps" in examples[0]:
             part["ref_logps"] = torch.tensor([e["ref_KL_logps"] for e in examples], dtype=torch.float32)
         return part
 
     def reference_part(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Both completions of each prompt, for a pass that needs no gradient: [B; B mismatched]."""
+        """Both completions of each prompt, for a pass without gradients: [B; B mismatched]."""
         groups = [[_response(e, side) for side in ("completion", "kl_completion")] for e in examples]
         return self.pack(groups) | {"examples": len(examples)}
 
@@ -161,6 +176,6 @@ class UnpairedCollator(PackedCollator):
 
 
 def _response(example: Example, side: str, skip: int = 0, kept: int | None = None) -> Scored:
-    """A response after its prompt; the first `skip` tokens of it still are context."""
+    """A response after its prompt. Its first `skip` tokens still count as context."""
     prompt, ids, mask = example["prompt_ids"], example[f"{side}_ids"], example.get(f"{side}_mask")
     return Scored(prompt + ids, len(prompt) + skip, kept, None if mask is None else mask[skip:])

@@ -1,4 +1,5 @@
-"""Texts and messages to token ids by the rules of TRL 1.16: where a prompt ends, which tokens begin and end it all."""
+"""One record's texts or messages as token ids, by the rules of TRL 1.16: where a prompt ends, how sequences begin and
+end."""
 
 from __future__ import annotations
 
@@ -17,28 +18,32 @@ OPENING = re.compile(r"(<[^<>|/\s]+>)\s*$")  # `<think>` at the end, and no cont
 
 
 class Response(NamedTuple):
-    """Token ids, and which of them are scored (None: all)."""
+    """A response's token ids, and which of them are scored (None: all)."""
 
     ids: list[int]
     mask: list[int] | None = None
 
     def cut(self, length: int) -> Response:
+        """Its first `length` tokens."""
         return Response(self.ids[:length], None if self.mask is None else self.mask[:length])
 
     def after(self, length: int) -> Response:
+        """Without its first `length` tokens."""
         return Response(self.ids[length:], None if self.mask is None else self.mask[length:])
 
     def behind(self, context: list[int]) -> Response:
-        """With the end of its context before it, which is not scored."""
+        """With tokens of its context put before it, which are not scored."""
         return Response(context + self.ids, None if self.mask is None else [0] * len(context) + self.mask)
 
     @property
     def scored(self) -> bool:
-        """Is there a token that is?"""
+        """Whether any token is scored."""
         return bool(self.ids if self.mask is None else any(self.mask))
 
 
 class Parted(NamedTuple):
+    """A prompt, the responses to it, and what is odd about them."""
+
     prompt: list[int]
     responses: list[Response]
     remarks: int = 0  # flags of fastpref.data.remarks
@@ -48,10 +53,20 @@ def part(
     example: Record, sides: Sequence[str], tokenizer: Any, *, responses_as_written: bool = False,
     assistant_only_loss: bool = False,
 ) -> Parted:  # fmt: skip
-    """A prompt and the responses to it, parted where the prompt alone stops being a prefix of one of the sequences.
+    """A prompt and the responses to it, as token ids.
 
-    `responses_as_written`: a response is its text's tokens and EOS (or the record's `{side}_response_ids`), whatever
-    the chat template would make of it. `assistant_only_loss`: of a response's messages the assistant's are scored.
+    The prompt ends where, alone, it stops being a prefix of one of the sequences.
+
+    Args:
+        example: a record with `prompt` and the `sides`, or with token ids.
+        sides: names of the responses, such as `("chosen", "rejected")`.
+        tokenizer: a tokenizer of transformers.
+        responses_as_written: a response is its text's tokens and EOS (or the record's `{side}_response_ids`), whatever
+            the chat template would make of it.
+        assistant_only_loss: of a response's messages, only the assistant's are scored.
+
+    Raises:
+        ValueError: something in the record is wrong or does not go with the options.
     """
     if f"{sides[0]}_ids" in example:
         given = [_given(example, side, assistant_only_loss) for side in sides]
@@ -68,8 +83,11 @@ def part(
 
 
 def prompt_ids(example: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    """The record's `prompt`, alone: messages up to the generation header (with its `tools` and
-    `chat_template_kwargs`); text as the tokenizer begins texts."""
+    """The token ids of the record's `prompt` alone.
+
+    Messages end with the generation header; the template gets the record's `tools` and `chat_template_kwargs`. A text
+    begins as the tokenizer begins texts.
+    """
     prompt = example["prompt"]
     if isinstance(prompt, str):
         return text_ids(tokenizer, prompt)
@@ -114,7 +132,7 @@ def _as_written(example: Record, sides: Sequence[str], tokenizer: Any) -> Parted
 
 
 def _opened_twice(example: Record, sides: Sequence[str], tokenizer: Any) -> int:
-    """Does a response begin with the tag, such as `<think>`, that the generation header ends in?"""
+    """Whether a response begins with the tag that the generation header ends in, such as `<think>`."""
     if isinstance(example["prompt"], str):
         return 0
     options = template.template_options(example)
@@ -126,7 +144,7 @@ def _opened_twice(example: Record, sides: Sequence[str], tokenizer: Any) -> int:
 
 
 def written_ids(example: Record, side: str, tokenizer: Any) -> list[int]:
-    """A response's tokens as they were sampled, if the record has them, or else of its text, and EOS."""
+    """A response's tokens as they were sampled, if the record has them; else its text's tokens, and EOS."""
     text, sampled = example[side], example.get(f"{side}_response_ids")
     if not isinstance(text, str):
         text = _only_text(side, text)
@@ -151,7 +169,10 @@ def _only_text(side: str, messages: Sequence[Record]) -> str:
 
 
 def wholes(example: Record, tokenizer: Any, *, responses_as_written: bool = False) -> tuple[list[list[int]], int]:
-    """([chosen, rejected], remarks), each after the prompt, which is empty where the two have nothing in common."""
+    """([chosen, rejected] as whole sequences, remarks).
+
+    Each comes after the prompt. The prompt is empty where the two have nothing in common.
+    """
     prompt = example.get("prompt", [])
     if prompt is None:
         raise ValueError("prompt: got None, want a text or messages")
@@ -172,6 +193,8 @@ def wholes(example: Record, tokenizer: Any, *, responses_as_written: bool = Fals
 
 
 class InContext(NamedTuple):
+    """Chosen and rejected responses, each with a context of its own."""
+
     contexts: list[list[int]]  # of chosen and rejected
     responses: list[Response]
     remarks: int = 0
@@ -180,7 +203,7 @@ class InContext(NamedTuple):
 def in_context(
     example: Record, tokenizer: Any, *, responses_as_written: bool = False, assistant_only_loss: bool = False
 ) -> InContext:
-    """Chosen and rejected with the context of each, as TRL's CPO and ORPO make them, from texts."""
+    """Chosen and rejected with the context of each, made from texts as in TRL's CPO and ORPO."""
     if "chosen_ids" in example or responses_as_written:
         options = {"responses_as_written": responses_as_written, "assistant_only_loss": assistant_only_loss}
         prompt, responses, found = part(example, PAIR, tokenizer, **options)
@@ -212,7 +235,7 @@ def _mask_of(example: Record, side: str, tokenizer: Any) -> list[int]:
 
 
 def template_texts(example: Record, tokenizer: Any) -> tuple[str, ...]:
-    """(prompt, chosen, rejected) as texts; a prompt that ends in an assistant's message is continued."""
+    """(prompt, chosen, rejected) as texts. A prompt that ends in an assistant's message is continued."""
     names = ("prompt", *PAIR)
     if not is_conversational(example, names):
         return tuple(example[name] for name in names)
@@ -232,8 +255,10 @@ def template_texts(example: Record, tokenizer: Any) -> tuple[str, ...]:
 def _context_and_answer(
     tokenizer: Any, prompt: str, answer: str, mask: list[int] | None, close: bool
 ) -> tuple[list[int], Response]:
-    """`build_tokenized_answer` of TRL, with its BOS and EOS: a prompt's last token may have merged with the answer.
-    `mask` is of the whole; EOS counts as what comes before it. `close`: EOS is the very last token."""
+    """TRL's `build_tokenized_answer`, with its BOS and EOS. A prompt's last token may have merged with the answer.
+
+    `mask` is of the whole sequence; EOS counts like the token before it. With `close`, EOS is the very last token.
+    """
     alone, whole = bare_ids(tokenizer, prompt), bare_ids(tokenizer, prompt + answer)
     start = len(alone) if whole[: len(alone)] == alone else len(alone) - 1
     ids = ended(tokenizer, whole[start:]) if close else whole[start:]
@@ -245,7 +270,7 @@ def _context_and_answer(
 def solution(
     example: Record, tokenizer: Any, separator: str, last_only: bool
 ) -> tuple[list[int], list[int], list[int]]:
-    """(prompt, steps, labels of the steps' tokens)."""
+    """(prompt, steps, labels of the steps' tokens) of a record with labelled steps."""
     if not isinstance(example["prompt"], str):
         raise ValueError(f"prompt: got {type(example['prompt']).__name__}, want a text")
     steps, marks = example["completions"], example["labels"]
@@ -270,7 +295,7 @@ def solution(
 
 
 def is_conversational(example: Record, names: Sequence[str]) -> bool:
-    """Whether the values are lists of messages, each of at least one; otherwise they are texts."""
+    """Whether the values are lists of at least one message each. Otherwise they are texts."""
     values = [example[name] for name in names]
     if all(isinstance(value, str) for value in values):
         return False
@@ -281,6 +306,7 @@ def is_conversational(example: Record, names: Sequence[str]) -> bool:
 
 
 def token_ids(example: Record, name: str) -> list[int]:
+    """A record's column of token ids."""
     if name not in example:
         raise ValueError(f"{name}: got none beside {', '.join(sorted(example))}, want it: only rewards need no prompt")
     if not isinstance(example[name], list):

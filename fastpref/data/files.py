@@ -1,4 +1,4 @@
-"""Records from files: JSON lines, JSON, Parquet, CSV, and folders of them or of `datasets`."""
+"""Reads records from files: JSON lines, JSON, Parquet, CSV, and folders of them or of the library `datasets`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ Source = str | os.PathLike[str]
 
 
 def load_records(path: Source | Sequence[Source], split: str | None = None) -> Dataset:
-    """The records of a file, a folder, or several of them one after the other, memory-mapped from the cache of
-    `datasets`.
+    """The records of a file, of a folder, or of several one after the other.
+
+    They are memory-mapped from the cache of `datasets`.
 
     Args:
-        path: a file `.jsonl`, `.json` (a list of objects, or one object a line), `.parquet` or `.csv`; a folder of
-            such files; or a folder that `save_to_disk` wrote.
-        split: the name of a split, by default `train`, and which part of it as in `datasets`: `train[:90%]`. The
-            files of a split in a folder are named after it: `test.jsonl`, `test-00000-of-00002.parquet`. A folder in
-            which none is named after `train` is all of it; so is a file.
+        path: a file `.jsonl`, `.json` (a list of objects, or one object a line), `.parquet` or `.csv`; a folder of such
+            files; or a folder that `save_to_disk` wrote.
+        split: the name of a split, by default `train`. A part of it is written as in `datasets`: `train[:90%]`. The
+            files of a split in a folder are named after it: `test.jsonl`, `test-00000-of-00002.parquet`. If no file of
+            a folder is named after `train`, the whole folder is `train`; so is a single file.
 
     Raises:
-        ValueError: names the file, and the line where there is one, and what is wrong with it.
+        ValueError: a file is damaged or missing. Names the file, the line where there is one, and what is wrong.
         ImportError: `datasets` is not installed.
     """
     _require_datasets()
@@ -56,7 +57,7 @@ def _require_datasets() -> None:
 
 
 def _files(source: Path, split: str | None) -> list[Path]:
-    """The files behind a path that are of the split; a folder of `datasets` is one of them."""
+    """The files behind a path that belong to the split. A folder of `datasets` counts as one of them."""
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     if source.is_file():
@@ -120,7 +121,7 @@ def _read(file: Path) -> Dataset:
 
 
 def _damage(file: Path) -> str | None:
-    """Where a JSON file stops being one, and how; None where it does not."""
+    """Where a JSON file stops being one, and how. None if it does not."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
         return ": got no records, want at least 1"

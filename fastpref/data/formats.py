@@ -60,10 +60,10 @@ CONVERTED = ("conversations", "messages", "instruction", "input", "system", "his
 
 
 def paired(dataset: Any, num_proc: int | None = None) -> Any:
-    """`prompt, chosen, rejected`; token ids as they are.
+    """Any accepted format of pairs as `prompt, chosen, rejected`. Token ids stay as they are.
 
     Raises:
-        ValueError: says which columns there are and which are wanted, or which record is wrong.
+        ValueError: the columns are of no accepted format, or a record is wrong. The message says which.
     """
     columns, _ = peek(dataset)
     if set(LEGACY) <= columns and "chosen_ids" not in columns:
@@ -76,7 +76,7 @@ def paired(dataset: Any, num_proc: int | None = None) -> Any:
 
 
 def _explicit_pair(example: Record) -> Record:
-    """A record's own columns say what it is: `prompt`, turns, an instruction, or two whole conversations."""
+    """A pair from a record whose columns say what it is: `prompt`, turns, an instruction, or whole conversations."""
     if "prompt" in example:
         return _explicit(example, PAIR)
     turns = {"conversations", "messages"} & set(example)
@@ -88,12 +88,12 @@ def _explicit_pair(example: Record) -> Record:
 
 
 def _begins_before_the_response(value: Any) -> bool:
-    """Is it a whole conversation? Then `messages` beside it are a copy of one, as in UltraFeedback binarized."""
+    """Whether it is a whole conversation. Then `messages` beside it are a copy, as in UltraFeedback binarized."""
     return is_conversational(value) and value[0]["role"] != "assistant"
 
 
 def _explicit(example: Record, sides: Sequence[str]) -> Record:
-    """A prompt, and responses to it, all texts or all messages.
+    """A prompt and the responses to it: all texts, or all messages.
 
     Raises:
         ValueError: one of them is missing, or a response begins with messages that are not the prompt.
@@ -121,7 +121,7 @@ def _as_messages(response: str | list[Message]) -> list[Message]:
 def _of_messages(
     prompt: str | list[Message], responses: list[list[Message]], sides: Sequence[str]
 ) -> tuple[list[Message] | str, list[list[Message]]]:
-    """(prompt, responses) where responses are messages: those that answer, or whole conversations."""
+    """(prompt, responses) where responses are messages: either those that answer, or whole conversations."""
     going_on = isinstance(prompt, list) and (not prompt or prompt[-1]["role"] == "assistant")
     if isinstance(prompt, list) and prompt and all(response[: len(prompt)] == prompt for response in responses):
         responses = [response[len(prompt) :] for response in responses]
@@ -143,7 +143,10 @@ def _of_messages(
 
 
 def _shared(conversations: list[list[Message]]) -> list[Message]:
-    """What they begin with, and at least a response follows; of one all but the last message."""
+    """The messages that all conversations begin with, where at least a response follows.
+
+    Of a single conversation: all but the last message.
+    """
     first, *others = conversations
     shortest = min(map(len, conversations)) - 1
     same = (i for i in range(shortest) if any(other[i] != first[i] for other in others))
@@ -151,7 +154,7 @@ def _shared(conversations: list[list[Message]]) -> list[Message]:
 
 
 def _is_copy(prompt: str | list[Message], shared: list[Message]) -> bool:
-    """Is the prompt what the conversations ask, or the text of a question in them?"""
+    """Whether the prompt is what the conversations ask, or the text of a question in them."""
     if isinstance(prompt, list):
         return shared[-len(prompt) :] == prompt
     texts = [message.get("content") for message in shared]
@@ -159,7 +162,7 @@ def _is_copy(prompt: str | list[Message], shared: list[Message]) -> bool:
 
 
 def _pair_with_implicit_prompt(example: Record) -> Record:
-    """TRL's `extract_prompt`: all but what follows the first difference; texts part before a space."""
+    """TRL's `extract_prompt`: the prompt is all before the first difference. Texts are parted before a space."""
     chosen, rejected = example["chosen"], example["rejected"]
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str | list):
@@ -173,11 +176,13 @@ def _pair_with_implicit_prompt(example: Record) -> Record:
 
 
 def unpaired(dataset: Any, num_proc: int | None = None) -> Any:
-    """`prompt, completion, label`; token ids as they are. Pairs become two records each, ordered as in TRL: of every
-    1,000 pairs first all chosen responses, then all rejected ones.
+    """Any accepted format of single responses as `prompt, completion, label`. Token ids stay as they are.
+
+    Pairs become two records each, in TRL's order: of every 1,000 pairs first all chosen responses, then all rejected
+    ones.
 
     Raises:
-        ValueError: says which columns there are and which are wanted, or which record is wrong.
+        ValueError: the columns are of no accepted format, or a record is wrong. The message says which.
     """
     columns, _ = peek(dataset)
     if {"chosen", "rejected"} <= columns:
@@ -214,10 +219,10 @@ def _response_of_turns(example: Record) -> Record:
 
 
 def stepwise(dataset: Any, num_proc: int | None = None) -> Any:
-    """`prompt, completions, labels`: a solution's steps and whether each is right; token ids as they are.
+    """Solutions as `prompt, completions, labels`: their steps, and whether each is right. Token ids stay as they are.
 
     Raises:
-        ValueError: says which columns there are and which are wanted.
+        ValueError: the columns are of no accepted format. The message says which are wanted.
     """
     columns, _ = peek(dataset)
     if {"input_ids", "labels"} <= columns or {"prompt", "completions", "labels"} <= columns:
@@ -226,10 +231,10 @@ def stepwise(dataset: Any, num_proc: int | None = None) -> Any:
 
 
 def prompts(dataset: Any, num_proc: int | None = None) -> Any:
-    """`prompt`, and nothing else.
+    """Any accepted format as `prompt`, and nothing else.
 
     Raises:
-        ValueError: says which columns there are and which are wanted, or which record is wrong.
+        ValueError: the columns are of no accepted format, or a record is wrong. The message says which.
     """
     columns, _ = peek(dataset)
     if {"chosen", "rejected"} <= columns:
@@ -260,12 +265,12 @@ def is_conversational(value: Any) -> bool:
 
 
 def column_names(dataset: Any) -> list[str]:
-    """An `IterableDataset` may have to be begun to know its columns."""
+    """The columns of a data set. An `IterableDataset` may have to be read from to know them."""
     return list(dataset.column_names or peek(dataset)[1])
 
 
 def peek(dataset: Any) -> tuple[set[str], Record]:
-    """Columns and first record.
+    """(columns, first record) of a data set.
 
     Raises:
         TypeError: it is no data set.
@@ -335,7 +340,7 @@ def _system(example: Record) -> list[Message]:
 
 
 def _instruction(example: Record) -> list[Message]:
-    """LLaMA-Factory's reading of Alpaca records: `history` is a list of [question, answer]."""
+    """An Alpaca record, as LLaMA-Factory reads it. `history` is a list of [question, answer]."""
     if not isinstance(example["instruction"], str):
         raise ValueError(f"instruction: got {example['instruction']!r:.80}, want a text")
     turns = _system(example)

@@ -1,4 +1,4 @@
-"""Lists of token ids."""
+"""Helpers for lists of token ids."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""From token ids to what a backbone reads: several sequences in one packed row, their common beginnings once.
+"""Packs sequences of token ids into one row for the backbone, with common beginnings such as prompts only once.
 
-Three layouts of the same sequences, with the same meaning:
+There are three layouts of the same sequences, with the same meaning:
 
     shared   one row [1, N]; the sequences of a group begin with the same tokens, which are there once
     packed   one row [1, N], the sequences one after the other
     padded   [S, T], padded on the right
 
-`rows` picks, from the flattened hidden states, those that score a token, in the order of the sequences: nothing else
+`rows` picks from the flattened hidden states those that score a token, in the order of the sequences. Nothing else
 reaches the head. The last row of a shared beginning scores the first token of every sequence that follows it.
 """
 
@@ -25,9 +25,10 @@ LAYOUTS = ("shared", "packed", "padded")
 
 
 class Scored(NamedTuple):
-    """A sequence of token ids, whose tokens from `first` on are scored; with a `mask`, those of them where it is 1.
+    """A sequence of token ids whose tokens from `first` on are scored; with a `mask`, only those where it is 1.
 
-    Rows exist for these, and from token `kept` on (`kept <= first`) for those before `first`, which have no label.
+    Each scored token has a row. With `kept` (`kept <= first`) the tokens from `kept` to `first` have rows too, without
+    a label.
     """
 
     ids: Sequence[int]
@@ -36,7 +37,7 @@ class Scored(NamedTuple):
     mask: Sequence[int] | None = None  # of ids[first:]
 
     def tokens(self) -> np.ndarray:
-        """Indices of the tokens that have a row: nothing scores the first of a sequence."""
+        """Indices of the tokens that have a row. The first token of a sequence has none: nothing comes before it."""
         at = np.arange(max(1, self.first if self.kept is None else self.kept), len(self.ids))
         if self.mask is None:
             return at
@@ -46,7 +47,10 @@ class Scored(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a sequence's tokens lie in the flattened input: `shared` of them from `prefix` on, the rest from `own`."""
+    """Where a sequence's tokens lie in the flattened input.
+
+    The first `shared` of them begin at `prefix`, the rest begin at `own`.
+    """
 
     prefix: int
     shared: int
@@ -59,13 +63,21 @@ class _Place(NamedTuple):
 def pack(
     groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0, *, count_copies: bool = False
 ) -> dict[str, Any]:
-    """A batch from groups of sequences, all groups of one size k.
+    """A batch from groups of sequences.
 
-    `input_ids` and what the layout needs beside it (`position_ids` and `fastpref_segments`, or `attention_mask`);
-    `rows` and `labels` `[M]`; `cu_seqlens` `[S + 1]` of these, and `sizes`, how many each sequence has, for the host;
-    `last_rows` `[S]`, of each sequence's last token. The sequences are ordered first by their place in the group:
-    [B chosen; B rejected] for pairs. `count_copies` adds `copies`, of each input token the number of sequences that it
-    is in.
+    The sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs.
+
+    Args:
+        groups: the sequences, in groups that all have one size.
+        layout: one of `LAYOUTS`.
+        pad_token_id: what fills up the rows of `padded`.
+        count_copies: also return `copies`.
+
+    Returns:
+        `input_ids`, and what the layout needs beside it: `position_ids` and `fastpref_segments`, or `attention_mask`;
+            `rows` and `labels` `[M]`; `cu_seqlens` `[S + 1]` of these, and `sizes`, the number that each sequence has,
+            as a tuple on the host; `last_rows` `[S]` of each sequence's last token; and perhaps `copies`: for each
+            input token, the number of sequences that it is in.
     """
     sequences = [group[branch] for branch in range(len(groups[0])) for group in groups]
     if layout == "padded":
@@ -86,6 +98,7 @@ def _copies(sequences: Sequence[Scored], places: Sequence[_Place], tokens: int) 
 
 
 def scored_rows(sequences: Sequence[Scored], places: Sequence[_Place]) -> dict[str, Any]:
+    """`rows`, `labels` and what says which sequence they belong to; see `pack`."""
     rows, labels, sizes, last = [], [], [], []
     for sequence, place in zip(sequences, places, strict=True):
         tokens = sequence.tokens()
@@ -155,7 +168,7 @@ def _shared_length(group: Sequence[Scored]) -> int:
 
 
 def packed_tokens(groups: Sequence[Sequence[Scored]], layout: str) -> int:
-    """Tokens that the backbone will run over."""
+    """How many tokens the backbone will run over."""
     sequences = [s for group in groups for s in group]
     if layout == "padded":
         return len(sequences) * max(len(s.ids) for s in sequences)
@@ -166,7 +179,7 @@ def packed_tokens(groups: Sequence[Sequence[Scored]], layout: str) -> int:
 
 
 def split_by_tokens(groups: Sequence[Sequence[Scored]], layout: str, budget: int | None) -> list[range]:
-    """Consecutive groups, as many in each part as keep it within `budget` tokens; one that exceeds it is alone."""
+    """Ranges of consecutive groups with at most `budget` tokens each. A group with more is alone."""
     if budget is None:
         return [range(len(groups))]
     parts, start = [], 0

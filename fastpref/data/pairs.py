@@ -1,4 +1,4 @@
-"""Preference pairs as JSON lines: the conversational format of TRL (`prompt`, `chosen`, `rejected` as messages)."""
+"""Preference pairs in JSON lines, as messages: TRL's conversational format (`prompt`, `chosen`, `rejected`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Numbers about each example of a data set, kept on disk under a fingerprint: whole, or known not to be.
+"""A cache on disk for numbers about each example of a data set, such as a reference's log-probs.
 
-A folder named by the fingerprint holds shards of consecutive examples, each a safetensors file written under another
-name and renamed when complete, with a checksum of its own. What is missing or damaged is computed again; nothing else.
+A folder is named by a fingerprint and holds shards of consecutive examples. A shard is a safetensors file with a
+checksum of its own. It is written under another name and renamed when complete, so it is whole or known not to be. Only
+what is missing or damaged is computed again.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ class Fingerprint:
         return self
 
     def config(self, config: Any) -> Fingerprint:
-        """Of a transformers model, wherever it was loaded from."""
+        """Adds the config of a transformers model, whatever folder it was loaded from."""
         found = config.to_dict()
         for name in ("_name_or_path", "transformers_version"):
             found.pop(name, None)
         return self.text(json.dumps(found, sort_keys=True, default=str))
 
     def rows(self, examples: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> Fingerprint:
-        """Lists of token ids, with their lengths: `[1], [2]` is not `[1, 2], []`."""
+        """Adds lists of token ids with their lengths, so that `[1], [2]` differs from `[1, 2], []`."""
         columns = list(columns)
         for example in examples:
             for name in columns:
@@ -69,7 +70,7 @@ class ReferenceCache:
         self._shards = [range(i, min(i + SHARD, examples)) for i in range(0, examples, SHARD)]
 
     def missing(self) -> Iterator[tuple[int, range]]:
-        """(shard, its examples) that are not there, or not whole: those are removed and said so."""
+        """(shard, its examples) of those that are missing or damaged. Damaged ones are removed, with a warning."""
         for shard, examples in enumerate(self._shards):
             if self._read(shard) is None:
                 yield shard, examples
@@ -101,6 +102,7 @@ class ReferenceCache:
         return {"fingerprint": self._fingerprint, "checksum": checksum}
 
     def write(self, shard: int, values: Tensor) -> None:
+        """Writes the values of one shard."""
         from safetensors.torch import save_file
 
         values = values.detach().cpu().contiguous()
@@ -113,7 +115,11 @@ class ReferenceCache:
             temporary.unlink(missing_ok=True)
 
     def load(self) -> Tensor:
-        """All values `[examples, columns]`."""
+        """All values `[examples, columns]`.
+
+        Raises:
+            FileNotFoundError: shards are missing.
+        """
         found = [self._read(shard) for shard in range(len(self._shards))]
         if any(values is None for values in found):
             raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""What is said about records that are read: of how many, and the numbers of the first few; never once a record."""
+"""What is said about odd records: one sentence for each kind, with their count and the numbers of the first few."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ SENTENCES = {
 
 
 class Remarks:
-    """Collects flags of numbered records (from 1 on). `say` logs what was found since it was last called; a stream,
-    whose end may be far, is also told of the 1st, 10th, 100th, ... record of a kind as it passes."""
+    """Collects flags of numbered records (from 1 on). `say` logs what was found since it was last called.
+
+    The end of a stream may be far, so it is also told of the 1st, 10th, 100th, ... record of a kind as it passes.
+    """
 
     def __init__(self, name: str, max_length: int | None = None, *, stream: bool = False) -> None:
         self.name, self.max_length, self.stream = name, max_length, stream
@@ -49,6 +51,7 @@ class Remarks:
         self.counts = dict.fromkeys(SENTENCES, 0)
 
     def add(self, record: int, flags: int) -> None:
+        """Adds the flags of one record."""
         self.seen += 1
         for flag in SENTENCES:
             if flags & flag:
@@ -59,7 +62,7 @@ class Remarks:
                     self._log(flag, so_far=" so far")
 
     def add_all(self, flags: np.ndarray) -> None:
-        """Those of all records, in order."""
+        """Adds the flags of all records, in order."""
         self.seen += len(flags)
         for flag in SENTENCES:
             found = np.flatnonzero(flags & flag)
@@ -84,7 +87,7 @@ class Remarks:
 
 
 def with_remarks(dataset: Any, told: Remarks | None) -> Any:
-    """A stream with what is to be said at its end."""
+    """Attaches to a stream what is to be said at its end."""
     if told is not None:
         dataset.fastpref_remarks = told
     return dataset
@@ -95,6 +98,6 @@ def remarks_of(dataset: Any) -> Remarks | None:
 
 
 def say_remarks(dataset: Any) -> None:
-    """At a stream's end: how many of its records were left out, or are odd."""
+    """At a stream's end, says how many of its records were left out or are odd."""
     if (told := remarks_of(dataset)) is not None:
         told.say()

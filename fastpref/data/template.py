@@ -1,4 +1,4 @@
-"""Messages through a tokenizer's chat template, as text and as tokens, and which of the tokens are the assistant's."""
+"""Runs messages through a tokenizer's chat template: their text, their tokens, and which tokens are the assistant's."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ WORDS = ("content", "reasoning_content", "thinking")  # of a message: what the a
 
 
 def without_none(value: Any) -> Any:
-    """Arrow gives every record's mappings the keys of all records, with None where a record had none."""
+    """A value without keys that are None.
+
+    Arrow gives every record's mappings the keys of all records, with None where a record had none.
+    """
     if isinstance(value, Mapping):
         return {name: without_none(inner) for name, inner in value.items() if inner is not None}
     return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def template_options(example: Mapping[str, Any]) -> Record:
-    """What the template gets beside the messages: the record's `tools` (a list, or JSON) and `chat_template_kwargs`."""
+    """What the template gets beside the messages: the record's `tools` (list or JSON) and `chat_template_kwargs`."""
     tools = example.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else without_none(tools)
     return {"tools": tools or None, **without_none(example.get("chat_template_kwargs") or {})}
 
 
 def template_text(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
-    """
+    """The messages as text.
+
     Raises:
         ValueError: a message is none, or the template refuses them.
     """
@@ -39,13 +43,15 @@ def template_text(tokenizer: Any, messages: Sequence[Message], **options: Any) -
 
 
 def template_ids(tokenizer: Any, messages: Sequence[Message], **options: Any) -> list[int]:
-    """As `template_text`."""
+    """The messages as tokens. Errors as in `template_text`."""
     return list(_applied(tokenizer, messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
 
 def text_and_ids(tokenizer: Any, messages: Sequence[Message], **options: Any) -> tuple[str, list[int]]:
-    """Both, rendered once where the tokenizer reads control tokens in texts, as all do that come with a
-    `tokenizer.json`."""
+    """Both the text and the tokens of messages.
+
+    They are rendered once if the tokenizer reads control tokens in texts, as all do that come with a `tokenizer.json`.
+    """
     text = template_text(tokenizer, messages, **options)
     reads = hasattr(tokenizer, "backend_tokenizer")
     return text, bare_ids(tokenizer, text) if reads else template_ids(tokenizer, messages, **options)
@@ -61,7 +67,7 @@ def _applied(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any
 
 
 def checked(messages: Sequence[Message]) -> list[Message]:
-    """Without keys that are None.
+    """The messages without keys that are None.
 
     Raises:
         ValueError: a message has no role, or neither content nor tool calls.
@@ -78,7 +84,7 @@ def checked(messages: Sequence[Message]) -> list[Message]:
 
 
 def keeps(text: str, messages: Sequence[Message]) -> bool:
-    """Is what the assistant wrote in the rendered text as it is? Reasoning templates leave parts of it out."""
+    """Whether the text has what the assistant wrote, unchanged. Reasoning templates leave parts of it out."""
     written = (m.get(name) for m in messages if m["role"] == "assistant" for name in WORDS)
     return all(words.strip() in text for words in written if isinstance(words, str))
 
@@ -86,14 +92,16 @@ def keeps(text: str, messages: Sequence[Message]) -> bool:
 def assistant_mask(
     tokenizer: Any, messages: Sequence[Message], first: int, ids: Sequence[int], **options: Any
 ) -> list[int]:
-    """Which of a conversation's tokens `ids` are the assistant's in `messages[first:]`: a list of 0 and 1 (what it has
-    for tokens before these does not count).
+    """Which tokens of a conversation the assistant wrote in `messages[first:]`.
 
-    By the template's `{% generation %}` markers; without them from where a message's generation header ends to where
-    its turn does, what closes it included.
+    The template's `{% generation %}` markers say so. Without them, a message goes from the end of its generation header
+    to the end of its turn, including what closes it.
+
+    Returns:
+        A list of 0 and 1, one for each of `ids`. What it has for tokens before `messages[first:]` does not count.
 
     Raises:
-        ValueError: without markers, it cannot be told where a message begins or ends.
+        ValueError: there are no markers, and it cannot be told where a message begins or ends.
     """
     if MARKERS.search(tokenizer.get_chat_template(None, options.get("tools"))):
         marked = {"return_dict": True, "return_assistant_tokens_mask": True}
@@ -113,8 +121,10 @@ def assistant_mask(
 
 
 def _begin(tokenizer: Any, before: Sequence[Message], ids: Sequence[int], options: Record) -> int | None:
-    """Where the generation header after `before` ends in `ids`; of a header that opens the reasoning, at least its
-    first token must be there. None where `before` is rendered in another way."""
+    """Where the generation header after `before` ends in `ids`. None if `before` is rendered in another way.
+
+    Of a header that opens the reasoning, at least the first token must be there.
+    """
     if not before:
         return 0
     closed = template_ids(tokenizer, before, **options)
@@ -124,8 +134,11 @@ def _begin(tokenizer: Any, before: Sequence[Message], ids: Sequence[int], option
 
 
 def _end(tokenizer: Any, messages: Sequence[Message], i: int, ids: Sequence[int], options: Record) -> int:
-    """Where the turn of message i ends in `ids`. Another message in its place shows where what it says ends, and as
-    the last one of a conversation, what closes it."""
+    """Where the turn of message i ends in `ids`.
+
+    Rendering with another message in its place shows where its content ends. As the last message of a conversation it
+    shows what closes it.
+    """
     changed = template_ids(tokenizer, _with_another(messages, i), **options)
     said = len(ids) - _common_suffix_length(ids, changed)
     last = template_ids(tokenizer, messages[: i + 1], **options)
@@ -142,7 +155,7 @@ def _begin_of_next(tokenizer: Any, messages: Sequence[Message], i: int, ids: Seq
 
 
 def _with_another(messages: Sequence[Message], i: int) -> list[Message]:
-    """The conversation with a message i that says something else at its end."""
+    """The conversation with a message i that ends in something else."""
     message = messages[i]
     found = dict(message)
     if isinstance(message.get("content"), str):

@@ -1,17 +1,17 @@
-"""Records to token ids, exactly as TRL 1.16 makes them, cut to their length.
+"""Turns a data set's records into token ids, exactly as TRL 1.16 does, and cuts them to their length.
 
-Every function takes a `Dataset` or an `IterableDataset` as `fastpref.data.formats` gives it, or one of token ids, and
-returns one with only the columns it names, and `length`: the row's tokens when what its sequences begin with is there
-once. `num_proc` is for a `Dataset`, `name` for its progress bar and messages.
+Every function takes a `Dataset` or an `IterableDataset` as `fastpref.data.formats` gives it, or one of token ids. It
+returns one with only the columns that it names, and `length`: the row's number of tokens when the common beginning of
+its sequences is there once. `num_proc` is for a `Dataset`, `name` for its progress bar and messages.
 
-`options` of all but steps are `responses_as_written`, and of those whose tokens are scored `assistant_only_loss` (see
-`fastpref.data.encode.part`): with it, or where the data has token ids with masks, there are columns `chosen_mask,
-rejected_mask` or `completion_mask` of 0 and 1, one for each token of a response.
+`options` are `responses_as_written`, and where tokens are scored `assistant_only_loss` (see
+`fastpref.data.encode.part`); steps have none. With `assistant_only_loss`, or where the data has token ids with masks,
+there are columns `chosen_mask, rejected_mask` or `completion_mask`: 0 or 1 for each token of a response.
 
-What is left out, and what is odd, is said once with its number (of a stream at its end, too).
+What is left out and what is odd is said once, with its number. For a stream it is said at its end, too.
 
-All raise ValueError where a record is wrong (its number is given), or where no record is left after those without room
-for a response within `max_length` (None: never cut).
+All raise ValueError if a record is wrong, with the record's number. They also do if no record is left, after those
+without room for a response within `max_length` are left out (None: never cut).
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def tokenize_paired(
     dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train",
     **options: bool,
 ) -> Any:  # fmt: skip
-    """`prompt_ids, chosen_ids, rejected_ids` as TRL's `DPOTrainer` scores them.
+    """`prompt_ids, chosen_ids, rejected_ids`, as TRL's `DPOTrainer` scores them.
 
-    A text's response ends with the EOS token; of messages it is all that the chat template puts after the prompt with
-    its generation header. The prompt ends where it stops being a prefix of either sequence. `ref_chosen_logps`,
-    `ref_rejected_logps` and `margin` are passed through.
+    A text's response ends with the EOS token. Of messages, a response is all that the chat template puts after the
+    prompt with its generation header. The prompt ends where it stops being a prefix of either sequence.
+
+    `ref_chosen_logps`, `ref_rejected_logps` and `margin` are passed through.
     """
     columns = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS} | _masks(dataset, PAIR, options)
     numbers = ("ref_chosen_logps", "ref_rejected_logps", "margin")
@@ -56,10 +57,13 @@ def tokenize_unpaired(
     dataset: Any, tokenizer: Any, *, max_length: int | None, block_size: int | None, num_proc: int | None = None,
     name: str = "train", **options: bool,
 ) -> Any:  # fmt: skip
-    """`prompt_ids, completion_ids, label`, and `kl_completion_ids` as TRL's `KTOTrainer` mismatches them: completions
-    rotated by one within consecutive blocks of `block_size` records (None: without them). The prompt of a mismatched
-    pair is the record's own. `ref_logps` is passed through; and `ref_KL_logps` with the `kl_completion_ids` that it
-    belongs to, which then stay as they are (and `kl_completion_mask`, where completions have masks).
+    """`prompt_ids, completion_ids, label`, and `kl_completion_ids`, mismatched as in TRL's `KTOTrainer`.
+
+    For these, completions are rotated by one within consecutive blocks of `block_size` records (None: there are none).
+    The prompt of a mismatched pair is the record's own.
+
+    `ref_logps` is passed through. So is `ref_KL_logps`, together with the `kl_completion_ids` that it belongs to, which
+    then stay as they are (and `kl_completion_mask`, where completions have masks).
     """
     masks = _masks(dataset, ("completion",), options)
     columns: dict[str, Any] = {"prompt_ids": IDS, "completion_ids": IDS, "label": "bool"} | masks
@@ -89,8 +93,10 @@ def tokenize_reward(
     dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train",
     **options: bool,
 ) -> Any:  # fmt: skip
-    """`chosen_ids, rejected_ids`: whole sequences, as in TRL's `RewardTrainer`, which leaves out pairs of which one is
-    longer than `max_length`. `margin` is passed through."""
+    """`chosen_ids, rejected_ids`: whole sequences, as in TRL's `RewardTrainer`.
+
+    As there, a pair is left out if one of its sequences is longer than `max_length`. `margin` is passed through.
+    """
     columns = {"chosen_ids": IDS, "rejected_ids": IDS}
     return _tokenized(
         dataset, _reward_row, columns, ("margin",), name, num_proc, tokenizer=tokenizer, max_length=max_length,
@@ -102,14 +108,16 @@ def tokenize_reference_free(
     dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train",
     **options: bool,
 ) -> Any:  # fmt: skip
-    """`prompt_ids, chosen_ids, rejected_ids, chosen_skip, rejected_skip` as TRL's `CPOTrainer` and `ORPOTrainer`
-    score them: the chat template makes texts, whose sequences begin with one BOS token and end with one EOS token.
+    """`prompt_ids, chosen_ids, rejected_ids, chosen_skip, rejected_skip`, as TRL's `CPOTrainer` and `ORPOTrainer` score
+    them.
 
-    A tokenizer may merge the end of the prompt with one response and not with the other. `prompt_ids` is what both
-    contexts have in common, and the first `chosen_skip` (`rejected_skip`) tokens of a response still are its context.
+    The chat template makes texts. Their sequences begin with one BOS token and end with one EOS token.
 
-    Unlike there, `tools` reach the template; None is no maximum length (there 512); and a pair of which a response
-    would be left with no tokens is left out (there its loss is constant, or NaN where means are taken).
+    A tokenizer may merge the end of the prompt with one response and not with the other. So `prompt_ids` is what both
+    contexts have in common, and the first `chosen_skip` (`rejected_skip`) tokens of a response are still its context.
+
+    Three things differ from TRL. `tools` reach the template. None means no maximum length (there 512). A pair is left
+    out if one of its responses would have no tokens left (there its loss is constant, or NaN where means are taken).
     """
     columns = {
         "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS, "chosen_skip": "int32", "rejected_skip": "int32",
@@ -124,11 +132,12 @@ def tokenize_stepwise(
     max_completion_length: int | None = None, step_separator: str = "\n", train_on_last_step_only: bool = False,
     num_proc: int | None = None, name: str = "train",
 ) -> Any:  # fmt: skip
-    """`input_ids, labels` as the `PRMTrainer` of TRL 1.13 makes them: a step's label (0 or 1) is at the last token of
-    the separator that ends it, all others are -100.
+    """`input_ids, labels`, as the `PRMTrainer` of TRL 1.13 makes them.
 
-    Of the prompt, with its BOS token, the last `max_prompt_length` tokens are kept; of the steps, all together, the
-    first `max_completion_length`; of the sequence the first `max_length`.
+    A step's label (0 or 1) is at the last token of the separator that ends it. All other labels are -100.
+
+    The last `max_prompt_length` tokens of the prompt, with its BOS token, are kept. Of the steps together the first
+    `max_completion_length` are kept, and of the sequence the first `max_length`.
     """
     columns = {"input_ids": IDS, "labels": IDS}
     return _tokenized(
@@ -151,7 +160,7 @@ def _paired_row(example: Record, tokenizer: Any, max_length: int | None, **optio
 
 
 def _unpaired_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
-    """The completion whole: it is cut after another prompt too."""
+    """A record's row. The completion stays whole here: it is cut later, after another prompt too."""
     prompt, responses, found = part(example, ("completion",), tokenizer, **options)
     if _fitting([prompt], responses, ("completion",), max_length) is None:
         return None
@@ -164,7 +173,7 @@ def _unpaired_row(example: Record, tokenizer: Any, max_length: int | None, **opt
 def _fitting(
     contexts: Sequence[list[int]], responses: Sequence[Response], sides: Sequence[str], max_length: int | None
 ) -> list[Response] | None:
-    """The responses cut to their room after their contexts; None where one of them has none, or nothing scored in it.
+    """The responses cut to their room after their contexts. None if one of them has no room, or nothing scored in it.
 
     Raises:
         ValueError: a response's mask scores nothing, whatever the room.
@@ -257,7 +266,7 @@ def _cut(prompt: Sequence[int], response: list[int], max_length: int | None) -> 
 
 
 def _masks(dataset: Any, sides: Sequence[str], options: Mapping[str, bool]) -> dict[str, Any]:
-    """The columns of masks that the rows will have."""
+    """The mask columns that the rows will have."""
     there = set(column_names(dataset))
     given = [f"{side}_mask" for side in sides if f"{side}_mask" in there]
     if given and not {f"{side}_{kind}" for side in sides for kind in ("ids", "mask")} <= there:
@@ -322,7 +331,7 @@ def _uneven(name: str, value: Any) -> str:
 
 
 def _settled(result: Any, records: int, told: Remarks, numbers: Sequence[str]) -> Any:
-    """Says what was found, and takes the columns away that say it."""
+    """Says what was found, and removes the columns that were there for that."""
     kept, found = (np.asarray(result.with_format("numpy")[name][:]) for name in ("record", "remarks"))
     flags = np.full(records, LEFT_OUT, dtype=np.int8)
     flags[kept.astype(np.int64) - 1] = found

@@ -1,1 +1,1 @@
-"""fastpref in the trainer that you already have: one module a host."""
+"""fastpref inside the trainer that you already have: one module for each host library."""

@@ -1,8 +1,10 @@
 """LLaMA-Factory's preference stage (DPO, IPO, KTO-pair, ORPO, SimPO, ...) without logits.
 
-from fastpref.integrations import llamafactory
+    from fastpref.integrations import llamafactory
 
-llamafactory.patch()  # before llamafactory.train.tuner.run_exp(...)
+    llamafactory.patch()  # before llamafactory.train.tuner.run_exp(...)
+
+Nothing else of a LLaMA-Factory script or configuration changes.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ AVERAGED = ("ipo", "orpo", "simpo")
 def concatenated_forward(
     self: Any, model: Any, batch: Mapping[str, Tensor], is_ref_model: bool = False
 ) -> dict[str, Tensor]:
-    """`CustomDPOTrainer.concatenated_forward` of LLaMA-Factory 0.9: `chosen_logps`, `rejected_logps`,
-    `chosen_logps_avg` `[B]`, and 0-d means in place of `chosen_logits`, `rejected_logits`, of which it logs the means.
+    """Stands in for `CustomDPOTrainer.concatenated_forward` of LLaMA-Factory 0.9.
+
+    Returns:
+        `chosen_logps`, `rejected_logps` and `chosen_logps_avg`, each `[B]`; and `chosen_logits` and `rejected_logits`,
+            which are 0-d means here: LLaMA-Factory only logs their means.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"][:, 1:]

@@ -1,8 +1,10 @@
-"""OpenRLHF's `Actor` without logits, for what its trainers ask of it: log-probs, and the entropy for a bonus.
+"""OpenRLHF's `Actor` without logits: the log-probs that its trainers ask for, and the entropy for a bonus.
 
-from fastpref.integrations import openrlhf
+    from fastpref.integrations import openrlhf
 
-openrlhf.patch()  # in each process, before models are built
+    openrlhf.patch()  # in each process, before models are built
+
+What this forward cannot do stays with OpenRLHF's own code; see `supported`.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ IGNORE = -100
 def supported(
     actor: Any, action_mask: Any, return_logprobs: bool, return_entropy: bool, others: dict[str, Any]
 ) -> bool:
-    """Packed samples, images, mixtures of experts (a loss of their own) and whole logits stay with OpenRLHF's code; so
-    does an entropy beside a temperature, which there applies to the log-probs alone."""
+    """Whether a call can be answered without logits. If not, OpenRLHF's own code runs.
+
+    That is so for packed samples, images, mixtures of experts (which have a loss of their own) and calls that want
+    whole logits. It is also so for an entropy beside a temperature, which in OpenRLHF applies to the log-probs alone.
+    """
     if getattr(actor, "packing_samples", False) or any(value is not None for value in others.values()):
         return False
     if return_entropy and getattr(actor, "temperature", 1.0) != 1.0:
@@ -45,10 +50,13 @@ def actor_forward(
     return_entropy: bool = False,
     **mm_inputs: Any,
 ) -> Any:
-    """`Actor.forward` of OpenRLHF 0.8 and later: `[S, A]` log-probs of actions, or `[S, T - 1]` of all tokens.
+    """Stands in for `Actor.forward` of OpenRLHF 0.8 and later.
 
-    Positions that the mask leaves out are 0, where OpenRLHF has numbers that its losses mask. With `return_output`
-    the second result has `entropy` `[S, T - 1]` (if `return_entropy`), and None as `logits`.
+    Positions that the mask leaves out are 0. OpenRLHF has numbers there that its losses mask.
+
+    Returns:
+        Log-probs of actions `[S, A]`, or of all tokens `[S, T - 1]` without an `action_mask`. With `return_output` a
+            second result, with None as `logits` and, if `return_entropy`, with `entropy` `[S, T - 1]`.
     """
     from transformers.modeling_outputs import CausalLMOutput
 

@@ -1,8 +1,12 @@
-"""fastpref in loops of one's own: `transformers.Trainer`, Accelerate, or nothing but PyTorch.
+"""fastpref in a loop of your own: `transformers.Trainer`, Accelerate, or plain PyTorch.
 
-A batch is what a model takes, `input_ids` and `attention_mask` `[2B, T]` (chosen sequences first), and either `labels`
-(transformers' convention: aligned with `input_ids`, -100 where nothing is scored) or `shift_labels` (position t holds
-the token that it scores). `ref_logps` `[2B]` and, for unpaired losses, `desirable` `[S]` and `kl` go on to the loss.
+A batch is what a model takes: `input_ids` and `attention_mask` `[2B, T]`, chosen sequences first. Labels come in one of
+two forms:
+
+- `labels`, transformers' convention: aligned with `input_ids`, -100 where nothing is scored;
+- `shift_labels`: position t holds the token that it scores.
+
+`ref_logps` `[2B]` and, for unpaired losses, `desirable` `[S]` and `kl` are passed on to the loss.
 """
 
 from __future__ import annotations
@@ -29,13 +33,17 @@ else:
 
 
 def pair_batch(pairs: Sequence[TokenizedPair], pad_token_id: int) -> dict[str, Tensor]:
-    """Tokenized pairs (`fastpref.data.collate.tokenize_pairs`) as a batch."""
+    """A padded batch from tokenised pairs (see `fastpref.data.collate.tokenize_pairs`)."""
     ids, mask, labels = collate_pairs(pairs, pad_token_id)
     return {"input_ids": ids, "attention_mask": mask, "shift_labels": labels}
 
 
 def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
-    """`[S, T]`: what each position scores."""
+    """The token that each position scores, `[S, T]`; -100 where there is none.
+
+    Raises:
+        ValueError: the batch has no labels.
+    """
     if batch.get("shift_labels") is not None:
         return batch["shift_labels"]
     if batch.get("labels") is None:
@@ -44,14 +52,25 @@ def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without what only the loss takes."""
     return {name: value for name, value in batch.items() if name not in LOSS_INPUTS and name not in LABELS}
 
 
 def batch_loss(loss_fn: Any, model: nn.Module, batch: Mapping[str, Any], accelerator: Any = None) -> Any:
-    """`loss_fn.from_hidden` of a batch: the model's own head does not run, and there are no logits.
+    """The loss of a batch by `loss_fn.from_hidden`. The model's own head does not run, and there are no logits.
 
-    `model` is a model, or what DDP, `fully_shard` or DeepSpeed made of it: they gather weights and reduce gradients as
-    they do around the model's own forward. With an `accelerate.Accelerator`, it is what its `prepare` returned.
+    Args:
+        loss_fn: an objective with `from_hidden`, such as `fastpref.DPOLoss()`.
+        model: a model, or what DDP, `fully_shard` or DeepSpeed made of it. They gather weights and reduce gradients as
+            they do around the model's own forward.
+        batch: see the top of this module.
+        accelerator: an `accelerate.Accelerator`, if `model` is what its `prepare` returned.
+
+    Returns:
+        The objective's results: the loss, rewards, margins, ...
+
+    Raises:
+        ValueError: the batch has no labels, or the model's head is not one that fastpref knows.
     """
 
     def forward(bare: Any) -> Any:
@@ -65,8 +84,14 @@ def batch_loss(loss_fn: Any, model: nn.Module, batch: Mapping[str, Any], acceler
 
 @torch.no_grad()
 def reference_logps(model: Any, batch: Mapping[str, Any], accelerator: Any = None, *, adapters: bool = False) -> Tensor:
-    """Each sequence's log-prob `[S]` by a reference model, or by an adapted model with its adapters off (on, if
-    `adapters`: those of a reference of its own)."""
+    """Each sequence's log-prob `[S]` by a reference model.
+
+    A model with adapters runs with them off. `adapters=True` leaves them on: for a reference model that has adapters of
+    its own.
+
+    Raises:
+        ValueError: the batch has no labels, or the model's head is not one that fastpref knows.
+    """
 
     def forward(bare: Any) -> Tensor:
         with adapters_off(bare) if models.is_peft(bare) and not adapters else contextlib.nullcontext():
@@ -81,14 +106,19 @@ def reference_logps(model: Any, batch: Mapping[str, Any], accelerator: Any = Non
 class PreferenceLossMixin(Trainer):
     """`class MyTrainer(PreferenceLossMixin, Trainer)`: `transformers.Trainer` with one of fastpref's losses.
 
+    The loss is a mean over the batch's examples. Under gradient accumulation the Trainer averages over batches.
+    `compute_loss(..., return_outputs=True)` also gives the loss's other results (margins, accuracies, ...).
+
     Args:
         loss_fn: an objective with `from_hidden`, such as `fastpref.DPOLoss()`.
-        ref_model: what gives `ref_logps` to batches that have none: a model, or `"adapters"` for the trained model
-            with its adapters off, and what trains beside them as it was. None for losses without a reference, and for
+        ref_model: what gives `ref_logps` to batches that have none. A model, or `"adapters"`: the trained model with
+            its adapters off, and with what trains beside them as it was. None for losses without a reference, and for
             batches that bring their own.
 
-    The loss is a mean over the batch's examples; under gradient accumulation the Trainer averages over the batches.
-    `compute_loss(..., return_outputs=True)` also gives the loss's other results (margins, accuracies, ...).
+    Raises:
+        ValueError: `torch_compile` is on, `"adapters"` was given for a model that has none, or a model's head is not
+            one that fastpref knows.
+        TypeError: `ref_model` is something else.
     """
 
     loss_is_scaled_for_ga = False  # read by transformers >= 5.19; older ones read model_accepts_loss_kwargs

@@ -1,18 +1,22 @@
-"""TRL's own trainers on fastpref's operators.
+"""TRL's own trainers on fastpref's operators, by one line in a script.
 
     import fastpref.integrations.trl as fast_trl
 
     fast_trl.patch()  # once, before trainers are built
 
-From then on TRL's unmodified `DPOTrainer` and `KTOTrainer` (1.16, 1.8) run packed batches like the subclasses below;
-`SFTTrainer`, `GRPOTrainer` and `RLOOTrainer`, and those two where packing is not possible, take their log-probs,
-entropies and other token statistics from `fastpref.linear_token_statistics` (TRL 1.16); `CPOTrainer`, `ORPOTrainer` and
-`OnlineDPOTrainer` form no logits. Arguments, losses, metrics and checkpoints stay TRL's.
+From then on TRL's unmodified trainers compute their losses with fastpref:
+
+- `DPOTrainer` and `KTOTrainer` (TRL 1.16 and 1.8) run packed batches, like the subclasses below.
+- `SFTTrainer`, `GRPOTrainer` and `RLOOTrainer` (TRL 1.16) take their log-probs, entropies and other token statistics
+  from `fastpref.linear_token_statistics`. So do DPO and KTO there where packing is not possible.
+- `CPOTrainer`, `ORPOTrainer` and `OnlineDPOTrainer` form no logits.
+
+Arguments, losses, metrics and checkpoints stay TRL's. Without a patch, subclasses do the same for one script:
 
     from fastpref.integrations.trl import DPOTrainer  # was: from trl import DPOTrainer
 
-`DPOTrainer`, `KTOTrainer` and `RewardTrainer` here are subclasses of TRL 1.16's that go further, without the patch:
-see `fastpref.integrations.trl_trainers`.
+`DPOTrainer`, `KTOTrainer` and `RewardTrainer` here are subclasses of TRL 1.16's; see
+`fastpref.integrations.trl_trainers`.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ ARGUMENTS = (
 
 
 class TokenLogProbs:
-    """Takes the place of `trl.kernels.ChunkedLogProbFunction`: its arguments, its five results."""
+    """Stands in for `trl.kernels.ChunkedLogProbFunction`, with its arguments and its five results."""
 
     @staticmethod
     def apply(
@@ -53,9 +57,10 @@ class TokenLogProbs:
         final_logit_softcapping: float | None = None, logit_scale: float = 1.0,
         outputs: tuple[str, ...] = tuple(STATISTICS),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """(log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1) of hidden `[N, d]`, each `[N]` or None.
+        """(log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1) of hidden `[N, d]`: each `[N]`, or None if not
+        asked for.
 
-        Log-probs and entropy are differentiable. `chunk_size` is TRL's and of no use here.
+        Log-probs and entropy are differentiable. `chunk_size` is TRL's and has no effect here.
         """
         if hasattr(weight, "ds_id"):  # DeepSpeed's stage 3 frees what it gathered before the backward needs it
             weight, bias = weight.clone(), None if bias is None else bias.clone()
@@ -69,7 +74,7 @@ class TokenLogProbs:
 
 
 class Patch(NamedTuple):
-    """`module.name`, or `module.class.name`, and what makes its replacement of it."""
+    """One replacement: of `module.name` or `module.class.name`, by what `replacement` makes of the original."""
 
     module: str
     name: str
@@ -88,7 +93,7 @@ def _instead(value: Any) -> Callable[[Any], Any]:
 
 
 def _verifying(init: Callable) -> Callable:
-    """A trainer's constructor that also finds out whether its models' heads are known; if not, TRL's code runs."""
+    """A trainer's constructor that also checks whether its models' heads are known. If not, TRL's code runs."""
 
     @functools.wraps(init)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +111,7 @@ def _verifying(init: Callable) -> Callable:
 
 
 def _where_verified(ours: Callable) -> Callable[[Callable], Callable]:
-    """Our method for trainers that were built under the patch and can take it, the original for others."""
+    """Uses our method for trainers built under the patch that can take it, and the original for all others."""
 
     def replace(original: Callable) -> Callable:
         @functools.wraps(original)
@@ -130,7 +135,7 @@ def _packed(mixin: str) -> Callable[[Any], Any]:
 
 
 def _paired(home: str, **trainers: tuple[str, str, Callable]) -> list[Patch]:
-    """Trainers that build logits: name -> (module, method, ours)."""
+    """Patches of trainers that build logits. Each is given as name -> (module, method, our method)."""
     found = []
     for trainer, (module, method, ours) in trainers.items():
         found.append(Patch(f"{home}.{module}", f"{trainer}.__init__", _verifying))
@@ -167,11 +172,11 @@ _originals: list[tuple[Any, str, Any]] = []
 
 
 def patches() -> list[Patch]:
-    """Those for the TRL that is installed.
+    """The patches for the TRL that is installed.
 
     Raises:
-        ImportError: none is.
-        RuntimeError: it is one that fastpref was not tried with.
+        ImportError: TRL is not installed.
+        RuntimeError: fastpref was not tried with this version.
     """
     version, known = _installed(VERSIONS)
     if known[0] is FUSED_HEAD[0]:
@@ -183,7 +188,7 @@ def patches() -> list[Patch]:
 
 
 def _installed(versions: Mapping[str, Any]) -> tuple[str, Any]:
-    """(TRL's version, what `versions` has for it)"""
+    """(TRL's version, what `versions` has for it)."""
     try:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError as error:
@@ -195,7 +200,7 @@ def _installed(versions: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """The subclasses of TRL's trainers; TRL is imported when one of them is asked for."""
+    """Gives the subclasses of TRL's trainers. TRL is imported only when one of them is asked for."""
     if name not in TRAINERS["1.16"]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _installed(TRAINERS)
@@ -207,10 +212,11 @@ def _listed(versions: Any) -> str:
 
 
 def patch() -> None:
-    """Put fastpref's operators under TRL's trainers, for those that are built from now on. A second call does nothing.
+    """Puts fastpref's operators under TRL's trainers, for those that are built from now on. A second call does nothing.
 
     Raises:
-        ImportError, RuntimeError: TRL is missing, or not of a version that fastpref knows; nothing is changed.
+        ImportError: TRL is not installed.
+        RuntimeError: fastpref does not know this version of TRL. Nothing is changed.
     """
     if _originals:
         return
@@ -227,15 +233,18 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Leave TRL as it was. Trainers that are alive take up their original methods as well, but for packed DPO and
-    KTO trainers, whose class is another since they were built."""
+    """Leaves TRL as it was.
+
+    Trainers that exist go back to their original methods, too. Only packed DPO and KTO trainers do not: their class was
+    changed when they were built.
+    """
     while _originals:
         setattr(*_originals.pop())
 
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """`patch()` for the time of a `with` block; a patch that was there before stays."""
+    """`patch()` for the time of a `with` block. A patch that was there before stays."""
     before = bool(_originals)
     patch()
     try:

@@ -1,4 +1,4 @@
-"""`DPOTrainer.concatenated_forward` as TRL had it until 0.28 (tried with 0.24), without logits."""
+"""`DPOTrainer.concatenated_forward` of older TRL (until 0.28; tried with 0.24), without logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastpref.objectives.tokens import linear_token_statistics
 
 
 def _flush(first: Tensor, *values: Tensor) -> list[Tensor]:
-    """`values` `[S, T]` with the columns where `first` holds moved to the front, row by row, in their order."""
+    """Each of `values` `[S, T]` with the columns where `first` holds moved to the front, row by row, in their order."""
     order = first.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     return [value.gather(1, order) for value in values]
 
@@ -22,7 +22,7 @@ def _flush(first: Tensor, *values: Tensor) -> list[Tensor]:
 def truncated(
     ids: Tensor, attention: Tensor, scored: Tensor, max_length: int | None, mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequences without padding in front or inside, cut at `max_length` tokens."""
+    """The sequences without padding in front or inside, cut at `max_length` tokens."""
     if max_length is not None and max_length < ids.shape[1] and mode == "keep_end":
         padding_first = _flush(attention == 0, ids, attention, scored)
         ids, attention, scored = (value[:, -max_length:] for value in padding_first)
@@ -35,9 +35,11 @@ def truncated(
 def concatenated_forward(
     self: Any, model: Any, batch: Mapping[str, Any], is_ref_model: bool = False
 ) -> dict[str, Tensor]:
-    """`chosen_logps`, `rejected_logps` `[B]`, `mean_chosen_logits`, `mean_rejected_logits`; `nll_loss` for SFT terms.
+    """Stands in for the method of TRL's `DPOTrainer`. Only positions that score a completion's token reach the head.
 
-    Only positions that score a completion's token enter a product.
+    Returns:
+        `chosen_logps`, `rejected_logps` `[B]`, `mean_chosen_logits`, `mean_rejected_logits`, and `nll_loss` for SFT
+            terms.
     """
     pairs = batch["prompt_input_ids"].shape[0]
     joined = self.concatenated_inputs(batch, padding_value=self.pad_token_id)

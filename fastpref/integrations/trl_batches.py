@@ -1,4 +1,4 @@
-"""Packed batches from the padded ones of TRL's collators, for `fastpref.integrations.trl_trainers`."""
+"""Makes packed batches from the padded ones of TRL's collators, for `fastpref.integrations.trl_trainers`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEY = "fastpref"  # of the packed batch, in TRL's
 
 
 def _sequences(batch: Mapping[str, Any], prefix: str = "") -> list[Scored]:
-    """Those of a padded batch, of which the completion mask's tokens are scored; without one, none is."""
+    """The sequences of a padded batch. Tokens in the completion mask are scored; without a mask, none is."""
     ids, attended = (batch[f"{prefix}{name}"].cpu().numpy() for name in ("input_ids", "attention_mask"))
     completion = batch[f"{prefix}completion_mask"].cpu().numpy() if f"{prefix}completion_mask" in batch else 0 * ids
     found = []
@@ -28,7 +28,7 @@ def _sequences(batch: Mapping[str, Any], prefix: str = "") -> list[Scored]:
 
 @dataclass
 class PackingCollator(PackedCollator):
-    """Another collator's padded batches, and in them, under `KEY`, the same sequences packed."""
+    """Wraps another collator: its padded batch, and in it, under `KEY`, the same sequences packed."""
 
     collator: Any = None
 
@@ -37,7 +37,7 @@ class PackingCollator(PackedCollator):
         return {**batch, KEY: self.packed(batch)}
 
     def packed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """[B chosen; B rejected], pair by pair."""
+        """The batch's pairs, packed: [B chosen; B rejected]."""
         sequences = _sequences(batch)
         pairs = len(sequences) // 2
         part = self.pack(list(zip(sequences[:pairs], sequences[pairs:], strict=True)))
@@ -48,8 +48,13 @@ class PackingCollator(PackedCollator):
 
 @dataclass
 class PackingUnpaired(PackingCollator):
+    """The same for KTO's single responses."""
+
     def packed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The completions; the mismatched ones of KTO's z0, a batch of their own; for the reference, both at once."""
+        """The completions, packed. With KTO's z0 also the mismatched completions, as a batch of their own.
+
+        For a reference that is not precomputed there is one more batch, of both at once.
+        """
         groups = [[s] for s in _sequences(batch)]
         part = self.pack(groups) | {"examples": len(groups), "tokens": _tokens([s for (s,) in groups])}
         part["desirable"] = torch.as_tensor(batch["label"]).bool()

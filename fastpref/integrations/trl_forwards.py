@@ -1,4 +1,4 @@
-"""Methods of TRL's trainers that build logits in TRL, with their signatures and results, without logits."""
+"""Methods of TRL's trainers that build logits in TRL: the same signatures and results, without logits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ IGNORE = -100
 
 
 def supported(trainer: Any) -> bool:
-    """Encoder-decoder models, load-balancing losses, compiled forwards and TRL 0.24's rarer options stay with TRL's own
-    code."""
+    """Whether a trainer can use these methods. If not, TRL's own code runs.
+
+    Left to TRL are encoder-decoder models, load-balancing losses, compiled forwards and rarer options of TRL 0.24.
+    """
     rare = getattr(getattr(trainer, "args", None), "torch_compile", False)
     rare = rare or any(getattr(trainer, name, False) for name in ("padding_free", "use_weighting"))
     rare = rare or getattr(getattr(trainer, "args", None), "ld_alpha", None) is not None
@@ -24,20 +26,21 @@ def supported(trainer: Any) -> bool:
 
 
 def text_only(kwargs: Mapping[str, Any], args: tuple[Any, ...]) -> bool:
-    """Is there nothing but text in what a method was called with?"""
+    """Whether a method was called with nothing but text."""
     mappings = [x for x in (*args, *kwargs.values()) if isinstance(x, Mapping)]
     return not any("pixel" in key or "image" in key for mapping in mappings for key in mapping)
 
 
 def token_logps(hidden: Tensor, head: models.Head, labels: Tensor) -> Tensor:
+    """The log-probs of `labels`, in their shape."""
     return linear_token_logprobs(hidden, head.weight, labels, head.bias, **head.options())
 
 
 @torch.no_grad()
 def mean_logit(hidden: Tensor, head: models.Head) -> Tensor:
-    """The mean over all positions of hidden `[..., d]` and over the vocabulary, 0-d.
+    """The mean logit over all positions of hidden `[..., d]` and over the vocabulary, 0-d.
 
-    Without a soft cap it is the mean hidden state's product with the head's mean row: no product of size V.
+    Without a soft cap it is the mean hidden state's product with the head's mean row: no product of size V is needed.
     """
     if head.softcap is None:
         row, state = head.weight.mean(0, dtype=torch.float32), hidden.flatten(0, -2).mean(0, dtype=torch.float32)
@@ -50,7 +53,7 @@ def mean_logit(hidden: Tensor, head: models.Head) -> Tensor:
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Over the masked values; 0 without any, where TRL divides by zero."""
+    """The mean over the masked values. 0 if there are none, where TRL divides by zero."""
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
@@ -59,8 +62,8 @@ def _reference_free(
 ) -> tuple[Tensor, ...]:
     """(chosen_logps, rejected_logps, mean chosen logit, mean rejected logit, NLL of the chosen).
 
-    `nll` is over the chosen responses' "completion", their "sequence" with the prompt, or "none". TRL only averages
-    the logits that its methods return: the means give the same metrics.
+    `nll` is over the chosen responses' "completion", over their "sequence" with the prompt, or "none". TRL only
+    averages the logits that its methods return, so the means give the same metrics.
     """
     options = {"label_pad_token_id": IGNORE} if hasattr(trainer, "label_pad_token_id") else {}
     joined = trainer.concatenated_inputs(
@@ -108,8 +111,10 @@ def online_dpo_forward(
     self: Any, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor,
     vision_inputs: Any = None,
 ) -> Tensor:  # fmt: skip
-    """`OnlineDPOTrainer._forward` of TRL 0.24 to 1.16: log-probs `[S, T]` of all completion tokens, padding included
-    (TRL's metrics sum over it)."""
+    """Stands in for `OnlineDPOTrainer._forward` of TRL 0.24 to 1.16.
+
+    Returns log-probs `[S, T]` of all completion tokens, padding included: TRL's metrics sum over it.
+    """
     excess = max(prompt_ids.size(1) + completion_ids.size(1) - self.max_length, 0)
     prompt_ids, prompt_mask = prompt_ids[:, excess:], prompt_mask[:, excess:]
     ids, mask = torch.cat((prompt_ids, completion_ids), 1), torch.cat((prompt_mask, completion_mask), 1)

@@ -2,10 +2,14 @@
 
     from fastpref.integrations.trl import DPOTrainer  # was: from trl import DPOTrainer
 
-Real subclasses: configurations, data preparation, collators, callbacks, metrics and checkpoints stay TRL's. Batches are
-packed without padding, a pair's prompt once, where the model can run that; the head's products are those of
-`fastpref.objectives`; metrics stay on the device until they are logged. Import them from
-`fastpref.integrations.trl`, which looks at TRL's version first.
+They are real subclasses. Configurations, data preparation, collators, callbacks, metrics and checkpoints stay TRL's.
+What changes:
+
+- Batches are packed without padding, and a pair's prompt runs once, where the model can run that.
+- The head's products are those of `fastpref.objectives`.
+- Metrics stay on the device until they are logged.
+
+Import them from `fastpref.integrations.trl`, which checks TRL's version first.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ _Trainer: Any = object  # a class of TRL's comes after it
 
 
 class _Packed(_Trainer):
-    """What the trainers share. A batch's loss and metrics are `part_loss`, which the trainers of fastpref lend."""
+    """What the trainers share. A batch's loss and metrics come from `part_loss`, borrowed from fastpref's trainers."""
 
     # 'every' step measures entropies and the like, at the price of one more product: means over the steps between two
     # logs, as TRL's. By default those of the logged step; 'never' leaves them out
@@ -60,7 +64,7 @@ class _Packed(_Trainer):
         self._pack_batches()
 
     def _left_to_trl(self, *_: Any) -> None:
-        """What an evaluation of fastpref's trainers sums over all of its data: TRL takes means over batches."""
+        """Does nothing. fastpref's trainers sum an evaluation over all its data here; TRL takes means over batches."""
 
     add_loss = add_loss_terms = keep_responses = keep_scores = keep_routes = _left_to_trl
 
@@ -75,8 +79,10 @@ class _Packed(_Trainer):
 
     @functools.cached_property
     def packing(self: Any) -> PackingCollator | None:
-        """How batches are packed; None, with a warning, where TRL's own code has to run. Precomputing a reference asks
-        for it inside of TRL's constructor."""
+        """How batches are packed. None, with a warning, where TRL's own code has to run.
+
+        It is made when first asked for: precomputing a reference needs it inside of TRL's constructor.
+        """
         try:
             self._refuse()
             self._prepare_loss()
@@ -108,7 +114,7 @@ class _Packed(_Trainer):
         """Sets `loss_fn`.
 
         Raises:
-            ValueError: it is not TRL's, or the model's head is not known.
+            ValueError: fastpref has no loss that equals TRL's, or the model's head is not known.
         """
         raise NotImplementedError
 
@@ -120,7 +126,7 @@ class _Packed(_Trainer):
         return to_device(self.packing.packed(inputs), self.accelerator.device)  # not through our collator
 
     def _before(self: Any, model: Any, inputs: Mapping[str, Any], part: dict[str, Any]) -> None:
-        """What a part's loss needs from outside of the model's forward."""
+        """A hook, called before a batch's forward: for what its loss needs from outside of that forward."""
 
     def _packed_loss(self: Any, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         part, self.metrics = self._part(inputs), MetricSums()
@@ -134,7 +140,10 @@ class _Packed(_Trainer):
         super().log(logs, *args, **kwargs)
 
     def _read_metrics(self: Any) -> None:
-        """The steps' metrics of all ranks, as TRL would have noted them: one collective, one copy to the host."""
+        """Notes the steps' metrics of all ranks where TRL would have noted them.
+
+        That takes one collective and one copy to the host.
+        """
         steps, self._steps = self._steps, []
         if not steps:
             return
@@ -155,7 +164,7 @@ class _Packed(_Trainer):
 
 
 class _Policy(_Packed):
-    """With a language model's head, and a reference."""
+    """The trainers with a language model's head and a reference."""
 
     head: Any = PolicyTrainer.head
     add_token_metrics: Any = PolicyTrainer.add_token_metrics
@@ -171,14 +180,14 @@ class _Policy(_Packed):
         return self._packed_loss(model, inputs)
 
     def compute_ref_log_probs(self: Any, *args: Any) -> Any:
-        """Of a batch, the last argument; before it TRL 1.16 gives the model."""
+        """The reference's log-probs of a batch, the last argument. TRL 1.16 gives the model before it."""
         *model, inputs = args
         if self.packing is None:
             return super().compute_ref_log_probs(*model, _padded(inputs))
         return self._references(self._part(inputs), *model)
 
     def _reference(self: Any, part: dict[str, Any], model: Any = None) -> Tensor:
-        """Log-probs of a part's sequences by `ref_model`, or by the policy without its adapters."""
+        """The log-probs of a part's sequences by `ref_model`, or by the policy without its adapters, as in TRL."""
         if model is None:
             model = self.model if self.ref_model is None else self.ref_model
         adapter: Any = contextlib.nullcontext()
@@ -195,7 +204,7 @@ def _padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PackedDPO(_Policy):
-    """`label_smoothing` leaves `sigmoid` alone, as in TRL."""
+    """DPO's part. `label_smoothing` leaves `sigmoid` alone, as in TRL."""
 
     part_loss: Any = paired.PairTraining.part_loss
     loss_options: Any = paired.PairTraining.loss_options
@@ -236,7 +245,7 @@ class PackedDPO(_Policy):
 
 
 class PackedKTO(_Policy):
-    """The reference scores matched and mismatched completions at once."""
+    """KTO's part. The reference scores matched and mismatched completions at once."""
 
     collator_class = PackingUnpaired
     part_loss: Any = unpaired.KTOTrainer.part_loss
@@ -271,7 +280,7 @@ class PackedKTO(_Policy):
 
 
 class PackedReward(_Packed):
-    """With the head that a model for sequence classification has."""
+    """The reward model's part, with the head of a model for sequence classification."""
 
     part_loss: Any = reward.RewardTrainer.part_loss
     score_head: Any = reward.RewardTrainer.score_head
@@ -310,14 +319,14 @@ class KTOTrainer(PackedKTO, trl.KTOTrainer):
 
 
 class RewardTrainer(PackedReward, trl.RewardTrainer):
-    """`trl.RewardTrainer` with `fastpref.BradleyTerryLoss`: rewards are formed in fp32."""
+    """`trl.RewardTrainer` with `fastpref.BradleyTerryLoss`. Rewards are formed in fp32."""
 
 
 def packed(init: Any, mixin: type[_Packed]) -> Any:
-    """The constructor of a class of TRL's, and of what others derived from it, that makes its trainer a `mixin` too.
+    """A constructor of a TRL class, or of a class derived from it, that makes its trainer a `mixin` too.
 
-    The trainer's own class changes before TRL's constructor, which may already ask it for reference log-probs. A class
-    that replaced a method which we would replace keeps it, and TRL's code.
+    The trainer's own class changes before TRL's constructor runs, which may already ask for reference log-probs. A
+    class that has its own version of a method that we would replace keeps it, and TRL's code.
     """
 
     @functools.wraps(init)

@@ -1,4 +1,4 @@
-"""What the commands share: errors as one line, types of arguments, a progress bar."""
+"""What the commands of online learning share: errors in one line, types of arguments, a progress bar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastpref.common import terminal
 
 
 def command(name: str) -> Callable[[Callable[[argparse.Namespace], int]], Callable[[argparse.Namespace], int]]:
-    """Bad input as one line and status 2; a stop by the user as status 130."""
+    """A decorator: bad input becomes one line and exit status 2, a stop by the user exit status 130."""
 
     def decorate(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
         @functools.wraps(run)
@@ -47,7 +47,7 @@ def at_least(kind: type, least: float, exclusive: bool = False) -> Callable[[str
 
 
 class Progress:
-    """A live bar on a terminal (with rich installed), some ten plain lines elsewhere, nothing if not `shown`."""
+    """A live bar on a terminal (if rich is installed), some ten plain lines elsewhere, nothing if not `shown`."""
 
     def __init__(self, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
         self._total, self._unit, self._done, self._first, self._shown = total, unit, done, done, shown

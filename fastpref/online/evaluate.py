@@ -78,7 +78,7 @@ def load_pairs(path: str) -> list[Record]:
 
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:
-    """For a terminal."""
+    """The evaluation as lines for a terminal."""
     rows = [("pairs", f"{found['pairs']}" + (f", {found['left_out']} left out" if found["left_out"] else ""))]
     rows += [("accuracy", _share(found["accuracy"]) + (f", {found['ties']} ties" if found["ties"] else ""))]
     quantiles = found["margins"]["quantiles"].items()

@@ -1,4 +1,4 @@
-"""How a policy or a reward model does on held-out pairs."""
+"""Evaluates a policy or a reward model on held-out pairs."""
 
 from __future__ import annotations
 
@@ -27,19 +27,30 @@ def evaluate_policy(
 ) -> dict[str, Any]:  # fmt: skip
     """A language model's preferences between the responses of each pair.
 
-    With a reference, a response's reward is DPO's implicit one, `beta * (logps - ref_logps)`; without, it is
-    `beta * logps`. A pair's margin is the chosen reward less the rejected one; the accuracy is the share of margins
-    above 0. `pairs` have `prompt`, `chosen` and `rejected`, as messages or as text (see `fastpref.data.formats`).
-    Responses are cut where a sequence has `max_length` tokens, and pairs left out whose prompt alone has as many.
-    `responses_as_written` and `assistant_only_loss` as in training (see `fastpref.data.encode.part`).
+    With a reference, a response's reward is DPO's implicit one, `beta * (logps - ref_logps)`. Without one it is `beta *
+    logps`. A pair's margin is the chosen reward less the rejected one. The accuracy is the share of margins above 0.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        pairs: records with `prompt`, `chosen` and `rejected`, as messages or as text (see `fastpref.data.formats`).
+        reference: the model that rewards are measured against, or None.
+        beta: the scale of rewards.
+        batch_size: sequences in one forward.
+        max_length: responses are cut where a sequence has so many tokens. A pair is left out if its prompt alone has as
+            many. None: never.
+        bins: of the calibration.
+        responses_as_written: as in training (see `fastpref.data.encode.part`).
+        assistant_only_loss: as in training.
+        progress: called with the number of sequences that each batch finished.
 
     Returns:
-        JSON values. Besides what `evaluate_reward_model` gives: `logps`, of each side the mean of summed log-probs
-        and the mean per token; `prefers_chosen`, how often the policy itself gives chosen the higher log-prob, summed
-        or per token. With a reference `kl`, in nats per token and per sequence, of each side: `exact`, KL(policy ||
-        reference) over the whole vocabulary at each prefix of the response; `k1` and `k3`, its estimates from the
-        response's own tokens (Schulman). The policy did not sample the data: `exact` is the divergence at the
-        data's prefixes, and `k1` and `k3`, which are unbiased for samples of the policy, may differ from it widely.
+        JSON values. Besides what `evaluate_reward_model` gives: `logps`, of each side the mean of summed log-probs and
+            the mean per token; `prefers_chosen`, how often the policy itself gives chosen the higher log-prob, summed
+            or per token. With a reference `kl`, in nats per token and per sequence, of each side: `exact`, KL(policy ||
+            reference) over the whole vocabulary at each prefix of the response; `k1` and `k3`, its estimates from the
+            response's own tokens (Schulman). The policy did not sample the data: `exact` is the divergence at the
+            data's prefixes, and `k1` and `k3`, which are unbiased for samples of the policy, may differ from it widely.
 
     Raises:
         ValueError: no pair is short enough, or the reference has another vocabulary.
@@ -83,13 +94,18 @@ def evaluate_reward_model(
     model: RewardHead, tokenizer: Any, pairs: Pairs, *, batch_size: int = 8, max_length: int | None = None,
     bins: int = 10, responses_as_written: bool = False, progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A reward model's preferences between the responses of each pair; pairs with a sequence of more than
-    `max_length` tokens are left out.
+    """A reward model's preferences between the responses of each pair.
+
+    Pairs with a sequence of more than `max_length` tokens are left out. The other arguments are as in
+    `evaluate_policy`.
 
     Returns:
-        JSON values: `pairs` and how many were `left_out`; `accuracy` with Wilson's 95 % interval and `ties`;
-        `rewards` and `margins`; `calibration` of sigmoid(margin) (see `statistics.calibration`); `length_bias`, by
-        the responses' lengths in characters.
+        JSON values: `pairs` and how many were `left_out`; `accuracy` with Wilson's 95 % interval and `ties`; `rewards`
+            and `margins`; `calibration` of sigmoid(margin) (see `statistics.calibration`); `length_bias`, by the
+            responses' lengths in characters.
+
+    Raises:
+        ValueError: no pair is short enough.
     """
 
     def of_pair(pair: dict[str, Any]) -> tuple[list[TokenSequence], int]:
@@ -106,7 +122,7 @@ def evaluate_reward_model(
 
 
 def _encoded(pairs: Pairs, of_pair: Callable[[dict[str, Any]], tuple[list[TokenSequence], int]]) -> list[TokenSequence]:
-    """Two sequences of each pair; what is odd about them is said.
+    """The two sequences of each pair. Says what is odd about them.
 
     Raises:
         ValueError: names the pair that is wrong.

@@ -1,4 +1,4 @@
-"""`fastpref generate`: k responses per prompt into a file that can be stopped and continued."""
+"""`fastpref generate`: k responses to each prompt, into a file. A run that was stopped can be continued."""
 
 from __future__ import annotations
 
@@ -58,12 +58,14 @@ def generate_file(
     sampling: Sampling | None = None, *, batch_size: int = 16, overwrite: bool = False, save_ids: bool = False,
     progress: bool = False,
 ) -> int:  # fmt: skip
-    """Sample responses to each record's `prompt` into JSON lines; returns how many prompts were done by this call.
+    """Samples responses to each record's `prompt` into JSON lines. Returns how many prompts this call did.
 
     A line is the record itself with `index`, `responses` and, for each response, `response_tokens` and `finished`
-    (false: cut at `max_new_tokens`), with `save_ids` `response_ids`, too: the sampled tokens, what ended them included,
-    which training with `responses_as_written` takes in place of the text. A file that a stopped run left is continued,
-    with the very responses that the run would have given (see `sample_responses`); one that is complete is left alone.
+    (false: cut at `max_new_tokens`). With `save_ids` it also has `response_ids`: the sampled tokens, with what ended
+    them. Training with `responses_as_written` takes these in place of the text.
+
+    A file that a stopped run left is continued, with the very responses that the run would have given (see
+    `sample_responses`). A file that is complete is left alone.
 
     Raises:
         ValueError: the file was begun with other prompts, another model or other sampling (see `Journal`).
@@ -102,7 +104,7 @@ def generate_file(
 
 
 def _fingerprint(ids: Iterable[list[int]], prompts: Sequence[Mapping[str, Any]]) -> str:
-    """Of the records and of what tokenizer and template make of them."""
+    """A hash of the records, and of what tokenizer and template make of them."""
     from fastpref.data.reference_cache import Fingerprint
     from fastpref.online.records import to_line
 

@@ -1,7 +1,7 @@
-"""What gives responses their scores: reward models, DPO's implicit reward, any Python function.
+"""What gives responses their scores: reward models, DPO's implicit reward, or any Python function.
 
-A scorer takes all records, each with `prompt` and `responses`, and an index: it yields the scores of every record from
-there on.
+A scorer takes all records, each with `prompt` and `responses`, and an index. It yields the scores of every record from
+that index on.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ def _module_of_file(path: str) -> ModuleType:
 
 
 def function_scorer(function: Judge, workers: int = 1) -> Scorer:
-    """A judge `(prompt, responses) -> scores`, None where it has no opinion; `workers` threads call it at once,
-    which pays where it waits for a server."""
+    """A scorer from a judge: a function `(prompt, responses) -> scores`, with None where it has no opinion.
+
+    `workers` threads call it at once, which pays if it waits for a server.
+    """
     checks.positive("workers", workers)
 
     def score(records: Records, start: int = 0) -> Iterator[Scores]:
@@ -86,7 +88,7 @@ def _windowed(
     tokenizer: Any, batch_size: int, max_length: int | None, as_written: bool,
     run: Callable[[list[TokenSequence]], list[float]],
 ) -> Scorer:  # fmt: skip
-    """A scorer of `run`, which scores sequences, on windows of records that do not depend on where it starts."""
+    """A scorer from `run`, which scores sequences, on windows of records that do not depend on where it starts."""
 
     def window(records: list[Mapping[str, Any]]) -> list[Scores]:
         of_records = (sequences_of(record, tokenizer, responses_as_written=as_written)[0] for record in records)
@@ -104,7 +106,7 @@ def reward_model_scorer(
     model: RewardHead, tokenizer: Any, *, batch_size: int = 8, max_length: int | None = None,
     responses_as_written: bool = False,
 ) -> Scorer:  # fmt: skip
-    """Rewards of whole conversations, cut after `max_length` tokens."""
+    """A scorer by a reward model: its rewards of whole conversations, cut after `max_length` tokens."""
     return _windowed(
         tokenizer, batch_size, max_length, responses_as_written,
         lambda s: rewards(model, s, tokenizer, batch_size=batch_size).tolist(),
@@ -115,8 +117,10 @@ def implicit_reward_scorer(
     model: Any, reference: Any, tokenizer: Any, beta: float = 0.1, *, batch_size: int = 8,
     max_length: int | None = None, responses_as_written: bool = False,
 ) -> Scorer:  # fmt: skip
-    """`beta * log(policy / reference)`: what DPO's policy is the optimum of (Rafailov et al. 2023, eq. 5), up to a
-    constant of the prompt."""
+    """A scorer by DPO's implicit reward, `beta * log(policy / reference)`.
+
+    It is the reward of which DPO's policy is the optimum (Rafailov et al. 2023, eq. 5), up to a constant of the prompt.
+    """
     checks.positive("beta", beta)
 
     def run(sequences: list[TokenSequence]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Models for inference, by the names that the commands take."""
+"""Loads models for inference, by the names that the commands take."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def _folder(name: str | os.PathLike[str]) -> str:
 
 
 def load_policy(name: str | os.PathLike[str], device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """(language model in eval mode, tokenizer) of a folder, a hub id, an adapter's folder (with peft), or smollm2."""
+    """(language model in eval mode, tokenizer).
+
+    `name` is a folder, a hub id, an adapter's folder (with peft installed), or `smollm2`. By default the device is the
+    GPU if there is one, and the dtype is bfloat16 there and float32 on a CPU.
+    """
     from transformers import AutoModelForCausalLM
 
     hide_library_bars()
@@ -52,8 +56,10 @@ def load_policy(name: str | os.PathLike[str], device: str | None = None, dtype: 
 def load_reward_model(
     name: str | os.PathLike[str], device: str | None = None, dtype: str | None = None
 ) -> tuple[RewardHead, Any]:
-    """(reward model in eval mode, tokenizer) of what `AutoModelForSequenceClassification` reads with one label, or of
-    an adapter of it."""
+    """(reward model in eval mode, tokenizer).
+
+    `name` is what `AutoModelForSequenceClassification` reads with one label, or an adapter of it.
+    """
     hide_library_bars()
     where = default_device(device)
     model = RewardHead.from_pretrained(_folder(name), dtype=default_dtype(dtype, where))
@@ -67,7 +73,7 @@ def _tokenizer(name: str | os.PathLike[str]) -> Any:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of weights, config and adapters: the same path can hold another model in the next round."""
+    """A hash of weights, config and adapters. The same path can hold another model in the next round."""
     from fastpref.data.reference_cache import Fingerprint
 
     found = Fingerprint().weights(model.state_dict().items()).config(models.inner_model(model).config)

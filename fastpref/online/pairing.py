@@ -1,4 +1,4 @@
-"""From scored or ranked responses to preference pairs."""
+"""Makes preference pairs from scored or ranked responses."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class PairRules:
     Args:
         how: `"best-worst"`, one pair a prompt; `"best-rest"`, the best one against each other; or `"all"`.
         min_margin: the least difference of scores. Equal scores are never a pair.
-        max_pairs_per_prompt: those with the largest margins are kept.
-        min_agreement: the least share of judges that prefer the chosen one, with scores of several judges.
-        combine: how several judges' scores become one: `"mean"`, for scores on one scale; or `"rank"`, the mean over
-            judges of the share of the other responses that one beats (Borda; a tie is half a win).
+        max_pairs_per_prompt: how many pairs of a prompt are kept: those with the largest margins.
+        min_agreement: with several judges, the least share of them that prefers the chosen one.
+        combine: how several judges' scores become one. `"mean"` is for scores on one scale. `"rank"` is the mean over
+            judges of the share of the other responses that a response beats (Borda; a tie is half a win).
         only_finished: leave out responses that were cut at their maximal length.
     """
 
@@ -60,6 +60,8 @@ class PairRules:
 
 
 class Candidate(NamedTuple):
+    """A response that may be in a pair."""
+
     text: str
     judged: np.ndarray  # [judges], higher is better
     score: float  # all judges' in one
@@ -67,7 +69,7 @@ class Candidate(NamedTuple):
 
 
 def _borda(judged: np.ndarray) -> np.ndarray:
-    """`[judges, k]` to `[k]`."""
+    """Scores `[judges, k]` as one Borda score for each response, `[k]`."""
     wins = np.sign(judged[:, :, None] - judged[:, None, :]).sum(2)  # won minus lost
     others = max(judged.shape[1] - 1, 1)
     return ((wins / others + 1) / 2).mean(0)
@@ -82,11 +84,12 @@ HOW: dict[str, Callable[[int], Sequence[tuple[int, int]]]] = {  # of k candidate
 
 
 def judged_scores(record: Mapping[str, Any], count: int, where: str) -> np.ndarray:
-    """`[judges, count]`, higher is better, NaN where a judge had no opinion: from `scores` (numbers, a list of such
-    lists, or an object of them) or `ranks` (lower is better).
+    """Scores `[judges, count]`, higher is better, NaN where a judge had no opinion.
+
+    They come from `scores` (numbers, a list of such lists, or an object of them) or from `ranks` (lower is better).
 
     Raises:
-        ValueError: there are none, or not one per response.
+        ValueError: there are none, or not one for each response.
     """
     name = "scores" if record.get("scores") is not None else "ranks"
     values: Any = record.get(name)
@@ -108,14 +111,15 @@ def make_pairs(records: Sequence[Record], rules: PairRules | None = None) -> tup
     """Preference pairs, as TRL reads them, and a report of what was kept and why.
 
     A pair has `prompt`, `chosen`, `rejected` (messages; text, if the prompt is), `margin`, `chosen_score`,
-    `rejected_score`, with several judges `agreement`, from `response_ids` `chosen_response_ids` and
-    `rejected_response_ids`, and the record's other fields. Of responses that are equal but for white space only the
-    first counts; line breaks and the indentation of lines are more than that. TRL's reward trainer takes `margin` as
-    the margin of its loss.
+    `rejected_score`, and the record's other fields. With several judges it has `agreement`; from `response_ids` it has
+    `chosen_response_ids` and `rejected_response_ids`. TRL's reward trainer takes `margin` as the margin of its loss.
+
+    Of responses that differ only in white space, the first counts. Line breaks and the indentation of lines are a real
+    difference.
 
     Raises:
-        ValueError: a record without a prompt, responses, or scores or ranks for each response, or with `finished` or
-            `response_ids` not of each.
+        ValueError: a record has no prompt, no responses, or no score or rank for each response; or its `finished` or
+            `response_ids` are not one for each.
     """
     rules = rules or PairRules()
     pairs: list[Record] = []
@@ -131,7 +135,7 @@ def make_pairs(records: Sequence[Record], rules: PairRules | None = None) -> tup
 
 
 def _candidates(record: Record, where: str, rules: PairRules, counts: Counter[str]) -> list[Candidate]:
-    """Those that may be in a pair, the best one first."""
+    """The responses that may be in a pair, the best one first."""
     checked_prompt(record, where)
     responses = checked_responses(record, where)
     judged = judged_scores(record, len(responses), where)
@@ -161,7 +165,7 @@ def _candidates(record: Record, where: str, rules: PairRules, counts: Counter[st
 
 
 def _of_each(record: Record, name: str, responses: Sequence[str], default: Any, where: str) -> list[Any]:
-    """What a record says of each of its responses, or nothing."""
+    """What a record says of each of its responses, or `default` for each."""
     values: Any = record.get(name)
     if values is None:
         return [default] * len(responses)
@@ -172,7 +176,7 @@ def _of_each(record: Record, name: str, responses: Sequence[str], default: Any, 
 
 
 def _without_layout(text: str) -> str:
-    """Lines with their indentation (a blank or none are the same), which is meaning in code, and single blanks."""
+    """Lines with their indentation, which has meaning in code, and single blanks. Blank lines do not count."""
     lines = ((line[: len(line) - len(line.lstrip())], " ".join(line.split())) for line in text.splitlines())
     return "\n".join(("" if indent == " " else indent) + words for indent, words in lines if words)
 
@@ -185,7 +189,7 @@ def agreement(chosen: Candidate, rejected: Candidate) -> float:
 def _pairs_of(
     candidates: Sequence[Candidate], rules: PairRules, counts: Counter[str]
 ) -> list[tuple[Candidate, Candidate]]:
-    """Those of the rules' pairs that pass, by falling margin."""
+    """The pairs that the rules want and accept, by falling margin."""
     passed = []
     for i, j in HOW[rules.how](len(candidates)):
         chosen, rejected = candidates[i], candidates[j]

@@ -1,4 +1,4 @@
-"""`fastpref pairs`: scores or rankings to preference data, with a report."""
+"""`fastpref pairs`: preference data from scores or rankings, with a report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def pairs_file(
     records: Sequence[Record], output: str | os.PathLike[str], rules: PairRules | None = None,
     *, json_path: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the pairs (if there are any) and, as JSON, the report of `make_pairs`; returns the report."""
+    """Writes the pairs, if there are any, and the report of `make_pairs` as JSON. Returns the report."""
     pairs, report = make_pairs(records, rules)
     if pairs:
         write_records(output, pairs)
@@ -56,7 +56,7 @@ def pairs_file(
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
-    """For a terminal."""
+    """The report as lines for a terminal."""
     length, margins = report["length"], report["margins"]
     rows = [
         ("prompts", f"{report['prompts']}, {report['prompts_with_pairs']} of them with pairs"),

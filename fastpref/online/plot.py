@@ -1,4 +1,4 @@
-"""A reliability diagram."""
+"""Draws a reliability diagram."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 
 def reliability_diagram(calibration: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Accuracy over confidence, with 95 % intervals, above the number of pairs; `calibration` as
-    `statistics.calibration` gives it.
+    """Draws accuracy over confidence, with 95 % intervals, above the number of pairs.
+
+    `calibration` is what `statistics.calibration` gives.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Prompts from files and records."""
+"""Reads prompts from files and records, and checks them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ CONSUMED = {"prompt", "chosen", "rejected", "completion", "label", "messages", "
 def read_prompts(path: str | os.PathLike[str], *, chat: bool = False) -> list[Record]:
     """Records with a `prompt`, as messages or text, and whatever else they hold.
 
-    JSON lines with prompts and no responses are taken as they are; anything else goes through
+    JSON lines with prompts and no responses are taken as they are. Anything else goes through
     `fastpref.data.formats.prompts`.
 
     Args:
+        path: the file or folder.
         chat: make a user's message of prompts that are text.
     """
     records = read_records(path) if Path(path).suffix == ".jsonl" else []

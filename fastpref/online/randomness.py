@@ -1,4 +1,4 @@
-"""Random draws that depend on a key alone: not on the device, the library's version or what else is in a batch."""
+"""Random draws that depend on a key alone: not on the device, the library's version or the rest of the batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MASK = 0xFFFFFFFF
 
 
 def keys(seed: int, prompt: int, response: int, count: int) -> np.ndarray:
-    """`[count, 2]` 32-bit words, one row per token of a response: PCG64's own, which NumPy never changes."""
+    """Two 32-bit words for each token of a response, `[count, 2]`. They are PCG64's, which NumPy never changes."""
     words = np.random.PCG64(np.random.SeedSequence([seed, prompt, response])).random_raw(count)
     return np.stack([words >> np.uint64(32), words & np.uint64(MASK)], 1).astype(np.int64)
 
@@ -23,18 +23,18 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def uniforms(key: Tensor, count: int) -> Tensor:
-    """fp32 `[S, count]` in (0, 1) of keys `[S, 2]`."""
+    """fp32 `[S, count]` in (0, 1), from keys `[S, 2]`."""
     at = torch.arange(count, device=key.device)
     words = _mixed((_mixed(at ^ key[:, :1]) + key[:, 1:]) & MASK)
     return ((words.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
 def draw(logits: Tensor, key: Tensor) -> Tensor:
-    """A token `[S, 1]` of each row of logits `[S, V]` by its key `[S, 2]`, with the probabilities of the softmax.
+    """A token `[S, 1]` for each row of logits `[S, V]`, by its key `[S, 2]`, with the probabilities of the softmax.
 
-    By exponential races (the Gumbel-max trick): the smallest of E_v / p_v, E_v exponential. Logits that differ by
-    rounding give another token only where two racers are as close as that. A draw by cumulated probabilities would
-    shift all of its boundaries at once: with fp32 logits of 49,152 tokens that was seen within a few dozen draws.
+    It is the Gumbel-max trick, as exponential races: the smallest of E_v / p_v wins, with E_v exponential. Logits that
+    differ by rounding give another token only if two racers are as close as that. A draw by cumulated probabilities
+    would shift all its boundaries at once. With fp32 logits of 49,152 tokens that was seen within a few dozen draws.
     """
     exponentials = -torch.log1p(-uniforms(key, logits.shape[1]))  # accurate where small, which is where winners are
     return (logits.float() - exponentials.log()).argmax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow by whole records, so that a job that was stopped goes on where it was."""
+"""Files of JSON lines that grow by whole records, so that a job that was stopped can go on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ Record = dict[str, Any]
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
-    """One line of JSON. NaN and infinity, which JSON has not, are a ValueError."""
+    """One line of JSON.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have.
+    """
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         return text.encode() + b"\n"
@@ -30,12 +34,12 @@ def _parse(line: bytes) -> Record | None:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """The objects in a file, one a line; blank lines are passed over.
+    """The objects in a file, one a line. Blank lines are skipped.
 
-    Says so on stderr where the command that writes the file has not finished it.
+    Says on stderr if the command that writes the file has not finished it.
 
     Raises:
-        ValueError: names the file and the line that is no JSON object, or says that there is none.
+        ValueError: a line is no JSON object, or there is none. Names the file and the line.
     """
     records = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
@@ -55,7 +59,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a file that is there whole or not at all."""
+    """Writes a file that is there whole or not at all."""
     write_whole(Path(path), b"".join(map(to_line, records)))
 
 
@@ -77,18 +81,20 @@ def sidecar(path: Path) -> Path:
 
 
 class Journal:
-    """A file of `total` records that is written in order, with what it was begun with in `PATH.meta.json`.
+    """A file of `total` records, written in order. `PATH.meta.json` says what it was begun with.
 
-    A record is in the file when `append` returns. What a crash left of a last one is cut off when the file is opened
-    again; `done` records are whole.
+    A record is in the file when `append` returns. If a crash left part of a last record, it is cut off when the file is
+    opened again. `done` is the number of whole records.
 
     Args:
+        path: the file.
+        total: how many records it will have.
         settings: JSON values on which the records depend. A file that was begun with others is refused.
         overwrite: begin anew.
 
     Raises:
-        ValueError: the file was begun with other settings or not by fastpref, has more records than `total`, or has
-            a damaged record before whole ones.
+        ValueError: the file was begun with other settings or not by fastpref, has more records than `total`, or has a
+            damaged record before whole ones.
     """
 
     def __init__(
@@ -124,7 +130,7 @@ class Journal:
             raise ValueError(f"{self.path}: got {got}, want {want} as it was begun with; or a new name, or --overwrite")
 
     def _whole_records(self) -> int:
-        """Count the whole records, cut off what follows the last of them; returns the size of the file then."""
+        """Counts the whole records and cuts off what follows them. Returns the size of the file then."""
         lines = self.path.read_bytes().splitlines(keepends=True)
         whole = [line.endswith(b"\n") and _parse(line) is not None for line in lines]
         self.done = len(whole) - whole[::-1].index(True) if True in whole else 0
@@ -142,7 +148,7 @@ class Journal:
         return self.done == self.total
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write records through to the disk.
+        """Writes records through to the disk.
 
         Raises:
             RuntimeError: something else wrote to the file.

@@ -1,4 +1,4 @@
-"""Several responses to each prompt from a language model, with random numbers of their own for every one of them."""
+"""Samples several responses to each prompt. Every response has random numbers of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastpref.online.sequences import WINDOW_BATCHES, Prompt, batches_by_length,
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `temperature=0` is greedy, for `k=1`; `top_k=0` and `top_p=1` leave out nothing."""
+    """How to sample. `temperature=0` is greedy, for `k=1`. `top_k=0` and `top_p=1` leave nothing out."""
 
     k: int = 4
     max_new_tokens: int = 256
@@ -43,6 +43,8 @@ class Sampling:
 
 
 class Response(NamedTuple):
+    """A sampled response."""
+
     text: str
     tokens: int  # what ends it included
     finished: bool  # it ended by itself, not at max_new_tokens
@@ -56,16 +58,23 @@ def sample_responses(
 ) -> Iterator[list[Response]]:  # fmt: skip
     """Yields `sampling.k` responses to each prompt from `start` on, in order.
 
-    The random numbers of a response depend on the seed, the prompt's index and the response's only. Batches are made
-    of prompts of similar length out of windows of consecutive ones, and the windows do not depend on `start`: with the
-    same batch size, machine and versions, a run from `start` gives exactly what a run from 0 gives there. Another
-    batch size changes the logits by rounding, and a token only where two were as close as that.
+    The random numbers of a response depend only on the seed, the prompt's index and the response's index. Batches are
+    made of prompts of similar length, within windows of consecutive prompts that do not depend on `start`. So with the
+    same batch size, machine and versions, a run from `start` gives exactly what a run from 0 gives there. Another batch
+    size changes the logits by rounding, and a token only where two were as close as that.
 
     Args:
-        prompts: messages, which go through the chat template, or text, which is continued as it is; or records with
-            a `prompt` and, as TRL has them, `tools` and `chat_template_kwargs` for the template.
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: messages, which go through the chat template; or text, which is continued as it is; or records with a
+            `prompt` and, as TRL has them, `tools` and `chat_template_kwargs` for the template.
+        sampling: how to sample.
         batch_size: responses sampled at once.
+        start: index of the first prompt.
         progress: called with the number of responses that each batch finished.
+
+    Raises:
+        ValueError: names the prompt that the chat template refuses, or that has no tokens.
     """
     how = sampling or Sampling()
     ids = all_prompt_ids(prompts, tokenizer)
@@ -87,7 +96,8 @@ def sample_responses(
 
 
 def all_prompt_ids(prompts: Sequence[Prompt | Mapping[str, Any]], tokenizer: Any) -> list[list[int]]:
-    """
+    """The token ids of all prompts.
+
     Raises:
         ValueError: names the prompt that the chat template refuses, or that has no tokens.
     """
@@ -103,7 +113,7 @@ def all_prompt_ids(prompts: Sequence[Prompt | Mapping[str, Any]], tokenizer: Any
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Whatever the model or its tokenizer ends a response with."""
+    """The tokens with which the model or its tokenizer ends a response."""
     own = getattr(model.generation_config, "eos_token_id", None)
     known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     return sorted({token for token in known if token is not None})
@@ -113,7 +123,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def _generate(
     model: Any, tokenizer: Any, tokens: dict[int, list[int]], items: Sequence[tuple[int, int]], how: Sampling
 ) -> list[Response]:
-    """One batch: `items` are (prompt, response)."""
+    """Samples one batch. `items` are (prompt, response)."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     prompts = list(dict.fromkeys(prompt for prompt, _ in items))
@@ -145,8 +155,10 @@ def _generate(
 
 
 def _prompt_cache(model: Any, ids: Tensor, mask: Tensor, row: Tensor) -> dict[str, Any]:
-    """Keys and values of the prompts but for their last tokens, computed once for all responses to a prompt: `row`
-    says which prompt each response answers. Nothing where layers keep anything else, such as a recurrent state."""
+    """Keys and values of the prompts without their last tokens, computed once for all responses to a prompt.
+
+    `row` says which prompt each response answers. Nothing where layers keep anything else, such as a recurrent state.
+    """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -169,8 +181,11 @@ def _prompt_cache(model: Any, ids: Tensor, mask: Tensor, row: Tensor) -> dict[st
 
 
 def _processors(how: Sampling, table: Tensor, prompt_length: int) -> list[Any]:
-    """What transformers does when it samples, but for the draw: its own takes one random number for the whole batch
-    after the other, so that a response would depend on which others are beside it."""
+    """What transformers does when it samples, but for the draw.
+
+    Its own draw takes random numbers for the whole batch one after the other, so a response would depend on those
+    beside it.
+    """
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     def drawn(input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`fastpref score`: scores of responses into a file that can be stopped and continued."""
+"""`fastpref score`: scores of responses, into a file. A run that was stopped can be continued."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _scorer(args: argparse.Namespace, records: Sequence[Record]) -> tuple[Scorer, dict[str, Any]]:
-    """And what its scores of the records depend on."""
+    """The scorer, and what its scores of the records depend on."""
     written = args.responses_as_written
     options = {"batch_size": args.batch_size, "max_length": args.max_length, "responses_as_written": written}
     if args.function is not None:
@@ -76,7 +76,7 @@ def _scorer(args: argparse.Namespace, records: Sequence[Record]) -> tuple[Scorer
 
 
 def _fingerprint(records: Sequence[Record], tokenizer: Any, responses_as_written: bool) -> str:
-    """Of what tokenizer and template make of the records; says what is odd about it."""
+    """A hash of what tokenizer and template make of the records. Says what is odd about it."""
     from fastpref.data.reference_cache import Fingerprint
 
     found, told = Fingerprint(), Remarks("score")
@@ -96,14 +96,17 @@ def _fingerprint(records: Sequence[Record], tokenizer: Any, responses_as_written
 def score_records(
     records: Sequence[Mapping[str, Any]], scorer: Scorer, *, name: str | None = None, start: int = 0
 ) -> Iterator[Record]:
-    """Yields each record from `start` on with `scores`: a list, one number (or None: no opinion) per response.
+    """Yields each record from `start` on with `scores`: a list, one number (or None: no opinion) for each response.
 
     Args:
+        records: each with `prompt` and `responses`.
+        scorer: see `fastpref.online.judges`.
         name: makes `scores` an object of named lists, beside those that are there.
+        start: index of the first record.
 
     Raises:
-        ValueError: a record is none, has scores already, or the scorer failed on it: as many scores as responses,
-            finite numbers or None, are wanted. The message names the record.
+        ValueError: a record is none, already has scores, or the scorer failed on it. The scorer has to give one finite
+            number or None for each response. The message names the record.
     """
     for i, record in enumerate(records):
         checked_prompt(record, f"record {i}")
@@ -151,13 +154,19 @@ def score_file(
     settings: Mapping[str, Any] | None = None, *, name: str | None = None, overwrite: bool = False,
     progress: bool = False,
 ) -> int:  # fmt: skip
-    """Write the records with their scores as JSON lines; returns how many were scored by this call.
+    """Writes the records with their scores as JSON lines. Returns how many this call scored.
 
-    A record is on the disk before the next one is asked for, so a judge that fails loses nothing: call again to go on
-    with the record on which it failed. One that is complete is left alone.
+    A record is on the disk before the next one is asked for, so a judge that fails loses nothing. Call again to go on
+    with the record on which it failed. A file that is complete is left alone.
 
     Args:
+        records: each with `prompt` and `responses`.
+        output: the file.
+        scorer: see `fastpref.online.judges`.
         settings: JSON values that say what the scores depend on.
+        name: as in `score_records`.
+        overwrite: begin anew.
+        progress: show a bar.
 
     Raises:
         ValueError: a record, a score or the file is not right (see `score_records` and `Journal`).

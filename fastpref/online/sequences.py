@@ -1,4 +1,4 @@
-"""Prompts and responses as token ids, and what language models and reward models say of them in batches."""
+"""Prompts and responses as token ids, and their log-probs and rewards by a model, in batches."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ WINDOW_BATCHES = 8  # batches that are sorted by length together; what is at mos
 
 
 class TokenSequence(NamedTuple):
-    """Token ids: the prompt's, and those of the response with whatever ends it; which of these are scored (None:
-    all)."""
+    """The token ids of a prompt and of a response with what ends it, and which of these are scored (None: all)."""
 
     prompt: list[int]
     response: list[int]
     mask: list[int] | None = None
 
     def scored(self) -> Tensor:
-        """Indices of the tokens that are: nothing scores the first of a sequence."""
+        """Indices of the response's tokens that are scored. The first token of a sequence cannot be."""
         begin, end = len(self.prompt), len(self.prompt) + len(self.response)
         at = torch.arange(begin, end) if self.mask is None else torch.tensor(self.mask).nonzero()[:, 0] + begin
         return at[at > 0]
@@ -50,8 +49,11 @@ def sequence_ids(record: Mapping[str, Any], response: str, tokenizer: Any) -> To
 def sequences_of(
     record: Mapping[str, Any], tokenizer: Any, *, responses_as_written: bool = False
 ) -> tuple[list[TokenSequence], int]:
-    """Each of the record's `responses` as `sequence_ids` gives it, or as it is written; and flags of
-    `fastpref.data.remarks`."""
+    """Each of the record's `responses` as `sequence_ids` gives it, or as it is written.
+
+    Returns:
+        (the sequences, flags of `fastpref.data.remarks`).
+    """
     sequences, found = [], 0
     sampled = record.get("response_ids") or [None] * len(record["responses"])
     if len(sampled) != len(record["responses"]):
@@ -82,7 +84,7 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices, neighbours in length together; the longest first, so that memory that does not suffice shows early."""
+    """Batches of indices of similar length. The longest come first, so that a lack of memory shows early."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for i in range(0, len(order), batch_size):
         yield order[i : i + batch_size]
@@ -91,15 +93,18 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
 def in_windows(
     run: Callable[[list[Any]], list[Any]], items: Sequence[Any], size: int, start: int = 0
 ) -> Iterator[list[Any]]:
-    """`run` on windows of `size` consecutive items; yields what it returns for those from `start` on, a window at a
-    time. The windows do not depend on `start`: one that is entered in its middle is run as a whole again."""
+    """Runs `run` on windows of `size` consecutive items. Yields what it returns for those from `start` on, a window at
+    a time.
+
+    The windows do not depend on `start`. One that is entered in its middle is run as a whole again.
+    """
     for begin in range(start - start % size, len(items), size):
         window = run(list(items[begin : begin + size]))
         yield window[max(0, start - begin) :]
 
 
 class PolicyScores(NamedTuple):
-    """Of each response, summed over its tokens, fp64 `[S]` on the CPU; None without a reference."""
+    """Sums over the tokens of each response, fp64 `[S]` on the CPU. None where they need a missing reference."""
 
     tokens: Tensor
     logps: Tensor
@@ -113,7 +118,7 @@ def policy_scores(
     model: Any, sequences: Sequence[TokenSequence], tokenizer: Any, *, reference: Any = None, batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> PolicyScores:  # fmt: skip
-    """Log-probs of responses under a language model and, in the same sweep over the vocabulary, a reference.
+    """Log-probs of responses under a language model and, in the same sweep over the vocabulary, under a reference.
 
     Raises:
         ValueError: the two models' heads are not comparable.

@@ -1,4 +1,7 @@
-"""Statistics of pairs: pure functions of NumPy arrays. None stands for what is not defined (no data, no variance)."""
+"""Statistics of pairs: pure functions of NumPy arrays.
+
+None stands for what is not defined (no data, no variance).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ def quantiles(values: ArrayLike, at: Sequence[float] = QUANTILES) -> dict[str, f
 
 
 def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float] | None:
-    """Wilson's score interval of a share (Wilson 1927): it keeps its coverage with few trials and near 0 and 1."""
+    """Wilson's score interval of a share (Wilson 1927).
+
+    It keeps its coverage with few trials, and near 0 and 1.
+    """
     if trials == 0:
         return None
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -36,13 +42,13 @@ def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> 
 
 
 def share(flags: ArrayLike) -> dict[str, Any]:
-    """How many of how many, with Wilson's 95 % interval."""
+    """How many flags are set, out of how many, with Wilson's 95 % interval."""
     x = np.asarray(flags, dtype=bool)
     return {"share": mean(x), "interval": wilson_interval(int(x.sum()), x.size), "count": int(x.size)}
 
 
 def correlation(x: ArrayLike, y: ArrayLike) -> float | None:
-    """Pearson's."""
+    """Pearson's correlation coefficient."""
     a, b = (np.asarray(v, dtype=np.float64) for v in (x, y))
     if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
@@ -51,7 +57,7 @@ def correlation(x: ArrayLike, y: ArrayLike) -> float | None:
 
 
 def centred_by_group(values: ArrayLike, groups: ArrayLike) -> np.ndarray:
-    """Less the mean of the group: what is left when groups (prompts) differ as wholes."""
+    """The values less the mean of their group: what is left when groups (prompts) differ as wholes."""
     x, index = np.asarray(values, dtype=np.float64), np.unique(np.asarray(groups), return_inverse=True)[1]
     return x - (np.bincount(index, x) / np.bincount(index))[index]
 
@@ -60,14 +66,14 @@ def calibration(margins: ArrayLike, bins: int = 10) -> dict[str, Any]:
     """Whether sigmoid(margin) is the probability that it claims to be.
 
     Bradley-Terry reads a margin as P(chosen beats rejected) = sigmoid(margin). The model's *confidence* is the
-    probability that it gives to the side that it prefers, sigmoid(|margin|) in [0.5, 1]; it is *right* if that side is
-    the chosen one (a margin of 0 is half right). Of all pairs with a confidence of 0.7, 70 % should be right.
+    probability that it gives to the side that it prefers: sigmoid(|margin|), in [0.5, 1]. The model is *right* if that
+    side is the chosen one; a margin of 0 is half right. Of all pairs with a confidence of 0.7, 70 % should be right.
 
     Returns:
         `bins`, of equal width over [0.5, 1], the empty ones left out: edges, count, mean confidence, accuracy with
-        Wilson's 95 % interval; `ece`, the expected calibration error: mean |accuracy - confidence| over bins by count
-        (Guo et al. 2017, arXiv 1706.04599 eq. 3); `brier`, mean (1 - sigmoid(margin))^2; `log_loss`, mean
-        -log sigmoid(margin), the loss that reward models and DPO are trained with.
+            Wilson's 95 % interval; `ece`, the expected calibration error: mean |accuracy - confidence| over bins by
+            count (Guo et al. 2017, arXiv 1706.04599 eq. 3); `brier`, mean (1 - sigmoid(margin))^2; `log_loss`, mean
+            -log sigmoid(margin), the loss that reward models and DPO are trained with.
     """
     m = np.asarray(margins, dtype=np.float64)
     if m.size == 0:
@@ -101,7 +107,7 @@ def calibration(margins: ArrayLike, bins: int = 10) -> dict[str, Any]:
 
 
 def length_differences(differences: ArrayLike) -> dict[str, Any]:
-    """Of chosen minus rejected length, one per pair."""
+    """How chosen and rejected lengths differ. `differences` is chosen minus rejected length, one per pair."""
     d = np.asarray(differences, dtype=np.float64)
     return {
         "chosen_longer": mean(d > 0),

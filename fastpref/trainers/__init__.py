@@ -1,6 +1,8 @@
-"""Drop-in trainers: change the import of a TRL script.
+"""Trainers with TRL's names and arguments: to move a script, change its import.
 
-from fastpref.trainers import DPOConfig, DPOTrainer  # was: from trl import DPOConfig, DPOTrainer
+    from fastpref.trainers import DPOConfig, DPOTrainer  # was: from trl import DPOConfig, DPOTrainer
+
+Each method has a trainer and a configuration of its own name.
 """
 
 from fastpref.trainers.config import (

@@ -1,4 +1,4 @@
-"""What all trainers share, on `transformers.Trainer`: packed batches, parts of a batch, metrics without host syncs."""
+"""What all trainers share, on `transformers.Trainer`: preparing data, splitting batches, metrics, checkpoints."""
 
 from __future__ import annotations
 
@@ -36,23 +36,24 @@ NLL_TERM = "loss/nll"  # of an evaluation's loss: a mean over tokens, where the 
 
 
 class Items(NamedTuple):
-    """What the batches of one update hold, on this rank or on average over all: by these a part's loss is weighted."""
+    """What the batches of one update hold, on this rank or averaged over ranks. They weight a part's loss."""
 
     examples: float | Tensor
     tokens: float | Tensor  # scored in chosen responses: the denominator of an NLL term
 
     def tokens_tensor(self, examples: int, device: torch.device) -> Tensor:
-        """As many tokens as so many examples have on average, 0-d. Weighted by its share of the examples, a sum divided
-        by these is weighted by its share of the tokens."""
+        """The average number of tokens of that many examples, 0-d. A part's loss is weighted by its share of the
+        examples. A sum divided by this number is then weighted by its share of the tokens."""
         tokens = self.tokens * (examples / self.examples)
         return tokens if isinstance(tokens, Tensor) else torch.full((), tokens, device=device)
 
 
 class PreferenceTrainer(Trainer):
-    """A trainer whose batches are `{"index": [B], "parts": [packed batch, ...]}`.
+    """The base class of all trainers. A batch is `{"index": [B], "parts": [packed batch, ...]}`.
 
-    Subclasses say how data is tokenised (`prepare_dataset`), which collator packs it, and what a part's loss is
-    (`part_loss`). An update's loss is the mean over its examples, however they are split into batches and parts.
+    A subclass says how data is tokenised (`prepare_dataset`), which collator packs it, and what a part's loss is
+    (`part_loss`). The loss of an update is the mean over its examples. How they are split into batches and parts does
+    not matter.
     """
 
     args: Any  # an instance of config_class
@@ -122,7 +123,7 @@ class PreferenceTrainer(Trainer):
             self.model.add_model_tags(card.tags_of(self.method))
 
     def router_coefficient(self, model: Any, args: Any) -> float:
-        """Of the load-balancing loss of a mixture of experts."""
+        """The weight of a mixture of experts' load-balancing loss: 0 unless a subclass has one."""
         if args.router_aux_loss_coef:
             raise unsupported("router_aux_loss_coef", args.router_aux_loss_coef, "want None: as in TRL, there is none")
         return 0.0
@@ -133,7 +134,7 @@ class PreferenceTrainer(Trainer):
         self._signature_columns = ["length", POSITION, *self.signature_columns]
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
-        """Tokenised, with `signature_columns`."""
+        """The data set tokenised, with the columns `signature_columns`."""
         raise NotImplementedError
 
     def _prepared(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
@@ -145,7 +146,7 @@ class PreferenceTrainer(Trainer):
             return self.prepare_dataset(dataset, name, args)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):
-        """As `Trainer.evaluate`; a dataset given here is prepared as those given to the constructor."""
+        """As `Trainer.evaluate`. A data set given here is prepared like those given to the constructor."""
         if isinstance(eval_dataset, Mapping) and not self._is_prepared(eval_dataset):
             found: dict[str, float] = {}
             for name, dataset in eval_dataset.items():
@@ -156,7 +157,7 @@ class PreferenceTrainer(Trainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test"):
-        """Metrics only: there are no logits to return."""
+        """As `Trainer.predict`, but with metrics only: there are no logits to return."""
         dataset = self.ready_for_evaluation(self._prepared(test_dataset, self.args, metric_key_prefix))
         return super().predict(dataset, ignore_keys, metric_key_prefix)
 
@@ -166,6 +167,7 @@ class PreferenceTrainer(Trainer):
         return any(dataset is known for known in own)
 
     def ready_for_evaluation(self, dataset: Any) -> Any:
+        """Called with a prepared data set before it is evaluated; a subclass may add columns."""
         return dataset
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,8 +183,8 @@ class PreferenceTrainer(Trainer):
         return samples, self._over_ranks(self._items(samples))
 
     def _without_fillers(self, batch: Any) -> Any:
-        """Without the examples that Accelerate adds where data do not come out even on all ranks. If there are no
-        others, one is run, for all ranks to do the same, and counts for nothing."""
+        """The batch without examples that Accelerate repeats to make the ranks come out even. If all are repeated, one
+        is kept and counts for nothing: every rank has to run the same collectives."""
         kept = batch.pop("kept", None)
         if kept is None:
             return batch
@@ -196,7 +198,8 @@ class PreferenceTrainer(Trainer):
         return found | {"real": real > 0}
 
     def _over_ranks(self, items: Items) -> Items:
-        """DDP averages gradients over ranks, whose batches may hold more or less: no host sync."""
+        """The mean of the items over all ranks, without a host sync. DDP averages gradients over ranks, and a rank's
+        batch may hold more or less than another's."""
         if self.args.world_size == 1 or not self.args.average_tokens_across_devices:
             return items
         numbers = [torch.full((), float(n), device=self.args.device) for n in items]  # a kernel each, and no copy
@@ -207,6 +210,7 @@ class PreferenceTrainer(Trainer):
         return Items(sum(p["examples"] for p in parts), sum(self.nll_tokens(p) for p in parts))
 
     def nll_tokens(self, part: Mapping[str, Any]) -> int:
+        """How many tokens a part's NLL term is a mean over. 0 where the method has no such term."""
         return 0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -229,15 +233,19 @@ class PreferenceTrainer(Trainer):
         return torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type != "cpu")
 
     def before_parts(self, model: Any, inputs: dict[str, Any]) -> None:
-        """For what the parts of a batch have to know of it all."""
+        """A hook, called before the parts of a batch are run: for what depends on the whole batch."""
 
     def before_part(self, model: Any, part: dict[str, Any]) -> None:
-        """For what a part's loss needs from outside of the model's forward."""
+        """A hook, called before a part's forward: for what its loss needs from outside of that forward."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The loss of a part, or of a whole batch: its share in the mean over the update's examples."""
+        """The loss of a part or of a whole batch, weighted by its share of the update's examples.
+
+        Raises:
+            ValueError: `return_outputs` is True. There are no logits to return.
+        """
         if return_outputs:
             raise unsupported("return_outputs", True, "there are no logits")
         if "parts" not in inputs:
@@ -252,15 +260,16 @@ class PreferenceTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def inside(self, model: Any, function: Callable[[], Any]) -> Any:
-        """`function()` as the forward of `model`, wrapped or not."""
+        """Runs `function()` as if it were the forward of `model`, which may be wrapped (DDP, FSDP, DeepSpeed)."""
         return run_inside(model, self.accelerator, lambda bare: function())
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
-        """The mean loss of a part's examples; adds to `self.metrics`. Runs inside the model's forward."""
+        """The mean loss of a part's examples, 0-d. Adds to `self.metrics`. Runs inside the model's forward."""
         raise NotImplementedError
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
-        """Adds to the sums of which `evaluation_loop` makes the loss: no batch's own is read."""
+        """Adds a batch to the sums from which `evaluation_loop` makes the loss. Returns (None, None, None): no single
+        batch's loss is read."""
         inputs = self._prepare_inputs(self._without_fillers(inputs))
         real = inputs.get("real", True)
         with torch.no_grad(), self.compute_loss_context_manager(), self.metrics.batch(real):
@@ -270,13 +279,13 @@ class PreferenceTrainer(Trainer):
         return None, None, None
 
     def add_loss(self, total: Tensor, count: Tensor | float, name: str = "loss") -> None:
-        """In an evaluation: a term of the loss of which `count` is the denominator."""
+        """In an evaluation, adds a term of the loss: a sum, and the `count` that it is divided by."""
         if not self.model.training:
             self.metrics.add(name, total, count)
 
     def whole_loss(self, found: dict[str, Any], rows: Mapping[str, Tensor]) -> dict[str, float]:
-        """An evaluation's metrics with its `loss`, which is that of all its data as one batch: terms that are means
-        over pairs and those that are means over tokens, each in its own weights."""
+        """An evaluation's metrics with its `loss`, as if all its data were one batch. Terms that are means over pairs
+        and terms that are means over tokens each keep their own weights."""
         loss = found.pop("loss", math.nan) + found.pop(NLL_TERM, 0.0)
         return found | {"loss": loss}
 
@@ -284,6 +293,7 @@ class PreferenceTrainer(Trainer):
 
     @property
     def metrics(self) -> MetricSums:
+        """The sums that the current mode adds to: those of training or those of evaluation."""
         return self._sums["train" if self.model.training else "eval"]
 
     @property
@@ -305,7 +315,7 @@ class PreferenceTrainer(Trainer):
             self.metrics.add_total("num_tokens", torch.full((), float(part["tokens"]), device=self.args.device))
 
     def derived_metrics(self, found: dict[str, float]) -> dict[str, float]:
-        """With those that follow from the others."""
+        """The metrics with those added that follow from others, such as margins."""
         return found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -343,7 +353,7 @@ class PreferenceTrainer(Trainer):
     # checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """With the tokens since the last log, and the model's card."""
+        """First counts the tokens since the last log, and writes the model's card."""
         tokens = self._sums["train"].take_total("num_tokens")
         if tokens is not None:
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum"))
@@ -353,7 +363,7 @@ class PreferenceTrainer(Trainer):
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **unused: Any
     ) -> None:
-        """`README.md` in `output_dir`, with TRL's arguments; `push_to_hub` may give more of transformers'."""
+        """Writes `README.md` into `output_dir`. The arguments are TRL's; `push_to_hub` may give more."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             card.write_card(
@@ -372,7 +382,11 @@ class PreferenceTrainer(Trainer):
 
 
 def given_args(args: Any, config_class: type[PreferenceConfig], model: Any, method: str) -> Any:
-    """The configuration, by default one in a folder named after model and method."""
+    """The configuration, by default one whose `output_dir` is named after model and method.
+
+    Raises:
+        TypeError: `args` is not a `config_class`.
+    """
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return config_class(output_dir=f"{str(name).rstrip('/').split('/')[-1] or 'model'}-{method}")

@@ -1,4 +1,4 @@
-"""A model's tags and its card: what it was trained from, how, and with which versions."""
+"""A model's tags and its card (`README.md`): what it was trained from, how, and with which versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PACKAGES = ("fastpref", "transformers", "torch", "datasets", "peft")
 
 
 class Method(NamedTuple):
-    """What a trainer trains by."""
+    """A training method, as the card names it."""
 
     name: str
     tag: str  # TRL's, where it has the method
@@ -49,7 +49,7 @@ def tags_of(method: Method) -> list[str]:
 
 
 def base_model(model: Any) -> str | None:
-    """The hub id that a model came from; a folder of this machine means nothing to others."""
+    """The hub id that a model came from. None for a folder, whose path means nothing elsewhere."""
     name = getattr(model.config, "_name_or_path", None)
     return name if name and not Path(name).is_dir() else None
 

@@ -1,4 +1,4 @@
-"""Training arguments: TRL 1.16's fields and defaults, and what fastpref adds to them."""
+"""The trainers' configurations: the fields and defaults of TRL 1.16, and those that fastpref adds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ def unsupported(name: str, got: Any, reason: str) -> ValueError:
 
 @dataclass
 class PreferenceConfig(TrainingArguments):
-    """What all methods share. Fields that are not listed here are those of `transformers.TrainingArguments`."""
+    """The fields that all methods share.
+
+    Fields that are not listed here are those of `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: a field has a value that is not possible, or that fastpref does not support. The message names it.
+    """
 
     logging_steps: float = option(10, "Log every so many update steps, or share of them.")
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward: less memory, more time.")
@@ -101,8 +107,10 @@ class PreferenceConfig(TrainingArguments):
             self.pad_to_multiple_of = None if text in ("auto", "none", "null") else int(text)
 
     def _choose_precision(self) -> None:
-        """bf16 by default, and fp32 with a sentence where transformers would refuse it. fp16 on a CPU, which Accelerate
-        passes over in silence, is fp32 with a sentence too."""
+        """bf16 unless said otherwise; fp32 with a warning where the device has no bf16.
+
+        fp16 on a CPU is fp32 with a warning, too: Accelerate would ignore it in silence.
+        """
         fallback = "there is no accelerator that has it; training is in fp32"
         if self.fp16 and not self.bf16 and (self.use_cpu or not torch.accelerator.is_available()):
             self.fp16 = self.bf16 = False
@@ -115,7 +123,10 @@ class PreferenceConfig(TrainingArguments):
 
 
 def _layer_kernels(config: dict[str, bool] | None) -> dict[str, bool]:
-    """Liger's kernels of layers; what would compute a loss from labels is off, and no fastpref trainer gives labels."""
+    """The configuration of Liger's kernels, with those off that would compute a loss from labels.
+
+    The loss is fastpref's, and its trainers give the model no labels.
+    """
     losses = ("fused_linear_cross_entropy", "cross_entropy")
     given = [name for name in losses if (config or {}).get(name)]
     if given:
@@ -129,7 +140,7 @@ def _layer_kernels(config: dict[str, bool] | None) -> dict[str, bool]:
 
 @dataclass
 class PolicyConfig(PreferenceConfig):
-    """Methods that score tokens."""
+    """The fields of methods that train a language model."""
 
     assistant_only_loss: bool = option(
         False, "Of a response's messages score the assistant's alone: no tool outputs, no later turns of the user."
@@ -146,7 +157,7 @@ class PolicyConfig(PreferenceConfig):
 
 @dataclass
 class ReferenceConfig(PolicyConfig):
-    """Methods with a reference model."""
+    """The fields of methods with a reference model."""
 
     learning_rate: float = option(1e-6, "Peak learning rate.")
     beta: float = option(0.1, "Strength of the KL constraint: rewards are beta * (logp - ref_logp).")
@@ -174,7 +185,7 @@ class ReferenceConfig(PolicyConfig):
 
 @dataclass
 class DPOConfig(ReferenceConfig):
-    """TRL 1.16's `DPOConfig`. `label_smoothing` acts on `sigmoid` too (cDPO), see `fastpref.DPOLoss`."""
+    """The fields of TRL 1.16's `DPOConfig`. `label_smoothing` acts on `sigmoid` too (cDPO); see `fastpref.DPOLoss`."""
 
     loss_type: list[str] = list_option(lambda: ["sigmoid"], "One of the 15 loss types, or several for a mixture.")
     loss_weights: list[float] | None = option(None, "One for each loss type (default: 1.0).")
@@ -193,14 +204,17 @@ class DPOConfig(ReferenceConfig):
 
 @dataclass
 class IPOConfig(ReferenceConfig):
-    """Identity preference optimisation; `length_normalize` is TRL's form, and the authors' code."""
+    """Identity preference optimisation (Azar et al. 2023).
+
+    `length_normalize=True` is the form in TRL and in the authors' code.
+    """
 
     length_normalize: bool = option(True, "Divide each log-ratio by its number of tokens.")
 
 
 @dataclass
 class KTOConfig(ReferenceConfig):
-    """TRL 1.16's `KTOConfig`."""
+    """The fields of TRL 1.16's `KTOConfig`."""
 
     train_sampling_strategy: str = option("sequential", "KTO's mismatched pairs are made within batches of the data.")
     loss_type: str = option("kto", "kto or apo_zero_unpaired.", choices=["kto", "apo_zero_unpaired"])
@@ -210,6 +224,8 @@ class KTOConfig(ReferenceConfig):
 
 @dataclass
 class ReferenceFreeConfig(PolicyConfig):
+    """The fields of methods without a reference model."""
+
     learning_rate: float = option(1e-6, "Peak learning rate.")
     max_completion_length: int | None = option(None, "Kept for TRL's scripts: encoder-decoder models only.")
     generate_during_eval: bool = option(False, "Not supported.")
@@ -225,7 +241,7 @@ class ReferenceFreeConfig(PolicyConfig):
 
 @dataclass
 class CPOConfig(ReferenceFreeConfig):
-    """TRL 1.16's `CPOConfig`: CPO, and SimPO as `loss_type="simpo", cpo_alpha=0.0`."""
+    """The fields of TRL 1.16's `CPOConfig`: CPO, and SimPO as `loss_type="simpo", cpo_alpha=0.0`."""
 
     beta: float = option(0.1, "Scale of the log-probs.")
     label_smoothing: float = option(0.0, "Probability that a pair's labels are flipped.")
@@ -251,7 +267,7 @@ class SimPOConfig(ReferenceFreeConfig):
 
 @dataclass
 class ORPOConfig(ReferenceFreeConfig):
-    """TRL 1.16's `ORPOConfig`."""
+    """The fields of TRL 1.16's `ORPOConfig`."""
 
     beta: float = option(0.1, "Weight of the odds-ratio term.")
     padding_value: int | None = option(None, "Kept for TRL's scripts: masked padding has no effect.")
@@ -259,7 +275,7 @@ class ORPOConfig(ReferenceFreeConfig):
 
 @dataclass
 class RewardConfig(PreferenceConfig):
-    """TRL 1.16's `RewardConfig`."""
+    """The fields of TRL 1.16's `RewardConfig`."""
 
     learning_rate: float = option(1e-4, "Peak learning rate.")
     chat_template_path: str | None = option(None, "A Jinja file, or a tokenizer's folder, with the chat template.")
@@ -269,7 +285,7 @@ class RewardConfig(PreferenceConfig):
 
 @dataclass
 class PRMConfig(PreferenceConfig):
-    """The `PRMConfig` of TRL 1.13, the last that had one."""
+    """The fields of the `PRMConfig` of TRL 1.13, the last version that had one."""
 
     learning_rate: float = option(1e-5, "Peak learning rate.")
     max_completion_length: int | None = option(None, "Tokens of the completion, all steps together.")

@@ -1,4 +1,4 @@
-"""The load-balancing loss of mixture-of-experts models, over the tokens of packed rows."""
+"""The load-balancing loss of mixture-of-experts models, computed over the tokens of packed batches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from fastpref.trainers.config import unsupported
 
 
 def router_coefficient(model: Any, wanted: float | None, *, on_request: bool) -> float:
-    """Weight of the load-balancing loss, as in TRL: `wanted`, or the config's own. `on_request`: the config's own only
-    where its `output_router_logits` is set.
+    """The weight of the load-balancing loss, as in TRL: `wanted`, or else the model config's own.
+
+    Args:
+        model: the language model.
+        wanted: the weight that the user asked for, or None.
+        on_request: use the config's own only if the config sets `output_router_logits`.
 
     Raises:
-        ValueError: one is wanted of a model that has no experts, or does not return its router logits.
+        ValueError: a weight is wanted, but the model has no experts or does not return its router logits.
     """
     config = inner_model(model).config.get_text_config()
     has_experts = hasattr(config, "output_router_logits")
@@ -34,13 +38,22 @@ def router_coefficient(model: Any, wanted: float | None, *, on_request: bool) ->
 
 
 def experts_per_token(model: Any) -> int:
+    """How many experts the model sends each token to."""
     return inner_model(model).config.get_text_config().num_experts_per_tok
 
 
 def routed(router_logits: Sequence[Tensor], copies: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """(how often each of E experts was chosen and its probabilities, summed over layers and tokens `[2, E]`, fp32; of
-    how many tokens, 0-d). `router_logits` are `[N, E]` of each layer; `copies` `[N]` says how often a token counts: as
-    many times as there are sequences that it is in, and padding never."""
+    """What the load-balancing loss is made of, summed over layers and tokens.
+
+    Args:
+        router_logits: `[N, E]` of each layer.
+        copies: `[N]`, how often each token counts: once for every sequence that it is in, and 0 for padding.
+        top_k: experts per token.
+
+    Returns:
+        `[2, E]` in fp32: how often each of the E experts was chosen, and its summed probability; and how many tokens
+            that is, 0-d.
+    """
     copies = copies.to(router_logits[0].device, torch.float32)
     chosen = probabilities = torch.zeros(router_logits[0].shape[-1], device=copies.device)
     for logits in router_logits:

@@ -1,4 +1,4 @@
-"""Examples that Accelerate repeats, where data do not come out even on all ranks: which ones they are."""
+"""Finds the examples that Accelerate repeats where the data do not come out even on all ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ POSITION = "position"  # of an example in its stream
 
 
 class NumberedStream(torch.utils.data.IterableDataset):
-    """A stream whose examples say which they are."""
+    """A stream whose examples carry their position, so that a repeated one can be recognised."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -26,10 +26,10 @@ class NumberedStream(torch.utils.data.IterableDataset):
 
 
 def real_examples(examples: Sequence[dict[str, Any]], accelerator: Any, even_batches: bool) -> int:
-    """How many of a rank's batch are not repeated: they come first.
+    """How many examples of a rank's batch are not repeated. They come first.
 
-    Ranks get consecutive batches of one size. Of a data set, only the last one can be filled up, and Accelerate knows
-    how many it lacks; of a stream, an example whose position is not its place was repeated.
+    Ranks get consecutive batches of one size. In a data set only the last batch can be filled up, and Accelerate knows
+    by how much. In a stream, an example was repeated if its position is not its place.
     """
     size, rank, world = len(examples), accelerator.process_index, accelerator.num_processes
     if POSITION in examples[0]:

@@ -1,4 +1,4 @@
-"""A model's hidden states of packed sequences."""
+"""Runs a model's backbone on a packed batch: hidden states, and no logits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hidden_rows(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def scored_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Those of the rows that score a token `[M, d]`, in the order of `labels`."""
+    """The hidden states `[M, d]` of the rows that score a token, in the order of `labels`."""
     return hidden_rows(model, batch).index_select(0, batch["rows"])
 
 

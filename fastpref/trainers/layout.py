@@ -1,4 +1,4 @@
-"""The layout of several sequences that a model can run: by what it is made of, and by a trial."""
+"""Chooses how a model's batches are laid out: shared prompts, packed, or padded. Tried on the model before training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from fastpref.trainers.probe import batch_fault
 
 
 def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:
-    """(layout, whether fastpref's attention runs it) for this model: the first that gives its own hidden states.
+    """The first layout in which this model gives each sequence the hidden states that it has alone.
 
     Layers that carry something from token to token in another way than attention (state spaces, convolutions) get
-    padded batches, whatever the weights: padding is on the right, where causal layers never see it. For the others,
-    what a batch gives is tried on a few tokens, against the sequences one by one.
+    padded batches, whatever their weights. Padding is on the right, where causal layers never see it. What a batch
+    gives is tried on a few tokens, against the sequences one by one.
+
+    Args:
+        model: the model, with or without wrappers.
+        wanted: a layout of `LAYOUTS` or `"auto"`. Other layouts are tried where it is not possible.
+
+    Returns:
+        (layout, whether fastpref's attention runs it).
 
     Raises:
-        ValueError: padded batches are not its sequences, either.
+        ValueError: not even padded batches give each sequence what it has alone.
     """
     attention.capped_attention(inner_model(model))
     name = type(inner_model(model)).__name__
@@ -41,7 +48,7 @@ def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:
 
 
 def _fault(model: Any, layout: str, ours: bool) -> str | None:
-    """Why this model cannot run it, or None."""
+    """Why the model cannot run this layout, or None."""
     inner = inner_model(model)
     if getattr(inner.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"

@@ -1,4 +1,4 @@
-"""What a trainer is given, made ready: model, tokenizer, adapters."""
+"""Makes ready what a trainer is given: model, tokenizer, adapters. Refuses what cannot be trained."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ NOISE = ("drop", "jitter")  # in the names of its rates
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
-    """
+    """Refuses data that a trainer cannot read.
+
     Raises:
         ValueError: there is nothing to train on.
-        TypeError: several data sets as one.
+        TypeError: `train_dataset` is several data sets, or something is no data set.
     """
     if train_dataset is None:
         raise ValueError("train_dataset: got None, want a Dataset or IterableDataset (`train_dataset` is required)")
@@ -37,8 +38,10 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
 
 
 def check_limits(collator: PackedCollator, vocabulary: int, train_dataset: Any, eval_dataset: Any) -> None:
-    """Every record, before training, where the model's positions end or the tokenizer knows more tokens than the model;
-    what a stream brings is checked in its batches.
+    """Checks every record before training against the model's positions and vocabulary.
+
+    Done only where the model's positions end, or where the tokenizer knows more tokens than the model. Streams are
+    checked batch by batch instead.
 
     Raises:
         ValueError: a record is too long, or has a token without an embedding.
@@ -54,7 +57,7 @@ def check_limits(collator: PackedCollator, vocabulary: int, train_dataset: Any, 
 
 
 def refuse_options(options: dict[str, Any], gives_scores: bool) -> None:
-    """Takes what cannot be used out of `options`.
+    """Removes from `options` what the trainers cannot use.
 
     Raises:
         ValueError: one of them is given.
@@ -72,9 +75,14 @@ def refuse_options(options: dict[str, Any], gives_scores: bool) -> None:
 
 
 def load_model(model: Any, args: PreferenceConfig, auto_class: Any, quantization_config: Any = None, **options: Any):
-    """A model from a path or a hub id, in fp32 unless `model_init_kwargs` says otherwise; a model as it is.
+    """A model from a path or a hub id, or the model itself if it is one.
 
-    Where the path is an adapter's, the adapter on its base model, to go on with.
+    It is loaded in fp32 unless `model_init_kwargs` says otherwise. From an adapter's folder comes the base model with
+    the adapter, which goes on training.
+
+    Raises:
+        ValueError: `quantization_config` beside a model that is already loaded.
+        TypeError: `model` is neither a name nor a model.
     """
     if not isinstance(model, str):
         if quantization_config is not None:
@@ -93,7 +101,17 @@ def load_model(model: Any, args: PreferenceConfig, auto_class: Any, quantization
 
 
 def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig, given: Any = None) -> Any:
-    """The tokenizer, by default of the model that was `given` to the trainer: its name, or where it came from."""
+    """The tokenizer, with a pad token. By default that of the model.
+
+    Args:
+        processing_class: a tokenizer, or None.
+        model: the loaded model.
+        args: the configuration, for `pad_token` and `trust_remote_code`.
+        given: what the user gave the trainer as model: with a name, its tokenizer is read.
+
+    Raises:
+        ValueError: no tokenizer can be found, it is not one, or `pad_token` is not in its vocabulary.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     if processing_class is None:
@@ -116,7 +134,12 @@ def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig, gi
 
 
 def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
-    """The model with its adapters, if there are any."""
+    """The model, with new adapters if there is a `peft_config`. Adapters that it has are made ready to train.
+
+    Raises:
+        TypeError: `peft_config` is not a `peft.PeftConfig`.
+        ValueError: the model already has adapters, or they are of a kind that is not supported.
+    """
     if peft_config is not None:
         from peft import PeftConfig, get_peft_model
 
@@ -156,7 +179,11 @@ def _refuse_other_adapters(configs: Iterable[Any]) -> None:
 
 
 def refuse_frozen(model: nn.Module) -> None:
-    """A run in which nothing trains would end as a success."""
+    """Refuses a model in which nothing trains: such a run would end as a success.
+
+    Raises:
+        ValueError: no parameter requires a gradient.
+    """
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     hint = "parameters with requires_grad"
@@ -166,9 +193,11 @@ def refuse_frozen(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """No forward draws from the model's rates of dropout any more, in training mode either: not the modules for it, nor
-    attention, activations and whole layers, whose rates are numbers of their modules or of the config, by any name with
-    "drop" in it; nor the jitter of routers. The config says so afterwards, too."""
+    """Switches off all dropout and router noise of a model, in training mode too.
+
+    That covers dropout modules, and rates that attention, activations or whole layers keep as numbers: any attribute of
+    a module or config with "drop" or "jitter" in its name. The config says 0 afterwards.
+    """
     configs: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -1,4 +1,4 @@
-"""Metrics that stay on the device: sums and counts, gathered together and read once, when they are logged."""
+"""Metrics that stay on the device as sums and counts. They are gathered and read once, when they are logged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MetricSums:
 
     @contextlib.contextmanager
     def batch(self, real: bool = True) -> Iterator[None]:
-        """One batch, in whatever parts. A batch that is not `real` has all names and counts for nothing."""
+        """A `with` block around one batch. A batch that is not `real` adds all its names, and counts for nothing."""
         self._ignoring = not real
         try:
             yield
@@ -40,7 +40,7 @@ class MetricSums:
             self._batch += 1
 
     def add(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
-        """`total` is the sum of `count` values, of any shape (the same in every call)."""
+        """Adds `total`, the sum of `count` values. It may have any shape, the same in every call."""
         total = total.detach().float()
         if not isinstance(count, Tensor):
             count = torch.full((1,), float(count), device=total.device)
@@ -50,27 +50,28 @@ class MetricSums:
         self._sums[name] = found if name not in self._sums else self._sums[name] + found
 
     def add_mean(self, name: str, values: Tensor) -> None:
+        """Adds all of `values`, for their mean."""
         self.add(name, values.detach().float().sum(), float(values.numel()))
 
     def add_total(self, name: str, total: Tensor) -> None:
-        """Something that is summed, not averaged."""
+        """Adds to something that is summed, not averaged."""
         self._totals.add(name)
         self.add(name, total, 0.0)
 
     def add_extreme(self, name: str, value: Tensor, extreme: Extreme) -> None:
-        """The `LOWEST` or `HIGHEST` value of a batch, 0-d: over all ranks, and then the mean over batches."""
+        """Notes a batch's `LOWEST` or `HIGHEST` value, 0-d. It is taken over all ranks, then averaged over batches."""
         which, none = extreme
         value = torch.full_like(value, none, dtype=torch.float32) if self._ignoring else value.detach().float()
         batches = self._extremes.setdefault(name, (extreme, {}))[1]
         batches[self._batch] = which(batches[self._batch], value) if self._batch in batches else value
 
     def keep(self, name: str, rows: Tensor) -> None:
-        """`[n, ...]` of a batch's examples, for what can only be said of all of them: see `rows`."""
+        """Keeps `[n, ...]` rows of a batch's examples, for what can only be computed from all of them; see `rows`."""
         rows = rows.detach()
         self._rows.setdefault(name, []).append(rows[:0] if self._ignoring else rows)
 
     def rows(self, accelerator: Any) -> dict[str, Tensor]:
-        """All that was kept, by all ranks, in the order of the data, on the CPU; forgotten here."""
+        """All rows that were kept, of all ranks, in the order of the data, on the CPU. They are forgotten here."""
         kept = {name: torch.cat(some).cpu().split([len(rows) for rows in some]) for name, some in self._rows.items()}
         self._rows = {}
         by_rank = gather_object([kept]) if accelerator.num_processes > 1 else [kept]
@@ -81,8 +82,13 @@ class MetricSums:
         return found
 
     def take(self) -> tuple[list[str], Tensor]:
-        """(names, the sum and the count of each `[K, 2]`) of 0-d values, which are forgotten; there must be some. An
-        extreme is that of the one batch since the last time."""
+        """The 0-d values since the last time, and forgets them. There must be some.
+
+        An extreme is that of the single batch since then.
+
+        Returns:
+            (names, `[K, 2]`: the sum and the count of each).
+        """
         found = dict(self._sums)
         for name, (_, batches) in self._extremes.items():
             (value,) = batches.values()
@@ -91,7 +97,7 @@ class MetricSums:
         return list(found), torch.stack(list(found.values()))
 
     def take_total(self, name: str) -> Tensor | None:
-        """A total since the last `flush`, on this rank alone; forgotten here."""
+        """A total since the last `flush`, of this rank alone, or None. It is forgotten here."""
         found = self._sums.pop(name, None)
         return None if found is None else found[0]
 
@@ -99,8 +105,10 @@ class MetricSums:
         self._sums, self._extremes, self._batch = {}, {}, 0
 
     def flush(self, accelerator: Any, *, whole: bool = False) -> dict[str, Any]:
-        """The means over all ranks: one gather, one copy to the host. What has no values is left out. `whole`: an
-        extreme is that of all batches, not the mean of theirs."""
+        """The means over all ranks, with one gather and one copy to the host. Names without values are left out.
+
+        `whole`: an extreme is that of all batches, instead of the mean over batches.
+        """
         extremes = {name: (extreme, list(values.values())) for name, (extreme, values) in self._extremes.items()}
         sums, totals = self._sums, self._totals
         self._clear()

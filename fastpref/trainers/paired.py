@@ -1,4 +1,4 @@
-"""Trainers on pairs: DPO and its family, IPO, and the methods without a reference (ORPO, CPO, SimPO)."""
+"""Trainers on preference pairs: DPO and its family, IPO, and the methods without a reference (ORPO, CPO, SimPO)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SKIPS = ("chosen_skip", "rejected_skip")
 
 
 class PairTraining(PolicyTrainer):
-    """How pairs are scored; `loss_fn` is one of fastpref's paired losses."""
+    """How a part's pairs are scored and measured. `loss_fn` is one of fastpref's paired losses."""
 
     loss_fn: PairedLoss
 
@@ -53,7 +53,10 @@ class PairTraining(PolicyTrainer):
         return out.loss if balance is None else out.loss + balance
 
     def add_loss_terms(self, out: PreferenceOutput, part: Mapping[str, Any], tokens: TokenStatistics | None) -> None:
-        """In an evaluation: the mean over pairs, and apart from it the NLL, which is one over tokens."""
+        """In an evaluation, adds the terms of its loss.
+
+        The NLL is a mean over tokens and the rest is a mean over pairs, so they are added apart.
+        """
         if self.model.training:
             return
         objective, pairs, loss = self.loss_fn.objective, part["examples"], out.loss
@@ -75,7 +78,7 @@ class PairTraining(PolicyTrainer):
         return super().whole_loss(found, rows)
 
     def nll_sum(self, out: PreferenceOutput, part: Mapping[str, Any], tokens: TokenStatistics | None) -> Tensor:
-        """Negative log-likelihood of a part's chosen tokens, all together."""
+        """The negative log-likelihood of a part's chosen tokens, summed, 0-d."""
         if tokens is None:
             return -out.chosen_logps.sum()
         scored = part["labels"][: part["chosen_rows"]] != IGNORE_INDEX
@@ -85,13 +88,17 @@ class PairTraining(PolicyTrainer):
         return {}
 
     def add_method_metrics(self, out: PreferenceOutput, part: Mapping[str, Any], nll_tokens: Tensor | int) -> None:
-        """What only this method logs."""
+        """Adds the metrics that only this method logs."""
 
     def nll_tokens(self, part: Mapping[str, Any]) -> int:
         return part["chosen_rows"]
 
     def _denominator(self, part: Mapping[str, Any], items: Items) -> Tensor | None:
-        """A part's loss is weighted by its share of the update's examples; its NLL must be by its share of tokens."""
+        """What a part's NLL is divided by, or None for its own number of tokens.
+
+        A part's loss is weighted by its share of the update's examples. Its NLL must be weighted by its share of the
+        tokens.
+        """
         if isinstance(items.examples, int) and part["examples"] == items.examples:
             return None
         return items.tokens_tensor(part["examples"], self.args.device)
@@ -127,15 +134,28 @@ class _ReferencedPairs(PairTraining, ReferencedTrainer):
 
 
 class DPOTrainer(_ReferencedPairs):
-    """TRL 1.16's `DPOTrainer`: direct preference optimisation with any of its 15 loss types.
+    """Direct preference optimisation, with the arguments and the 15 loss types of TRL 1.16's `DPOTrainer`.
 
     Args:
-        model: a name, a folder, an adapter's folder (which goes on training), a causal language model, or a PeftModel.
-        ref_model: the reference; by default the model as it is now: a PeftModel or an adapter's folder with its
-            adapters, and a model that gets new ones from `peft_config` without them.
-        args: `DPOConfig`.
-        train_dataset, eval_dataset: pairs in any format of `fastpref.data.formats`.
+        model: what to train: a name on the hub, a folder, a causal language model, or a PeftModel. If the folder is an
+            adapter's, that adapter goes on training.
+        ref_model: the reference: a model or its name. By default it is the policy as it is before training. A PeftModel
+            or an adapter's folder counts with its adapters; a model that gets new ones from `peft_config` counts
+            without them.
+        args: a `DPOConfig`; by default one with an `output_dir` named after the model.
+        data_collator: not supported, since fastpref packs the batches; want None.
+        train_dataset: pairs in any format of `fastpref.data.formats`, as a `Dataset` or an `IterableDataset`.
+        eval_dataset: the same, or several by name.
         processing_class: the tokenizer, by default the model's.
+        compute_metrics: not supported, since there are no logits; want None.
+        callbacks: as for `transformers.Trainer`.
+        optimizers: as for `transformers.Trainer`.
+        quantization_config: how to quantise a model that is given by name.
+        peft_config: new adapters to train, instead of all weights.
+
+    Raises:
+        ValueError: an argument or a field of `args` is not supported, or a record is wrong. The message names it.
+        TypeError: an argument is not of a type listed above.
     """
 
     config_class = DPOConfig
@@ -162,13 +182,16 @@ class DPOTrainer(_ReferencedPairs):
         return ["ld_alpha", self.loss_fn.ld_alpha]
 
     def measuring(self) -> bool:
-        """Where LD-DPO weighs tokens, the NLL of an evaluation has to see them."""
+        """Also in evaluations where LD-DPO weighs tokens: their NLL has to see each token."""
         weighted = self.loss_fn.ld_alpha is not None and "sft" in self.loss_fn.objective.losses
         return super().measuring() or (weighted and not self.model.training)
 
 
 class IPOTrainer(_ReferencedPairs):
-    """Identity preference optimisation (Azar et al. 2023); arguments as in `DPOTrainer`."""
+    """Identity preference optimisation (Azar et al. 2023).
+
+    Arguments and errors as in `DPOTrainer`, with an `IPOConfig`.
+    """
 
     config_class = IPOConfig
 
@@ -217,7 +240,11 @@ class _ReferenceFree(PairTraining):
 
 
 class CPOTrainer(_ReferenceFree):
-    """TRL 1.16's experimental `CPOTrainer`: CPO, SimPO and AlphaPO."""
+    """CPO, SimPO and AlphaPO, as in TRL 1.16's experimental `CPOTrainer`.
+
+    Arguments and errors as in `DPOTrainer`, with a `CPOConfig`. There is no `ref_model`. `model_init` may make the
+    model, in place of `model`.
+    """
 
     config_class = CPOConfig
 
@@ -236,7 +263,11 @@ class CPOTrainer(_ReferenceFree):
 
 
 class SimPOTrainer(_ReferenceFree):
-    """SimPO (Meng et al. 2024) by its own name."""
+    """SimPO (Meng et al. 2024) by its own name.
+
+    Arguments and errors as in `DPOTrainer`, with a `SimPOConfig`. There is no `ref_model`. `model_init` may make the
+    model, in place of `model`.
+    """
 
     config_class = SimPOConfig
 
@@ -245,8 +276,14 @@ class SimPOTrainer(_ReferenceFree):
 
 
 class ORPOTrainer(_ReferenceFree):
-    """TRL 1.16's experimental `ORPOTrainer`: the NLL is over the chosen prompts and responses, and with
-    `assistant_only_loss` over what the assistant wrote in the chosen responses."""
+    """ORPO (Hong et al. 2024), as in TRL 1.16's experimental `ORPOTrainer`.
+
+    The NLL is over the chosen prompts and responses. With `assistant_only_loss` it is over what the assistant wrote in
+    the chosen responses.
+
+    Arguments and errors as in `DPOTrainer`, with an `ORPOConfig`. There is no `ref_model`. `model_init` may make the
+    model, in place of `model`.
+    """
 
     config_class = ORPOConfig
 

@@ -1,4 +1,4 @@
-"""Trainers of a language model: its head, and the reference model of the methods that have one."""
+"""Base classes of the trainers that train a language model, without a reference model and with one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MEASURED = ("entropy", "mean_logit", "is_top1")
 
 
 class PolicyTrainer(PreferenceTrainer):
-    """Trains a causal language model; its logits are never built."""
+    """Trains a causal language model. Its logits are never built."""
 
     loss_fn: Any  # one of fastpref's
     router_on_request = False  # the load-balancing loss, by the model's config
@@ -54,11 +54,16 @@ class PolicyTrainer(PreferenceTrainer):
         return experts.router_coefficient(model, args.router_aux_loss_coef, on_request=self.router_on_request)
 
     def head(self) -> models.Head:
+        """The model's output head: weight, bias and what transforms its logits."""
         return models.read_head(self.inner)
 
     def scored(self, part: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Hidden states of the rows that score a token `[M, d]`, and the load-balancing loss of a mixture of experts,
-        weighted."""
+        """Runs the backbone on a part.
+
+        Returns:
+            (hidden states `[M, d]` of the rows that score a token, weighted load-balancing loss of a mixture of experts
+                or None).
+        """
         if not self.aux_loss_enabled:
             return scored_hidden(self.inner, part), None
         output = run_backbone(self.inner, part, output_router_logits=True)
@@ -73,7 +78,7 @@ class PolicyTrainer(PreferenceTrainer):
         return hidden.index_select(0, part["rows"]), self.router_aux_loss_coef * loss
 
     def keep_routes(self, sums: Tensor, tokens: Tensor) -> None:
-        """In an evaluation, whose load-balancing loss is that of all its tokens."""
+        """In an evaluation, adds up how tokens were routed: its load-balancing loss is that of all its tokens."""
         if not self.model.training:
             self.metrics.add(ROUTES, sums, tokens)
 
@@ -88,8 +93,11 @@ class PolicyTrainer(PreferenceTrainer):
     def measured(
         self, hidden: Tensor, head: models.Head, part: Mapping[str, Any], differentiable: bool = True
     ) -> TokenStatistics | None:
-        """On the steps that measure: the scored tokens' log-probs, of which a loss can be taken, and their statistics.
-        All from one product; its logits are kept for the loss's backward, if they fit the memory."""
+        """Log-probs and statistics of the scored tokens, on the steps that measure; else None.
+
+        All come from one product with the head. A loss can be taken of the log-probs. The product's logits are kept for
+        its backward if they fit the memory.
+        """
         if not self.measuring():
             return None
         wanted = (*MEASURED, *getattr(self.loss_fn, "statistics", ()))
@@ -99,8 +107,11 @@ class PolicyTrainer(PreferenceTrainer):
             )
 
     def add_token_metrics(self, tokens: TokenStatistics | None, part: Mapping[str, Any], chosen: Tensor) -> None:
-        """Entropy over all scored tokens, mean logits of chosen and rejected ones, accuracy on the chosen; `chosen`
-        `[M]` marks the rows of desirable responses."""
+        """Adds the entropy over all scored tokens, the mean logits of chosen and rejected ones, and the accuracy on the
+        chosen.
+
+        `chosen` `[M]` marks the rows of desirable responses.
+        """
         if tokens is None:
             return
         scored = part["labels"] != IGNORE_INDEX
@@ -112,7 +123,7 @@ class PolicyTrainer(PreferenceTrainer):
         self.metrics.add("mean_token_accuracy", (tokens.is_top1 & rows).sum(), rows.sum())
 
     def token_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
-        """Of every scored row `[M]`, by any model, without gradients."""
+        """The log-prob of every scored row `[M]`, by any model. For passes without gradients."""
         inner = inner_model(model)
         hidden, head = scored_hidden(model, part), models.read_head(inner)
         return linear_token_logprobs(
@@ -121,7 +132,11 @@ class PolicyTrainer(PreferenceTrainer):
 
 
 class ReferencedTrainer(PolicyTrainer):
-    """With a reference model, whose log-probs come from a cache, or from a forward of it in every step."""
+    """Trains a language model against a reference model.
+
+    The reference's log-probs come from a cache on disk that is filled before training, or from its forward in every
+    step.
+    """
 
     reference_columns: tuple[str, ...]  # what a cache holds of each example
     hashed_columns: tuple[str, ...]  # the token ids and masks that it depends on, where they are
@@ -157,13 +172,16 @@ class ReferencedTrainer(PolicyTrainer):
             self.eval_dataset = self.with_reference(self.eval_dataset, "eval")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; parameters that were set to train since the constructor belong to the reference, too."""
+        """As `Trainer.train`. Parameters set to train after the constructor count as part of the reference, too."""
         if self.reference.before is not None:
             self.reference.before.extend()
         return super().train(*args, **kwargs)
 
     def _refuse_scattered(self, before: Any) -> None:
-        """Of FSDP's first version and of DeepSpeed's stage 3, no parameter can be exchanged with an earlier value."""
+        """Refuses a reference that needs earlier values of the policy's parameters where they cannot be put back.
+
+        That is so under FSDP's first version and DeepSpeed's stage 3.
+        """
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         scattered = (self.is_fsdp_enabled and not self.accelerator.is_fsdp2) or getattr(plugin, "zero_stage", 0) == 3
         if before and scattered and not self.precomputes:
@@ -172,12 +190,15 @@ class ReferencedTrainer(PolicyTrainer):
 
     @property
     def ref_model(self) -> Any:
-        """The reference, where it is a model of its own: given, or moving (TR-DPO), or a copy that runs in every step.
-        None with adapters, or where its log-probs were precomputed from the policy."""
+        """The reference, where it is a model of its own: given, moving (TR-DPO), or a copy that runs in every step.
+
+        None where it is the policy with earlier values of what trains (adapters), or where its log-probs were
+        precomputed from the policy.
+        """
         return self.reference.own
 
     def _placed(self, reference: Any) -> Any:
-        """A reference that runs in every step is sharded like the policy; one that runs only now is whole."""
+        """The reference on its device. If it runs in every step it is sharded like the policy, else it is whole."""
         if not self.is_fsdp_enabled:
             return self.accelerator.prepare_model(reference, evaluation_mode=True)
         if self.precomputes or not self.accelerator.is_fsdp2:
@@ -196,8 +217,11 @@ class ReferencedTrainer(PolicyTrainer):
         return ref_model
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A reference that moves is part of what a run resumes from. It is written first: with the trainer's state a
-        checkpoint is whole, and older ones are deleted."""
+        """Saves a moving reference too, since a run resumes from it.
+
+        It is written first. A checkpoint counts as whole once the trainer's state is there, and older ones are then
+        deleted.
+        """
         if self.args.sync_ref_model:
             own = self.accelerator.unwrap_model(self.reference.own)
             models.reshard(own)
@@ -238,7 +262,7 @@ class ReferencedTrainer(PolicyTrainer):
         return args.max_steps <= 0 or args.max_steps * args.world_size >= per_epoch
 
     def with_reference(self, dataset: Any, name: str) -> Any:
-        """The data set with its reference log-probs as columns, from the cache or computed into it."""
+        """The data set with the reference's log-probs as columns, read from the cache or computed into it."""
         if dataset is None:
             return None
         if isinstance(dataset, Mapping):
@@ -262,11 +286,11 @@ class ReferencedTrainer(PolicyTrainer):
         return dataset
 
     def reference_settings(self) -> list[Any]:
-        """What else the log-probs depend on."""
+        """What else the reference's log-probs depend on, for the cache's fingerprint."""
         return []
 
     def reference_part(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of examples whose log-probs are `reference_columns`, column after column."""
+        """A batch of examples for the reference, whose log-probs fill the `reference_columns`, one after the other."""
         return self.data_collator.part(examples)
 
     def _reference_of(self, model: Any, examples: list[dict[str, Any]]) -> Tensor:
@@ -278,12 +302,14 @@ class ReferencedTrainer(PolicyTrainer):
         return _Progress(f"reference log-probs of the {name} data", total, disable=self.args.disable_tqdm)
 
     def reference_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
-        """Log-probs of a part's sequences by any model, as the loss takes them."""
+        """The log-probs of a part's sequences by any model, in the form that the loss takes."""
         raise NotImplementedError
 
     def before_part(self, model: Any, part: dict[str, Any]) -> None:
-        """The reference's log-probs of a part, where they are not precomputed: from a forward of it now. Columns that
-        came with the data are the precomputed ones, and are not read where the reference runs in every step."""
+        """Adds the reference's log-probs to a part, from a forward of the reference, unless they are precomputed.
+
+        Columns that came with the data count as precomputed. They are not read where the reference runs in every step.
+        """
         if self.precomputes and "ref_logps" in part:
             return
         if self.precomputes and self.reference.is_lost_by_training:
@@ -293,8 +319,14 @@ class ReferencedTrainer(PolicyTrainer):
             part["ref_logps"] = self.inside(wrapped, lambda: self.reference_logps(reference, part))
 
     def ready_for_evaluation(self, dataset: Any) -> Any:
-        """Its reference's log-probs come from a forward in every step where the reference is lost, or sharded: the
-        ranks have different numbers of batches to fill a cache with."""
+        """Precomputes the reference's log-probs of a data set where that is possible.
+
+        A stream or a sharded model gets them from a forward in every step: on shards, ranks have different numbers of
+        batches to fill a cache with.
+
+        Raises:
+            ValueError: the reference was the policy itself, and training has changed it.
+        """
         if not self.precomputes or set(self.reference_columns) <= set(formats.column_names(dataset)):
             return dataset
         if self.state.global_step > 0 and self.reference.is_lost_by_training:
@@ -325,7 +357,7 @@ def _datasets(given: Any) -> list[Any]:
 
 
 class _Progress:
-    """A tqdm bar that appears with the first thing done: a full cache shows none."""
+    """A tqdm bar that appears only once something is computed: a full cache shows none."""
 
     def __init__(self, text: str, total: int, disable: bool | None) -> None:
         self._options = {"desc": text, "total": total, "disable": disable}

@@ -1,9 +1,10 @@
-"""Does a model give the sequences of a batch the hidden states that each has alone? Tried on a few tokens.
+"""Tries a layout on a few tokens: does a model give the sequences of a batch the hidden states that each has alone?
 
-Two questions, neither of which the scale of the weights decides:
+It asks two questions. The scale of the weights decides neither:
 
-- Does a token depend on one of another sequence? By the gradient, which is exactly zero where it does not.
-- Are the values right? In fp32, against what a rounding of the embeddings does to the same values.
+- Does a token depend on one of another sequence? Asked by the gradient, which is exactly zero where it does not.
+- Are the values right? Asked in fp32: the error may be as large as what rounding the embeddings does to the same
+  values.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class _Trial(NamedTuple):
 
 
 def batch_fault(inner: Any, layout: str, ours: bool) -> str | None:
-    """Why the sequences of a batch are not as alone, or None. In evaluation mode; the model is left as it was."""
+    """Why a batch's sequences are not as they are alone, or None. Runs in evaluation mode and leaves the model as it
+    was."""
     with evaluating(inner):
         trial = _trial(inner, layout, ours)
         return _leak(inner, trial) or _difference(inner, trial)
@@ -103,7 +105,7 @@ def _difference(inner: Any, trial: _Trial) -> str | None:
 
 @contextlib.contextmanager
 def _rounded(embeddings: nn.Module, eps: float) -> Iterator[None]:
-    """Embeddings moved by the last place, up and down in turn."""
+    """Embeddings moved by one unit in the last place, up or down."""
 
     def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         signs = 1.0 - 2.0 * (torch.arange(output.numel(), device=output.device) % 3 % 2)
@@ -118,7 +120,7 @@ def _rounded(embeddings: nn.Module, eps: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def single_precision(model: nn.Module) -> Iterator[None]:
-    """The model's forward in fp32, one layer's weights at a time: no second copy of the model in memory."""
+    """Runs the model's forward in fp32, one layer's weights at a time, so that no second copy of the model is made."""
     kept: dict[nn.Module, list[tuple[nn.Module, str, Any, bool]]] = {}
 
     def widen(unit: nn.Module, args: Any) -> None:
@@ -150,7 +152,7 @@ def single_precision(model: nn.Module) -> Iterator[None]:
 
 
 def units(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a model, and what stands beside them."""
+    """The layers of a model, and the modules beside them."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child

@@ -1,4 +1,4 @@
-"""The reference policy of a trainer: which model it is, and its log-probs of a whole data set."""
+"""The reference of a trainer: which model it is, and how its log-probs of a whole data set are computed."""
 
 from __future__ import annotations
 
@@ -22,15 +22,30 @@ from fastpref.trainers.loading import disable_dropout
 
 
 class Reference:
-    """A model of its own, or the policy with its adapters off, or the policy as it was: what trains, exchanged with a
-    copy of what it has been."""
+    """The reference policy. It is one of these:
+
+    - a model of its own (`own`): given by the user, or a copy of the policy;
+    - the policy with its adapters off, and with what else trains as it was (`before`);
+    - the policy with its adapters on, and with all that trains as it was (`before`);
+    - the policy itself, where the log-probs are computed before training begins.
+    """
 
     def __init__(self, policy: Any, own: Any = None, before: Snapshot | None = None, adapted: bool = True) -> None:
         self.policy, self.own, self.before, self._adapted = policy, own, before, adapted
 
     @classmethod
     def of(cls, policy: Any, ref_model: Any, *, fresh_adapters: bool, keep_copy: bool) -> Reference:
-        """`keep_copy`: the policy's weights will change while the reference is still needed."""
+        """Chooses the reference.
+
+        Args:
+            policy: the model that trains.
+            ref_model: the reference that the user gave, or None.
+            fresh_adapters: the policy's adapters are new, from `peft_config`.
+            keep_copy: the policy's weights will change while the reference is still needed.
+
+        Raises:
+            ValueError: `ref_model` is the policy itself.
+        """
         if ref_model is not None and inner_model(ref_model) is inner_model(policy):
             raise ValueError("ref_model: got the policy itself, want another model or None (the policy as it is now)")
         if ref_model is None and is_peft(policy):
@@ -44,12 +59,12 @@ class Reference:
 
     @property
     def is_lost_by_training(self) -> bool:
-        """Is it the policy's own weights, which training changes?"""
+        """Whether the reference is the policy's own weights, which training changes."""
         return self.own is None and self.before is None
 
     @contextlib.contextmanager
     def model(self) -> Iterator[Any]:
-        """The model to run, under no_grad and in evaluation mode."""
+        """The model to run, under `no_grad`, in evaluation mode."""
         with torch.no_grad(), contextlib.ExitStack() as stack:
             if self.own is not None:
                 yield self.own
@@ -63,7 +78,7 @@ class Reference:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of its weights, its config and its adapters, as they are when first asked: hashed once for all data sets."""
+        """A hash of its weights, config and adapters, taken when first asked and used for all data sets."""
         with self.model() as model:
             unused = set() if self._adapted else adapters.own_names(model)
             found = Fingerprint().weights((n, v) for n, v in model.state_dict().items() if n not in unused)
@@ -72,7 +87,10 @@ class Reference:
 
 
 def ready_reference(model: Any, collator: PackedCollator, disable: bool) -> None:
-    """An explicit reference model, tried on the policy's batches; where it cannot run them, both get padded ones."""
+    """Tries an explicit reference model on the policy's batches.
+
+    If it cannot run their layout, policy and reference both get padded batches.
+    """
     if disable:
         disable_dropout(model)
     models.keep_arithmetic(model, for_good=True)
@@ -98,8 +116,10 @@ class SyncReference(TrainerCallback):
 
 
 def fingerprint(reference: Reference, dataset: Any, columns: Sequence[str], settings: Sequence[Any]) -> str:
-    """Of all that a reference's log-probs depend on: the model, the token ids (and so the tokenizer, the template, the
-    data and its truncation), and `settings`."""
+    """A hash of all that a reference's log-probs depend on: the model, the token ids and `settings`.
+
+    The token ids stand for the tokenizer, the template, the data and its truncation.
+    """
     found = Fingerprint().text(reference.fingerprint, *settings, *columns)
     return found.rows(dataset.select_columns(list(columns)), columns).hexdigest()
 
@@ -108,7 +128,7 @@ def fill_cache(
     cache: ReferenceCache, dataset: Any, compute: Callable[[list[dict[str, Any]]], Tensor], *, tokens: int,
     rank: int, world: int, progress: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Compute what is missing; the ranks share the shards. `compute(examples)` gives `[len(examples), columns]`."""
+    """Computes what the cache lacks. The ranks share the shards. `compute` gives `[len(examples), columns]`."""
     for shard, rows in cache.missing():
         if shard % world != rank:  # by its number: another rank may write while this one looks
             continue
@@ -125,7 +145,7 @@ def fill_cache(
 
 
 def _take(order: list[int], lengths: Sequence[int], tokens: int) -> list[int]:
-    """The next examples within `tokens`, at least one; removed from `order`."""
+    """Takes the next examples that fit within `tokens`, at least one, out of `order`."""
     taken: list[int] = []
     total = 0
     while order and (not taken or total + lengths[order[0]] <= tokens):

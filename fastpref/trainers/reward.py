@@ -1,4 +1,4 @@
-"""Reward models: from preferences (Bradley-Terry), and of the steps of a solution (process rewards)."""
+"""Trainers of reward models: from preference pairs (Bradley-Terry), and from labelled steps (process rewards)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastpref.trainers.metrics import HIGHEST, LOWEST
 
 
 class _HeadTrainer(PreferenceTrainer):
-    """A backbone with a small head named `score` on its last hidden states."""
+    """Trains a backbone with a small head named `score` on its last hidden states."""
 
     kind: str
 
@@ -47,7 +47,7 @@ class _HeadTrainer(PreferenceTrainer):
         self.score_head()
 
     def score_head(self) -> nn.Linear:
-        """The head in use: with adapters, the trained copy of it."""
+        """The head in use. With adapters, the trained copy of it."""
         head: Any = active_module(getattr(self.inner, "score", None))
         if not isinstance(head, nn.Linear) or type(head) is not nn.Linear:
             raise unsupported(
@@ -61,14 +61,24 @@ def _labels(model: Any, labels: int) -> dict[str, Any]:
 
 
 class RewardTrainer(_HeadTrainer):
-    """TRL 1.16's `RewardTrainer`. Rewards are formed in fp32 from each sequence's last real token, whatever pads it.
+    """Trains a reward model on pairs, with the arguments of TRL 1.16's `RewardTrainer`.
+
+    A reward is formed in fp32 from a sequence's last real token, whatever pads it.
 
     Args:
         model: a name, a folder, or a model for sequence classification with one label.
-        args: `RewardConfig`.
-        train_dataset, eval_dataset: pairs, with a `margin` or without.
-        compute_metrics: gets the rewards `[N, 2]` of chosen and rejected responses, in the order of the data, as
-            `predictions`, and zeros `[N]`, the index of the better one, as `label_ids`.
+        args: a `RewardConfig`; by default one with an `output_dir` named after the model.
+        data_collator: not supported; want None.
+        train_dataset: pairs, with a `margin` or without, in any format of `fastpref.data.formats`.
+        eval_dataset: the same, or several by name.
+        processing_class: the tokenizer, by default the model's.
+        compute_metrics: called with `predictions`, the rewards `[N, 2]` of chosen and rejected responses in the order
+            of the data, and `label_ids`, zeros `[N]`: the index of the better one.
+        options: more of `DPOTrainer`'s arguments, such as `peft_config` and `callbacks`.
+
+    Raises:
+        ValueError: the model has another number of labels, or an argument or a record is wrong. The message names it.
+        TypeError: an argument is not of a type listed above.
     """
 
     config_class = RewardConfig
@@ -134,12 +144,22 @@ def _chat_template(path: str) -> str:
 
 
 class PRMTrainer(_HeadTrainer):
-    """The `PRMTrainer` of TRL 1.13: classifies the last token of every step as right or wrong.
+    """Trains a process reward model: it classifies the last token of every step as right or wrong.
+
+    Arguments as in the `PRMTrainer` of TRL 1.13, the last version that had one.
 
     Args:
         model: a name, a folder, or a model for token classification with two labels.
-        args: `PRMConfig`.
-        train_dataset, eval_dataset: `prompt`, `completions` (steps) and `labels`.
+        args: a `PRMConfig`; by default one with an `output_dir` named after the model.
+        data_collator: not supported; want None.
+        train_dataset: records with `prompt`, `completions` (the steps) and `labels` (whether each is right).
+        eval_dataset: the same, or several by name.
+        processing_class: the tokenizer, by default the model's.
+        options: more of `DPOTrainer`'s arguments, such as `peft_config` and `callbacks`.
+
+    Raises:
+        ValueError: the model has another number of labels, or an argument or a record is wrong. The message names it.
+        TypeError: an argument is not of a type listed above.
     """
 
     config_class = PRMConfig

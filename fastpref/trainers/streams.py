@@ -1,4 +1,4 @@
-"""Data sets whose end is not known before they have been read."""
+"""What is said of streams (`IterableDataset`), whose records are only known once they have been read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastpref.data.remarks import say_remarks
 
 
 class StreamRemarks(TrainerCallback):
-    """Says at the end of an epoch, a run or an evaluation what of a stream was left out, or is odd."""
+    """At the end of an epoch, a run or an evaluation, says which of a stream's records were left out or are odd."""
 
     def __init__(self, train_dataset: Any, eval_dataset: Any) -> None:
         self.training, self.evaluation = train_dataset, eval_dataset

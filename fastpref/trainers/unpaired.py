@@ -1,4 +1,4 @@
-"""KTO: single responses labelled desirable or undesirable, compared with a z0 from mismatched pairs."""
+"""The KTO trainer: single responses labelled desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from fastpref.trainers.policy import ReferencedTrainer
 
 
 class KTOTrainer(ReferencedTrainer):
-    """TRL 1.16's `KTOTrainer`; arguments as in `DPOTrainer`, data with a `label`.
+    """KTO and APO-zero on single responses, with the arguments of TRL 1.16's `KTOTrainer`.
 
-    z0 is estimated, as in TRL, from completions rotated by one within consecutive blocks of
-    `per_device_train_batch_size` examples of the data set, which is why sampling must be sequential.
+    Each record has a `label`: whether its response is desirable. Pairs are split into two records each. Arguments and
+    errors are otherwise as in `DPOTrainer`, with a `KTOConfig`.
+
+    KTO compares rewards with z0, an estimate of the KL divergence to the reference. As in TRL it is made of mismatched
+    completions: they are rotated by one within consecutive blocks of `per_device_train_batch_size` examples. So with
+    `loss_type="kto"` sampling must be sequential, and a batch needs at least two examples.
     """
 
     config_class = KTOConfig
@@ -80,7 +84,7 @@ class KTOTrainer(ReferencedTrainer):
 
     @torch.no_grad()
     def before_parts(self, model: Any, inputs: dict[str, Any]) -> None:
-        """z0 of the whole batch, for all of its parts."""
+        """Computes z0 of the whole batch, for all of its parts."""
         if not self.with_kl:
             return
         policy, reference = [], []
@@ -99,7 +103,7 @@ class KTOTrainer(ReferencedTrainer):
             part["kl"] = kl
 
     def _mean_kl(self, ratios: Tensor, real: bool) -> Tensor:
-        """Over all ranks, each with as many examples as it has; never negative."""
+        """The mean over all ranks' examples; never negative."""
         sums = torch.stack([ratios.sum(), torch.full_like(ratios[0], len(ratios))]) * real
         total, count = self.accelerator.reduce(sums, "sum").unbind()
         return (total / count).clamp(min=0)
@@ -126,12 +130,12 @@ class KTOTrainer(ReferencedTrainer):
         return out.loss if balance is None else out.loss + balance
 
     def keep_responses(self, out: UnpairedOutput, part: Mapping[str, Any]) -> None:
-        """In an evaluation, whose z0 is not known before its end."""
+        """In an evaluation, keeps the responses: z0 is not known before its end."""
         if not self.model.training:
             self.metrics.keep("responses", torch.stack([out.logps, part["ref_logps"], out.desirable], 1))
 
     def whole_loss(self, found: dict[str, Any], rows: Mapping[str, Tensor]) -> dict[str, float]:
-        """With z0 of all the evaluation's examples, in place of each batch's."""
+        """With the z0 of all the evaluation's examples, in place of each batch's."""
         logps, ref_logps, desirable = rows["responses"].double().unbind(1)
         kl = rows["kl"].double().mean().clamp(min=0) if self.with_kl else None
         found = found | {"loss": float(self.loss_fn(logps, desirable > 0, ref_logps, kl).loss)}
@@ -150,8 +154,10 @@ class KTOTrainer(ReferencedTrainer):
 
 
 def _advise_weights(labels: Sequence[bool], desirable_weight: float, undesirable_weight: float) -> None:
-    """Warn outside of 1 <= (n_D lambda_D) / (n_U lambda_U) <= 4/3, the range that KTO's authors advise
-    (arXiv 2402.01306, section 4.2), computed with TRL's rounding."""
+    """Warns if the class weights are outside of 1 <= (n_D lambda_D) / (n_U lambda_U) <= 4/3.
+
+    KTO's authors advise that range (arXiv 2402.01306, section 4.2). It is computed with TRL's rounding.
+    """
     desirable = max(sum(labels), 1)
     undesirable = max(len(labels) - desirable, 1)
     if desirable == undesirable:

@@ -1,1 +1,1 @@
-"""Numerics checked against fp64 on this machine: a table of cases, a tolerance policy, a scorecard."""
+"""`fastpref validate`: checks the numerics on this machine against fp64. Cases, tolerances, a scorecard."""

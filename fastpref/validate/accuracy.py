@@ -1,4 +1,4 @@
-"""How far half-precision log-probs are from the truth: the usual path beside ours, on a head of realistic size."""
+"""How far half-precision log-probs are from the truth, by the usual path and by ours, on a head of realistic size."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def _rows(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, a head and labels as a trained model has them: logits spread by about 2.5 with one token 8 to 20
-    above 0, and labels drawn from the model's own distribution."""
+    """Hidden states, a head and labels as a trained model has them.
+
+    Logits spread by about 2.5, with one token 8 to 20 above 0. Labels are drawn from the model's own distribution.
+    """
     g = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -67,7 +69,7 @@ def _rms(error: Tensor) -> float:
 
 
 def compare(device: torch.device, rows: int = 1024) -> list[dict[str, str | float | int]]:
-    """Rms errors against fp64 of per-token log-probs and of their sums over 512 tokens, by method."""
+    """Rms errors against fp64 by method: of per-token log-probs, and of their sums over 512 tokens."""
     hidden, weight, labels = _rows(rows, device)
     g = torch.Generator(device).manual_seed(1)
     sequences = torch.randint(rows, (SEQUENCES, TOKENS), generator=g, device=device)

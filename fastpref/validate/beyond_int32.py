@@ -1,4 +1,4 @@
-"""Logits of more than 2^31 elements, checked on sampled rows: an offset kept in 32 bits would show here."""
+"""Checks logits of more than 2^31 elements on sampled rows. An offset kept in 32 bits would show here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BYTES_NEEDED = 6 * ROWS * VOCAB * 2  # logits, their gradient, what the products
 
 
 def _sampled(rows: int, device: torch.device) -> Tensor:
-    """The first and last rows, and some between; the last ones lie beyond 2^31 elements."""
+    """The first and last rows, and some between. The last ones lie beyond 2^31 elements."""
     return torch.linspace(0, rows - 1, SAMPLES, device=device).round().long().unique()
 
 

@@ -1,5 +1,7 @@
-"""The table of cases: every operator with its inputs, fastpref's way and the specification's. A new paired
-objective is one row of OBJECTIVES, any other operator one row of OPERATORS."""
+"""The table of cases: every operator with its inputs, computed by fastpref and by the specification.
+
+A new paired objective is one row of OBJECTIVES. Any other operator is one row of OPERATORS.
+"""
 
 from __future__ import annotations
 

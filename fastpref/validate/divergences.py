@@ -1,4 +1,4 @@
-"""Rows of the KL penalties: estimates, penalised rewards, and the exact divergence from logits and hidden states."""
+"""Rows of the table for KL penalties: estimates, penalised rewards, and the exact divergence."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _estimates(name: str) -> tuple[Operator, ...]:
 
 
 def _near(draw: Draw, value: Tensor, size: float) -> Tensor:
-    """The reference's rows, near the policy's."""
+    """The reference's rows: near the policy's."""
     near = value + (draw.normal(*value.shape) * size).to(value.dtype)
     if draw.family == "integers":  # the same spikes, but in another row
         return value.roll(1, 0)
@@ -118,7 +118,7 @@ def _linear_token_kl(direction: str, plan: str, wrt: tuple[str, ...]) -> Operato
         return {name: value for name, value in out._asdict().items() if value is not None}
 
     def slice_width(x: Inputs) -> int:
-        """As `fastpref.plans.kl_plans.backward_recompute` cuts the vocabulary."""
+        """The vocabulary's slices, as `fastpref.plans.kl_plans.backward_recompute` cuts them."""
         vocab, scored = x.weight.shape[0], int((x.labels != IGNORE).sum())
         head = plans.Head(x.weight, None, LogitTransform(), IGNORE)
         width = kl_plans._tile_rows(head, scored, a_third(x)) * vocab // max(1, scored)

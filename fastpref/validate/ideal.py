@@ -47,7 +47,7 @@ class Rounding(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """In which pieces the gradient products run; matters where each piece is rounded."""
+    """The pieces in which the gradient products run. They matter where each piece is rounded."""
 
     keeps_product: bool = False  # U W is stored before c is known
     row_groups: tuple[Tensor, ...] = ()  # row indices; none: all rows at once
@@ -61,7 +61,7 @@ class HeadInputs(NamedTuple):
 
 
 class Exact:
-    """The specification in the dtype of its inputs. `logps` collects what losses are made of."""
+    """The specification, in the dtype of its inputs. `logps` collects the log-probs that losses are made of."""
 
     def __init__(self) -> None:
         self.logps: list[Tensor] = []
@@ -313,7 +313,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _LinearStatistics(torch.autograd.Function):
-    """Log-probs and entropies; the coefficients of both are mixed into one gradient before it is rounded."""
+    """Log-probs and entropies. The coefficients of both are mixed into one gradient before it is rounded."""
 
     @staticmethod
     def forward(
@@ -353,7 +353,7 @@ def _divergence(z: Tensor, ref_z: Tensor, direction: str, dtype: torch.dtype) ->
 def _divergence_gradient(
     z: Tensor, ref_z: Tensor, lse: Tensor, ref_lse: Tensor, kl: Tensor, direction: str
 ) -> Tensor:  # fmt: skip
-    """d KL / d z; the backward reads the logits again, and both log-sum-exps and the KL as they were stored."""
+    """d KL / d z. The backward reads the logits again; it has both log-sum-exps and the KL as they were stored."""
     log_p, log_q = z - lse[:, None], ref_z - ref_lse[:, None]
     p = log_p.exp()
     if direction == "forward":

@@ -1,4 +1,4 @@
-"""Input families: what the operators are fed, drawn from a seed on the device itself."""
+"""Input families: what the operators are fed. Numbers are drawn from a seed, on the device itself."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 class Draw:
-    """One family's random numbers, the same for every operator, backend and dtype that asks."""
+    """One family's random numbers: the same for every operator, backend and dtype that asks."""
 
     def __init__(self, family: str, dtype: torch.dtype, device: torch.device) -> None:
         self.family, self.dtype, self.device = family, dtype, device
@@ -82,13 +82,13 @@ class Draw:
         return self.size.rows if self.vocab == self.size.vocab else self.size.odd_rows
 
     def upstream(self, like: Tensor) -> Tensor:
-        """An arbitrary gradient for a result: exact in fp32, a small integer where sums must be."""
+        """An arbitrary gradient for a result. It is exact in fp32, and a small integer where sums must be exact."""
         values = self.integers(-3, 4, *like.shape) if self.family == "integers" else self.normal(*like.shape)
         return values.to(torch.float64)
 
 
 def head(draw: Draw, labels: Tensor | None = None) -> Inputs:
-    """Hidden states, a head, labels: `[n, d]`, `[V, d]`, `[n]`. Given labels say which rows are scored."""
+    """Hidden states `[n, d]`, a head `[V, d]`, labels `[n]`. If labels are given, they say which rows are scored."""
     n, d, vocab = draw.rows if labels is None else labels.numel(), draw.size.hidden, draw.vocab
     ignored = draw.uniform(n) < (0.5 if draw.family == "masked" else 0.15)
     if draw.family == "empty":
@@ -127,8 +127,10 @@ def head(draw: Draw, labels: Tensor | None = None) -> Inputs:
 
 
 def _saturated(draw: Draw, y: Tensor) -> tuple[dict[str, Any], dict[str, Any], Tensor]:
-    """Integers such that each row has one logit above all others by at least 1024 after the temperature, so that
-    softmax is 0 or 1 even in fp64 and U is -1, 0 or 1. Everything fits the 8 bits of bf16."""
+    """Integers such that each row has one logit at least 1024 above all others, after the temperature.
+
+    So softmax is 0 or 1 even in fp64, and U is -1, 0 or 1. Everything fits the 8 bits of bf16.
+    """
     n, d, vocab = y.numel(), draw.size.hidden, draw.vocab
     spikes = 4
     hidden, weight = draw.integers(-1, 2, n, d), draw.integers(-1, 2, vocab, d)
@@ -156,7 +158,11 @@ def _as_logits(x: Inputs) -> Inputs:
 
 
 def _completions(draw: Draw, *, packed: bool) -> tuple[Tensor, Tensor | None]:
-    """(0 on scored rows and IGNORE on prompts and padding, cu_seqlens): `[2B, T]`, or `[N]` if packed."""
+    """Which rows are scored, and where sequences begin.
+
+    Returns:
+        (0 on scored rows and IGNORE on prompts and padding, cu_seqlens): `[2B, T]`, or `[N]` if packed.
+    """
     sequences, longest = 2 * draw.size.pairs, draw.size.tokens
     lengths = draw.integers(longest // 2, longest + 1, sequences)
     at = torch.arange(longest, device=draw.device)

@@ -1,4 +1,4 @@
-"""Which machine and versions a result comes from."""
+"""Says which machine and which versions a result comes from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, if fastpref runs from one: an installed copy may lie inside another project's."""
+    """The checkout's commit, if fastpref runs from one. An installed copy may lie inside another project's checkout."""
     root = Path(fastpref.__file__).resolve().parents[1]
 
     def git(*args: str) -> str:

@@ -1,4 +1,4 @@
-"""What a row of the table of cases is, and the rows that the log-prob operators need."""
+"""What a row of the table of cases is, and the rows of the log-prob operators."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ EVERYTHING = frozenset(("*",))
 
 
 class Operator(NamedTuple):
-    """`fused` and `formula` return the same results by name; those that can be are differentiated, with an
-    arbitrary upstream gradient (1 for a loss), with respect to the inputs `wrt`."""
+    """A row of the table. `fused` and `formula` return the same results by name.
+
+    Results that can be differentiated are, with respect to the inputs `wrt`. The upstream gradient is arbitrary, and 1
+    for a loss.
+    """
 
     name: str
     make: Callable[[Draw], Inputs]
@@ -53,7 +56,7 @@ def token_statistics() -> Operator:
         return {name: value for name, value in found._asdict().items() if value is not None}
 
     def constants(found: Results) -> Results:
-        """Only log-probs and entropy are differentiable in fastpref."""
+        """Detaches what fastpref does not differentiate: all but log-probs and entropy."""
         return {name: value if name in ("logps", "entropy") else value.detach() for name, value in found.items()}
 
     return Operator(
@@ -80,7 +83,7 @@ def slice_width(x: Inputs, workspace_bytes: int | None) -> int:
 
 def linear_token_logprobs(plan: str, wrt: tuple[str, ...]) -> Operator:
     def a_third(x: Inputs) -> int:
-        """Room for a third of the logits: several tiles of rows and slices of the vocabulary."""
+        """Room for a third of the logits, which makes several tiles of rows and slices of the vocabulary."""
         return max(1, x.labels.numel() // 3) * x.weight.shape[0] * x.weight.element_size()
 
     def fused(x: Inputs) -> Results:

@@ -1,4 +1,4 @@
-"""Rows of the objectives that are not paired: unpaired and policy-gradient losses here, and their neighbours'."""
+"""Rows of the table for unpaired and policy-gradient losses, together with those of `rewards` and `divergences`."""
 
 from __future__ import annotations
 

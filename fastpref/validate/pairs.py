@@ -1,4 +1,4 @@
-"""A paired objective as three rows: from sequence log-probs, from logits, from hidden states (plan `pair`)."""
+"""Rows of the table for paired objectives, three each: from sequence log-probs, from logits, from hidden states."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _pair_rows(x: Inputs) -> tuple[UnitRows, int]:
 
 
 def _room_for_one_pair(x: Inputs) -> int:
-    """A workspace that makes several groups, which is what the plan is for."""
+    """A workspace so small that there are several groups, which is what the plan is for."""
     return _pair_rows(x)[1] * x.weight.shape[0] * x.weight.element_size()
 
 

@@ -1,14 +1,14 @@
-"""The tolerance policy: what an error may be, and why. Every threshold of `fastpref validate` is in this file.
+"""The tolerance policy: how large an error may be, and why. Every threshold of `fastpref validate` is in this file.
 
-An error is judged against fp64 and against an ideal: a perfect implementation with the same rounding points
-(`fastpref.validate.ideal`), so that a correct kernel scores about 1.0 however coarse its dtype.
+An error is judged against fp64 and against an ideal (`fastpref.validate.ideal`): a perfect implementation with the same
+rounding points. A correct kernel so scores about 1.0, however coarse its dtype.
 
     (a) fp32 and fp64 results       relative L2 <= 1e-5 (fp64: 1e-10), |signed projection| <= 1e-6 (1e-10)
     (b) half-precision roundings    relative L2 <= 1.25 x the ideal's, max error <= 2 x the ideal's + 1 ulp
     (c) integer-valued inputs       sums are exact, so bitwise equal
     (d) a loss scalar               |e| <= 4 eps |loss| sqrt(n), in the loss's own conditioning
 
-The signed projection sum(e r) / sum(r^2) is the factor by which a result is too large: it sees a gradient scaled by
+The signed projection sum(e r) / sum(r^2) is the factor by which a result is too large. It sees a gradient scaled by
 1.001, which hides inside any bound on the size of the error.
 """
 
@@ -59,7 +59,7 @@ def _broken(rule: str, detail: str) -> Verdict:
 
 
 def judge_exact(got: Tensor, truth: Tensor) -> Verdict:
-    """(c): bitwise, up to the sign of zero."""
+    """Rule (c): bitwise equal, up to the sign of zero."""
     want = truth.to(got.dtype)
     if torch.equal(got, want):
         return Verdict("c", 0.0, 0.0, 0.0, True)
@@ -68,8 +68,15 @@ def judge_exact(got: Tensor, truth: Tensor) -> Verdict:
 
 
 def judge(got: Tensor, truth: Tensor, ideal: Tensor, io: torch.dtype, samples: int | None = None) -> Verdict:
-    """(a) or (b): a tensor `got` against fp64 `truth`; `ideal` is in fp64, rounded; `io` the inputs' dtype;
-    `samples` how many independent errors there are, if fewer than values."""
+    """Rule (a) or (b).
+
+    Args:
+        got: the tensor to judge.
+        truth: the same in fp64.
+        ideal: the ideal's result, in fp64.
+        io: the inputs' dtype.
+        samples: how many independent errors there are, if fewer than values.
+    """
     if got.shape != truth.shape:
         return _broken("a", f"shape {tuple(got.shape)}, want {tuple(truth.shape)}")
     dtype, got = got.dtype, got.double()
@@ -116,7 +123,7 @@ def _judge_half(
 
 
 class Conditioning(NamedTuple):
-    """How a loss reacts to errors in the n log-probs l it is made of: c = d loss / d l in fp64."""
+    """How a loss reacts to errors in the n log-probs l that it is made of: c = d loss / d l in fp64."""
 
     tokens: int  # n
     sensitivity: float  # sum |c l|
@@ -124,10 +131,10 @@ class Conditioning(NamedTuple):
 
 
 def judge_loss(got: Tensor, truth: Tensor, ideal: Tensor, conditioning: Conditioning) -> Verdict:
-    """(d): 4 eps sqrt(n) (|loss| + sum |c l|), and the noise that half-precision logits put into the log-probs.
+    """Rule (d): 4 eps sqrt(n) (|loss| + sum |c l|), and the noise that half-precision logits put into the log-probs.
 
-    |loss| alone would be wrong: sums of hundreds of nats are rounded to fp32 and then subtracted, so a loss of 0.7
-    carries an error of eps |c| |sum|, which is its condition number and not the kernel's doing.
+    The first term with |loss| alone would be wrong. Sums of hundreds of nats are rounded to fp32 and then subtracted,
+    so a loss of 0.7 carries an error of eps |c| |sum|. That is its condition number, and not the kernel's doing.
     """
     if not got.isfinite().item():
         return _broken("d", f"the loss is {got.item()}")

@@ -1,4 +1,4 @@
-"""Rows of the reward models: Bradley-Terry pairs, and the steps of process reward models."""
+"""Rows of the table for reward models: Bradley-Terry pairs, and the steps of process reward models."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _bradley_terry() -> tuple[Operator, ...]:
 
 
 def _steps(draw: Draw, *, hard: bool) -> dict[str, Tensor]:
-    """Labels `[S, K]`, some of them or all ignored, and where the steps end."""
+    """Labels `[S, K]`, of which some or all are ignored, and where the steps end."""
     sequences, steps = 2 * draw.size.pairs, 5
     shape = (sequences, steps)
     labels = draw.integers(0, CLASSES, *shape) if hard else draw.uniform(*shape)

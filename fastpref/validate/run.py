@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What the fused results are held against."""
+    """What the fused results are judged against."""
 
     truth: Results
     ideal: Results
@@ -39,7 +39,7 @@ class Judged(NamedTuple):
 
 @contextlib.contextmanager
 def using(backend: str) -> Iterator[None]:
-    """`fastpref.set_backend`, and back to what it was."""
+    """Sets a backend as `fastpref.set_backend` does, for the time of a `with` block."""
     before = backends._forced or "auto"
     backends.set_backend(backend)
     try:

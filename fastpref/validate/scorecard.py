@@ -56,7 +56,7 @@ def _positive(text: str) -> int:
 
 
 class Plan(NamedTuple):
-    """What runs, and in words what does not."""
+    """What runs and, in words, what does not."""
 
     device: torch.device
     backends: list[str]
@@ -83,7 +83,10 @@ def plan(device_name: str | None, backend: str | None) -> Plan:
 
 @contextlib.contextmanager
 def plain_products(device: torch.device) -> Iterator[None]:
-    """Matrix products that round where the ideal says they do; on a CPU one thread, since the tensors are small."""
+    """Makes matrix products round where the ideal says they do.
+
+    On a CPU it also uses one thread, since the tensors are small.
+    """
     if device.type != "cuda":
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -141,7 +144,7 @@ def _severity(row: Row) -> float:
 
 
 class Table:
-    """Aligned lines: one a group of results with the worst of them, or with `verbose` one a result."""
+    """Prints aligned lines: one for each group with its worst result, or with `verbose` one for each result."""
 
     def __init__(self, verbose: bool, file: Any) -> None:
         self.verbose, self.file = verbose, file
@@ -173,7 +176,7 @@ Case = tuple[Operator, str, torch.dtype, list[str]]
 
 
 def evaluate(p: Plan, pattern: str, quick: bool, table: Table, jobs: int = 1) -> Iterator[Row]:
-    """All results, in the order of the operators; a group is printed as soon as it is complete."""
+    """All results, in the order of the operators. A group is printed as soon as it is complete."""
     groups: dict[str, list[Case]] = {}
     for case in cases(p, pattern, quick):
         if case[-1]:
@@ -192,7 +195,10 @@ def evaluate(p: Plan, pattern: str, quick: bool, table: Table, jobs: int = 1) ->
 
 @contextlib.contextmanager
 def _workers(p: Plan, jobs: int) -> Iterator[Callable[[Case], Callable[[], list[Row]]]]:
-    """What starts a case and returns what waits for its rows: here, one after the other, or in `jobs` processes."""
+    """A function that starts a case and returns one that waits for its rows.
+
+    Cases run here one after the other, or in `jobs` processes.
+    """
     if jobs == 1:
         yield lambda case: functools.partial(_results, OPERATORS.index(case[0]), *case[1:], p.device)
         return

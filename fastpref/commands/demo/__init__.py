@@ -1,1 +1,1 @@
-"""`fastpref demo`: one training run, and a comparison with eager PyTorch."""
+"""`fastpref demo`: one training run, and a comparison of its next steps with TRL."""

@@ -1,7 +1,8 @@
-"""DPO training by fastpref's trainer and by TRL's, step for step: seconds, peak memory, the same loss.
+"""Trains with DPO by fastpref's trainer and by TRL's, step for step: seconds, peak memory, the same loss.
 
-Each run is a process of its own (`python -m fastpref.commands.demo.comparison LIBRARY RUN SCRATCH`), so that its peak
-is its own.
+Each run is a process of its own, so that its peak is its own:
+
+    python -m fastpref.commands.demo.comparison LIBRARY RUN SCRATCH
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ class Result:
 
 
 class Failed(RuntimeError):
-    """A library that is not installed, or stopped with an error."""
+    """A library is not installed, or stopped with an error."""
 
 
 def pairs_of(files: list[str] | None) -> Any:
-    """`prompt`, `chosen`, `rejected` of preference data in any format, in its order; of the sample without files."""
+    """`prompt`, `chosen`, `rejected` of preference data in any format, in its order.
+
+    Without files it is the sample that comes with fastpref.
+    """
     from datasets import Dataset
 
     from fastpref.data.files import load_records
@@ -62,7 +66,7 @@ def pairs_of(files: list[str] | None) -> Any:
 
 
 def train(library: str, run: Run, scratch: str) -> Result:
-    """In this process."""
+    """Trains with one library, in this process."""
     import torch
     from transformers import AutoTokenizer, TrainerCallback
 
@@ -120,7 +124,11 @@ def train(library: str, run: Run, scratch: str) -> Result:
 
 
 def train_in_process(library: str, run: Run, scratch: str) -> Result:
-    """Raises Failed."""
+    """Trains with one library, in a process of its own.
+
+    Raises:
+        Failed: the library is not installed, or stopped with an error.
+    """
     folder = tempfile.mkdtemp(dir=scratch)  # its own, and so no cache of an earlier run
     command = [sys.executable, "-m", "fastpref.commands.demo.comparison", library, json.dumps(asdict(run)), folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -131,7 +139,11 @@ def train_in_process(library: str, run: Run, scratch: str) -> Result:
 
 
 def compare(run: Run) -> dict[str, Result]:
-    """By "trl", "fastpref" and "fastpref, cached reference". Raises Failed."""
+    """The results by name: "trl", "fastpref" and "fastpref, cached reference".
+
+    Raises:
+        Failed: a library is not installed, or stopped with an error.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         found = {library: train_in_process(library, run, scratch) for library in LIBRARIES}
         cached = replace(run, precompute=True)
@@ -143,7 +155,7 @@ def same_loss(found: dict[str, Result], device: str) -> bool:
 
 
 def show(found: dict[str, Result], run: Run) -> None:
-    """A table, and in words whether both computed the same loss."""
+    """Prints a table, and says whether both computed the same loss."""
     print(f"{'':28}{'pairs per second':>17}{'':>8}{'peak memory':>14}{'':>8}{'mean loss':>11}")
     rates = {name: run.batch_size * len(r.seconds) / sum(r.seconds) for name, r in found.items()}
     for name, result in found.items():

@@ -1,7 +1,7 @@
-"""`fastpref demo`: the numerics of this machine, a small language model trained with DPO, its next steps beside TRL.
+"""`fastpref demo`: checks this machine's numerics, trains a small model with DPO, compares its next steps to TRL's.
 
-The training is that of `fastpref train dpo`: a prompt runs once for its two responses, the reference's log-probs are
-kept on disk. `examples/plain_loop.py` is a loop of one's own around the same loss.
+The training is that of `fastpref train dpo`. A prompt runs once for its two responses, and the reference's log-probs
+are kept on disk. `examples/plain_loop.py` shows a loop of your own around the same loss.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def options_of(args: argparse.Namespace) -> list[str]:
-    """As `fastpref train dpo` takes them."""
+    """The arguments as `fastpref train dpo` takes them."""
     model = args.model or ("tiny" if args.quick else "smollm2")
     if model == "smollm2":
         print("Loading SmolLM2-135M-Instruct (the first time it is converted, half a minute)", flush=True)
@@ -104,7 +104,10 @@ def validate() -> bool:
 
 
 def compare(args: argparse.Namespace, job: Any) -> int:
-    """The trained model's next steps by fastpref and by TRL; 1 if the two do not compute the same loss."""
+    """Runs the trained model's next steps with fastpref and with TRL.
+
+    Returns 1 if the two do not compute the same loss.
+    """
     from fastpref.commands.demo import comparison
 
     device = job.trainer.args.device.type

@@ -1,1 +1,1 @@
-"""`fastpref train`: options, the run, the files that it leaves."""
+"""`fastpref train`: its options, the run, and the files that a run leaves."""

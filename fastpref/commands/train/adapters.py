@@ -1,4 +1,4 @@
-"""Adapters and quantised weights in `fastpref train`: new ones, and a folder's that go on."""
+"""Adapters and quantised weights in `fastpref train`: new adapters, and those of a folder that go on training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RANK = 16  # TRL's
 
 @dataclass
 class AdapterOptions:
-    """Names as in TRL's `ModelConfig`."""
+    """The options, named as in TRL's `ModelConfig`."""
 
     use_peft: bool = field(default=False, metadata={"help": f"Train LoRA adapters, of rank {RANK} without --lora_r."})
     lora_r: int | None = field(
@@ -51,7 +51,11 @@ LORA = {  # options as LoraConfig has them
 
 
 def checked(options: AdapterOptions) -> None:
-    """Raises ValueError where an option is no possible value, or two of them exclude each other."""
+    """The options, once they are checked.
+
+    Raises:
+        ValueError: an option's value is not possible, or two options exclude each other.
+    """
     if options.lora_r is not None and options.lora_r < 1:
         raise ValueError(f"lora_r: got {options.lora_r}, want at least 1")
     if options.load_in_4bit and options.load_in_8bit:
@@ -61,11 +65,12 @@ def checked(options: AdapterOptions) -> None:
 
 
 def lora(options: AdapterOptions, task: str, going_on: Any | None) -> Any | None:
-    """PEFT's configuration of new adapters, or None: the model has its own (`going_on` is its configuration), or all
-    weights train.
+    """PEFT's configuration of new adapters.
+
+    None if all weights train, or if the model already has adapters (`going_on` is their configuration).
 
     Raises:
-        ValueError: options are of adapters that there are not, or of others than the model's; quantised weights would
+        ValueError: options are for adapters that do not exist or differ from the model's, or quantised weights would
             have to train.
         ImportError: PEFT is not installed.
     """
@@ -110,7 +115,7 @@ def _agree(given: dict[str, Any], going_on: Any) -> None:
 
 
 def quantization(options: AdapterOptions, args: PreferenceConfig) -> Any | None:
-    """bitsandbytes' configuration, which computes in the precision of the run.
+    """The configuration of bitsandbytes, which computes in the precision of the run. None where nothing is quantised.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -132,7 +137,7 @@ def quantization(options: AdapterOptions, args: PreferenceConfig) -> Any | None:
 
 
 def describe(name: str, config: Any, has_reference: bool) -> str:
-    """What is said of a folder's adapter, once."""
+    """What is said once of a folder's adapter."""
     rank = f", r = {config.r}" if hasattr(config, "r") else ""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     reference = "; the reference is the policy as it is now, with the adapter" if has_reference else ""

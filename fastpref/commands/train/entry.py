@@ -1,4 +1,4 @@
-"""`fastpref train METHOD`: a complete training run in one command; what it does is in `fastpref.commands.train.job`."""
+"""`fastpref train METHOD`: a complete training run in one command. What it does is in `fastpref.commands.train.job`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fastpref train` does: options to a trainer, before and after, the run, the files that it leaves."""
+"""What `fastpref train` does: makes a trainer from options, evaluates, trains, evaluates again, writes files."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ class Job(NamedTuple):
 
 
 def prepare(method: str, argv: Sequence[str]) -> Job:
-    """Everything that can be refused happens here.
+    """Makes a run ready to start. All that can be refused is refused here.
 
     Raises:
-        ValueError, TypeError, OSError: of an option, a file or a model; in one line or more.
+        ValueError, TypeError, OSError: an option, a file or a model is wrong; in one line or more.
         ImportError: names the package that is missing.
     """
     from transformers import PrinterCallback, ProgressCallback
@@ -98,7 +98,7 @@ def prepare(method: str, argv: Sequence[str]) -> Job:
 
 
 def _go_on(config: Any, method: str, model: str, args: PreferenceConfig, fields: dict[str, Any]) -> None:
-    """With an adapter, which keeps the dropout that it was trained with; said once."""
+    """Goes on with an adapter, which keeps the dropout that it was trained with. This is said once."""
     if getattr(config, "lora_dropout", 0.0) and "disable_dropout" not in fields:
         args.disable_dropout = False
     if args.process_index == 0:
@@ -106,7 +106,7 @@ def _go_on(config: Any, method: str, model: str, args: PreferenceConfig, fields:
 
 
 def load_data(method: str, options: RunOptions) -> tuple[Any, Any]:
-    """(training, held-out or None); without --data the pairs that come with fastpref."""
+    """(training data, held-out data or None). Without `--data`, the pairs that come with fastpref."""
     if options.data is None and method == "prm":
         raise ValueError("--data: got none, want solutions with labelled steps; fastpref comes with pairs only")
     if options.data is None:
@@ -128,14 +128,14 @@ def load_data(method: str, options: RunOptions) -> tuple[Any, Any]:
 
 
 def _single_responses(dataset: Any) -> Any:
-    """Pairs as two records each, mixed: KTO takes its data in order, and first come all chosen responses."""
+    """Pairs as two records each, mixed. KTO takes data in order, and unmixed all chosen responses come first."""
     if dataset is None or "chosen" not in dataset.column_names:
         return dataset
     return formats.unpaired(dataset).shuffle(seed=HOLD_OUT_SEED)
 
 
 def configuration(method: str, options: RunOptions, fields: dict[str, Any]) -> PreferenceConfig:
-    """The method's configuration: a GPU's defaults are not a CPU's."""
+    """The method's configuration. A CPU gets other defaults than a GPU."""
     name = Path(options.model.rstrip("/")).name
     defaults: dict[str, Any] = {"output_dir": f"{method}-{name}", "save_total_limit": 1}
     if options.lora_dropout:
@@ -153,7 +153,10 @@ def _logging_steps(args: PreferenceConfig, records: int) -> int:
 
 
 def find_checkpoint(resume: str | None, args: PreferenceConfig) -> str | None:
-    """The folder to resume from; transformers writes `trainer_state.json` last, so one without it is not whole."""
+    """The folder to resume from.
+
+    transformers writes `trainer_state.json` last, so a checkpoint without it is not whole.
+    """
     folder = Path(args.output_dir or "")
     whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     if resume is None:
@@ -173,7 +176,7 @@ def find_checkpoint(resume: str | None, args: PreferenceConfig) -> str | None:
 
 
 def adapter_of(name: str) -> Any | None:
-    """The configuration of the adapter that `--model` names, or None: it is a whole model."""
+    """The configuration of the adapter that `--model` names. None if it is a whole model."""
     if name in OURS:
         return None
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
@@ -182,7 +185,7 @@ def adapter_of(name: str) -> Any | None:
 
 
 def load_model(name: str, args: PreferenceConfig) -> str:
-    """A folder or a hub id, which the trainer reads."""
+    """What the trainer gets as its model: a folder or a hub id, which it reads itself."""
     if name == "smollm2":
         return str(models.smollm2())
     if name == "tiny":

@@ -1,4 +1,4 @@
-"""The options of `fastpref train`: a run's own and the fields of a method's configuration, from YAML and arguments."""
+"""The options of `fastpref train`: a run's own and those of a method's configuration, from YAML and arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAST = "last"
 
 @dataclass
 class RunOptions(AdapterOptions):
-    """What to train on which data, and with which adapters."""
+    """What to train, on which data, and with which adapters."""
 
     _argument_group_name = "model, data and adapters"
 
@@ -64,7 +64,7 @@ def read_options(
 
 
 class _Parser(HfArgumentParser):
-    """Raises errors, and knows which options were given."""
+    """An argument parser that raises errors, and knows which options were given."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,7 +79,7 @@ class _Parser(HfArgumentParser):
         return [action.dest for action in self._actions if action.dest != "help"]
 
     def dest(self, name: object) -> str:
-        """Of an option as a file names it: by any of its names, with hyphens or without."""
+        """The option that a file names, by any of its names, with hyphens or without."""
         text = str(name).replace("_", "-")
         spelt = {option.lstrip("-").replace("_", "-"): a.dest for a in self._actions for option in a.option_strings}
         return spelt.get(text, str(name).replace("-", "_"))

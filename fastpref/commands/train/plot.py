@@ -1,4 +1,4 @@
-"""The curves of a training run in one figure."""
+"""Draws the curves of a training run in one figure."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ PANELS = (
 
 
 def points(history: History, metric: str) -> tuple[list[float], list[float]]:
-    """(steps, values) where it was logged and is finite."""
+    """(steps, values) of a metric, where it was logged and is finite."""
     found = [(entry["step"], entry[metric]) for entry in history if metric in entry and math.isfinite(entry[metric])]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred means over a tenth of the run, of fewer points towards its ends."""
+    """Centred means over a tenth of the run. Near its ends they are over fewer points."""
     reach = max(1, len(values) // 20)
     windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 
 def training_curves(history: History, path: str | os.PathLike[str], title: str) -> None:
-    """Draw the panels that `history` (of a Trainer, with `eval_` entries) has values for.
+    """Draws the panels that `history` (a Trainer's, with `eval_` entries) has values for.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Progress of a training run: a live bar on a terminal, some ten plain lines elsewhere."""
+"""Shows the progress of a training run: a live bar on a terminal, some ten plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def line_of(logs: Mapping[str, float], prefix: str = "") -> str:
 
 
 class TrainingProgress(TrainerCallback):
-    """Replaces the callbacks of transformers that print. It reads what was logged, and never asks the device.
+    """Replaces the printing callbacks of transformers. It reads what was logged, and never asks the device.
 
-    A context manager around `trainer.train()`, so that an error leaves the terminal as it was.
+    Use it as a context manager around `trainer.train()`, so that an error leaves the terminal as it was.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class TrainingProgress(TrainerCallback):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Mean up to the last log."""
+        """The mean up to the last log."""
         return self.tokens / self.seconds if self.seconds > 0 and self.tokens else None
 
     def __enter__(self) -> TrainingProgress:

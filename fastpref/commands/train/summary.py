@@ -1,4 +1,4 @@
-"""What a training run leaves beside the model: `training.json`, `summary.png` and `summary.html`."""
+"""Writes what a training run leaves beside the model: `training.json`, `summary.png` and `summary.html`."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _number(value: float | None) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """With null in place of NaN and infinities, which JSON does not have."""
+    """The value with null in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -121,7 +121,7 @@ def _finite(value: Any) -> Any:
 
 
 def write(run: Run, folder: Path) -> tuple[list[str], str | None]:
-    """(names of the files, what could not be made or None)."""
+    """Writes the files. Returns (their names, what could not be made or None)."""
     text = json.dumps(_finite(asdict(run)), indent=1, allow_nan=False)
     (folder / "training.json").write_text(text + "\n", encoding="utf-8")
     plot, problem = folder / "summary.png", None
@@ -152,7 +152,7 @@ details { margin-top: 2rem; } summary { cursor: pointer; color: #555; }
 
 
 def page(run: Run, image: bytes | None) -> str:
-    """One HTML file that needs no other and no network."""
+    """One HTML file that needs no other file and no network."""
     data = ", ".join(_short(path) for path in run.data) or "the sample of fastpref"
     counts = ", ".join(f"{number:,} {name}" for name, number in run.records.items())
     figure = ""
