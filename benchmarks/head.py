@@ -230,7 +230,7 @@ class HeadProblem(Problem):
         return found | ({"d_weight": wanted.d_weight} if self.case.trainable else {})
 
     def limits(self, provider: str, truth: Results, results: Results) -> dict[str, float]:
-        # Two sequence sums of thousands of nats enter a margin, each off by one fp32 rounding: that shifts the
+        # Two sequence sums of thousands of nats enter a margin, each off by one fp32 rounding. That shifts the
         # margin, and with it a pair's coefficient relative to itself, by no more than this.
         with_reference = self._provider(provider).reference
         wanted = self._truth(with_reference)

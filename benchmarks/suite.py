@@ -30,7 +30,7 @@ HALF_FACTOR, OTHERS_FACTOR = 2.0, 10.0
 # KTO's gradient without a reference, of log-probs in the hundreds of nats, is 1e-27 where others have 1e-2
 VANISHED = 1e-12
 
-# what takes seconds to import, once instead of in every process that measures memory; what is missing is left out
+# imported once, and not in every process that measures memory: each takes seconds; what is missing is left out
 PRELOADED = [*(f"benchmarks.{name}" for name in NAMES), "transformers.models.llama", "trl.trainer.utils", "trl.kernels"]
 
 Results = Mapping[str, Tensor]

@@ -21,6 +21,7 @@ class TokenizedPair(NamedTuple):
     rejected: list[int]
 
     def longest(self) -> int:
+        """The length of the longer sequence, prompt included."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 

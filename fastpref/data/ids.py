@@ -9,4 +9,5 @@ IGNORE_INDEX = -100
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
     return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(first, second, strict=False)))

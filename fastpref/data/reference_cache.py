@@ -31,10 +31,12 @@ class Fingerprint:
         self._hash = xxhash.xxh3_128(VERSION.encode())
 
     def text(self, *values: Any) -> Fingerprint:
+        """Adds values by their text."""
         self._hash.update(("\0".join(str(v) for v in values) + "\1").encode())
         return self
 
     def weights(self, named: Iterable[tuple[str, Tensor]]) -> Fingerprint:
+        """Adds named tensors."""
         for name, value in named:
             self.text(name, tuple(value.shape), value.dtype)
             self._hash.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

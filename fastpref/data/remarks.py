@@ -70,12 +70,14 @@ class Remarks:
             self.first[flag] += (found[:SHOWN] + 1).tolist()
 
     def say(self) -> None:
+        """Logs what was found since the last call."""
         for flag, count in self.counts.items():
             if count:
                 self._log(flag)
         self._reset()
 
     def sentence(self, flag: int, so_far: str = "") -> str:
+        """What is said of one kind of flag."""
         count = self.counts[flag]
         first = ", ".join(map(str, self.first[flag])) + (", ..." if count > SHOWN else "")
         return SENTENCES[flag].format(
@@ -94,6 +96,7 @@ def with_remarks(dataset: Any, told: Remarks | None) -> Any:
 
 
 def remarks_of(dataset: Any) -> Remarks | None:
+    """What `with_remarks` attached, or None."""
     return getattr(dataset, "fastpref_remarks", None)
 
 

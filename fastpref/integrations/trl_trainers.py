@@ -50,8 +50,8 @@ _Trainer: Any = object  # a class of TRL's comes after it
 class _Packed(_Trainer):
     """What the trainers share. A batch's loss and metrics come from `part_loss`, borrowed from fastpref's trainers."""
 
-    # 'every' step measures entropies and the like, at the price of one more product: means over the steps between two
-    # logs, as TRL's. By default those of the logged step; 'never' leaves them out
+    # When entropies and the like are measured. 'logging': on the step that logs. 'every': on every step, at the price
+    # of one more product, for means over the steps between two logs as in TRL. 'never': not at all.
     statistics: str = "logging"
     collator_class: type[PackingCollator] = PackingCollator
     count_tokens: Any = PreferenceTrainer.count_tokens

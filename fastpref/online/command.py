@@ -36,6 +36,8 @@ def command(name: str) -> Callable[[Callable[[argparse.Namespace], int]], Callab
 
 
 def at_least(kind: type, least: float, exclusive: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a number of `kind` that is at least `least`, or more than it if `exclusive`."""
+
     def parse(text: str) -> Any:
         value = kind(text)
         if not (value > least if exclusive else value >= least):

@@ -33,6 +33,8 @@ AHEAD = 4  # calls of a judge that are under way for each worker: finished score
 
 
 class Scorer(Protocol):
+    """Yields the scores of every record from `start` on."""
+
     def __call__(self, records: Records, start: int = 0) -> Iterator[Scores]: ...
 
 

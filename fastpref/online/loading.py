@@ -18,6 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device` and `--dtype`."""
     parser.add_argument("--device", help="a torch device (default: the GPU if there is one)")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, bfloat16 elsewhere)"
@@ -25,10 +26,16 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_device(name: str | None = None) -> torch.device:
+    """The device of that name. By default the GPU if there is one, else the CPU."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def default_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name. By default float32 on a CPU, and bfloat16 elsewhere.
+
+    Raises:
+        ValueError: the name is not known.
+    """
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     checks.choice("dtype", name, DTYPES)

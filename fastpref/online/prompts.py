@@ -61,6 +61,11 @@ def checked_prompt(record: Mapping[str, Any], where: str) -> Prompt:
 
 
 def checked_responses(record: Mapping[str, Any], where: str) -> list[str]:
+    """The record's responses.
+
+    Raises:
+        ValueError: they are not a list of strings.
+    """
     responses: Any = record.get("responses")
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
         raise ValueError(f"{where}: got responses of {type(responses).__name__}, want a list of strings")

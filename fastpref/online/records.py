@@ -64,6 +64,7 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Mapping[str, A
 
 
 def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under another name, and renames it when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -77,6 +78,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sidecar(path: Path) -> Path:
+    """The file that says what a file of records was begun with."""
     return path.with_name(path.name + ".meta.json")
 
 

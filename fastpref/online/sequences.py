@@ -80,6 +80,7 @@ def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str) -> tuple
 
 
 def pad_id(tokenizer: Any) -> int:
+    """The token that fills up a batch."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 

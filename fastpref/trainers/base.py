@@ -178,6 +178,7 @@ class PreferenceTrainer(Trainer):
     # one update: batches, and parts of them
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
+        """The batches of one update, and what they hold over all ranks."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
         samples = [self._without_fillers(batch) for batch in samples]
         return samples, self._over_ranks(self._items(samples))

@@ -45,6 +45,7 @@ METHODS = {
 
 
 def tags_of(method: Method) -> list[str]:
+    """The tags of a model that was trained by this method."""
     return ["fastpref", method.tag]
 
 
@@ -57,6 +58,7 @@ def base_model(model: Any) -> str | None:
 def write_card(
     path: Path, method: Method, *, model_name: str, base: str | None, dataset: str | None, tags: Iterable[str]
 ) -> None:
+    """Writes a model card to `path`. `base` and `dataset` are hub ids, or None."""
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(

@@ -19,14 +19,17 @@ STATISTICS_WHEN = ("logging", "every", "never")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field with a default and the help text of `fastpref train`."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def list_option(default: Callable[[], list], help: str) -> Any:
+    """The same for a field whose default is a list."""
     return field(default_factory=default, metadata={"help": help})
 
 
 def unsupported(name: str, got: Any, reason: str) -> ValueError:
+    """The error for a value that fastpref does not support. It names the field and the reason."""
     return ValueError(f"{name}: got {got!r}, which fastpref does not support: {reason}")
 
 

@@ -35,4 +35,5 @@ def scored_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with all its tensors on a device."""
     return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}

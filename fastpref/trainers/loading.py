@@ -158,8 +158,8 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     if is_quantised(model):
-        # bf16 adapters, as in QLoRA (arXiv 2305.14314, section 3), of its low-rank factors: what is trained whole or is
-        # DoRA's magnitude would not move in bf16 (TRL #7268)
+        # Low-rank factors train in bf16, as in QLoRA (arXiv 2305.14314, section 3). Modules that are trained whole and
+        # DoRA's magnitudes would not move in bf16 (TRL #7268).
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and FACTORS.search(name):
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -167,6 +167,7 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
 
 
 def is_quantised(model: Any) -> bool:
+    """Whether the model was loaded in 4 or 8 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 

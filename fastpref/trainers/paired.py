@@ -85,6 +85,7 @@ class PairTraining(PolicyTrainer):
         return -(tokens.logps.detach()[: part["chosen_rows"]] * scored).sum()
 
     def loss_options(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """More arguments of the loss, for a part."""
         return {}
 
     def add_method_metrics(self, out: PreferenceOutput, part: Mapping[str, Any], nll_tokens: Tensor | int) -> None:
@@ -111,6 +112,11 @@ class PairTraining(PolicyTrainer):
         self.metrics.add_mean("rewards/margins", out.margins)
 
     def refuse_budget(self, losses: tuple[str, ...]) -> None:
+        """Refuses a token budget for losses that sort a whole batch.
+
+        Raises:
+            ValueError: there is a token budget, and one of the losses sorts.
+        """
         sorting = sorted(set(losses) & set(SEPARABLE_EXCEPT))
         if self.args.token_budget is not None and sorting:
             raise ValueError(
@@ -227,9 +233,11 @@ class _ReferenceFree(PairTraining):
         )  # fmt: skip
 
     def loss_of(self, args: Any) -> PairedLoss:
+        """The loss that a configuration describes."""
         raise NotImplementedError
 
     def scores_prompts(self, args: Any) -> bool:
+        """Whether the chosen prompts are scored, too."""
         return False
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:

@@ -129,6 +129,7 @@ class RewardTrainer(_HeadTrainer):
         return out.loss
 
     def keep_scores(self, out: RewardOutput) -> None:
+        """In an evaluation, keeps the rewards for `compute_metrics`."""
         if not self.model.training:
             self.metrics.keep("scores", torch.stack([out.chosen_rewards, out.rejected_rewards], 1))
 

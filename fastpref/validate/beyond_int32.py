@@ -24,6 +24,7 @@ def _sampled(rows: int, device: torch.device) -> Tensor:
 
 
 def check(device: torch.device, backends: list[str], rows: int = ROWS, vocab: int = VOCAB) -> Iterator[Row]:
+    """Yields the rows of the check on each backend."""
     io = torch.bfloat16
     g = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(rows, HIDDEN, generator=g, device=device).to(io)

@@ -75,8 +75,8 @@ def _near(draw: Draw, value: Tensor, size: float) -> Tensor:
     if draw.family == "tie":  # no divergence at all
         near[::3] = value[::3]
     elif draw.family == "peaky":
-        # Where both are sure of the same token the divergence is 1e-5, known to some 1e-7 only: that is what sums of
-        # exponentials near 1 keep in fp32. So some rows are less sure of it, as in any batch, and set the scale.
+        # Where both are sure of the same token the divergence is 1e-5. In fp32 it is known to some 1e-7 only: that is
+        # what sums of exponentials near 1 keep. So some rows are less sure, as in any batch, and set the scale.
         near[::2] *= 0.25
     return near
 

@@ -26,6 +26,8 @@ FAMILIES = {
 
 
 class Size(NamedTuple):
+    """The sizes of the cases on one kind of device."""
+
     rows: int
     hidden: int
     vocab: int  # a power of two: means of integers must be exact
@@ -43,6 +45,8 @@ LARGE_VOCABULARIES = (151665, 262144)  # on an accelerator: Qwen's odd one, and 
 
 
 class Inputs(NamedTuple):
+    """What an operator is fed. Its tensors are attributes by their names."""
+
     floats: dict[str, Any]  # tensors in the case's dtype; gradients are taken with respect to some of them
     fixed: dict[str, Any]  # labels, offsets, reference log-probs
     transform: dict[str, Any]

@@ -46,6 +46,7 @@ def _commit() -> str | None:
 
 
 def machine(device: torch.device) -> dict[str, str | int | None]:
+    """The machine and the versions, as JSON values."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "fastpref": fastpref.__version__,

@@ -23,6 +23,8 @@ HIDDEN_FAMILIES = ("random", "empty", "integers")
 
 
 class Objective(NamedTuple):
+    """A paired objective, as one entry of the table of cases."""
+
     name: str
     loss: PairedLoss
     without: tuple[str, ...] = ()  # families that say nothing about this objective

@@ -24,16 +24,18 @@ PROJECTION = {torch.float64: 1e-10, torch.float32: 1e-6}
 HALF = (torch.float16, torch.bfloat16)
 TIMES_IDEAL = 1.25  # correct variants score 1.00, a factor of 1.003 scores 1.7 or more, truncation 1.8 or more
 TIMES_IDEAL_MAX = 2.0
-# Where fp32 rounding alone, at the points that the ideal lists, costs more than (a) allows - a log-sum-exp of 1e4
-# has a spacing of 1e-3 in fp32, and every probability inherits it - the bound is a multiple of the ideal's error.
-# A kernel's accumulations round more often than the ideal: hence 2. And the norm of few errors is a small sample: of
-# n it spreads by 1 / sqrt(2 n), allowed for three times; a loss's gradient has one error a pair, since each pair's
-# coefficient inherits the rounding of its sums. (In half precision both make the same roundings.)
+# fp32 rounding alone, at the points that the ideal lists, may cost more than (a) allows: a log-sum-exp of 1e4 has a
+# spacing of 1e-3 in fp32, and every probability inherits it. There the bound is a multiple of the ideal's error.
+# It is 2, since a kernel's accumulations round more often than the ideal. (In half precision both round alike.)
+# The norm of few errors is a small sample: of n errors it spreads by 1 / sqrt(2 n), which is allowed three times.
+# A loss's gradient has one error a pair, since each pair's coefficient inherits the rounding of its sums.
 TIMES_IDEAL_WIDE = 2.0
 LOSS_EPS = 4.0
 
 
 class Verdict(NamedTuple):
+    """What one rule says of one result."""
+
     rule: str
     error: float  # relative L2; for a scalar loss |e| / |loss|
     ideal: float  # the ideal's, the same way
@@ -47,10 +49,12 @@ class Verdict(NamedTuple):
 
 
 def relative_l2(error: Tensor, truth: Tensor) -> float:
+    """The L2 norm of the error over that of the truth."""
     return (error.norm() / truth.norm()).item()
 
 
 def projection(error: Tensor, truth: Tensor) -> float:
+    """The signed projection of the error on the truth: by which factor a result is too large."""
     return ((error * truth).sum() / (truth * truth).sum()).item()
 
 

@@ -81,6 +81,7 @@ def _read(operator: Operator, spec: Exact, x: Inputs, upstream: Results) -> tupl
 
 
 def judge_against(operator: Operator, x: Inputs, io: torch.dtype, device: torch.device, upstream: Results) -> Judged:
+    """Computes the truth and the ideal, and how sensitive a loss is."""
     exact, ideal = Exact(), Ideal(Rounding.of(io, device))
     wide = _leaves(operator, x, EXACT)
     truth, coefs = _read(operator, exact, wide, upstream)
@@ -112,6 +113,7 @@ def _verdict(operator: Operator, family: str, io: torch.dtype, name: str, got: T
 def run_case(
     operator: Operator, family: str, io: torch.dtype, device: torch.device, backends_wanted: list[str]
 ) -> Iterator[Row]:
+    """Yields the rows of one case: each result on each backend."""
     draw = Draw(family, io, device)
     x = operator.make(draw)
     shapes = operator.formula(Exact(), _leaves(operator, x, EXACT))

@@ -65,6 +65,7 @@ class Plan(NamedTuple):
 
 
 def plan(device_name: str | None, backend: str | None) -> Plan:
+    """What can run on this machine."""
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     available, notes, interpreted = ["portable"], [], False
     if importlib.util.find_spec("triton") is None:
@@ -117,6 +118,7 @@ def _backends(op: Operator, family: str, dtype: torch.dtype, p: Plan) -> list[st
 
 
 def cases(p: Plan, pattern: str, quick: bool) -> Iterator[tuple[Operator, str, torch.dtype, list[str]]]:
+    """Yields (operator, family, dtype, backends) of every case of the plan."""
     for op in OPERATORS:
         if pattern not in op.name:
             continue

@@ -39,6 +39,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
+    """What one run took."""
+
     seconds: list[float]  # of every step but the first, which warms up
     setup_seconds: float
     peak_bytes: int | None
@@ -151,6 +153,7 @@ def compare(run: Run) -> dict[str, Result]:
 
 
 def same_loss(found: dict[str, Result], device: str) -> bool:
+    """Whether both libraries computed the same mean loss, within the device's tolerance."""
     return abs(found["trl"].loss - found["fastpref"].loss) <= LOSS_TOLERANCE[device]
 
 

@@ -97,6 +97,7 @@ def options_of(args: argparse.Namespace) -> list[str]:
 
 
 def validate() -> bool:
+    """Checks the numerics of this machine. Returns whether all is right."""
     from fastpref.commands.cli import main
 
     terminal.heading("Numerics on this machine, against fp64")

@@ -28,6 +28,8 @@ HOLD_OUT_SEED = 0  # not the run's: runs of other seeds are compared on the same
 
 
 class Method(NamedTuple):
+    """A method's trainer, and the task of its adapters."""
+
     trainer: Any
     task: str  # PEFT's name
 

@@ -97,6 +97,7 @@ class _Parser(HfArgumentParser):
 
 
 def near(name: str, known: Sequence[str]) -> str:
+    """The names closest to an unknown one, for its error message."""
     matches = difflib.get_close_matches(name, known, n=3)
     return f", want {' or '.join(matches)}" if matches else ""
 

@@ -13,6 +13,8 @@ History = Sequence[Mapping[str, float]]
 
 
 class Panel(NamedTuple):
+    """One plot of the figure."""
+
     title: str
     series: dict[str, tuple[str, str]]  # metric -> (name, colour)
     level: float | None = None  # where nothing was learnt

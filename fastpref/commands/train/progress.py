@@ -24,6 +24,7 @@ SHOWN = {
 
 
 def line_of(logs: Mapping[str, float], prefix: str = "") -> str:
+    """The metrics in `logs` that are shown, in one line."""
     found = ((name, style, logs.get(prefix + key)) for key, (name, style) in SHOWN.items())
     return "  ".join(f"{name} {value:{style}}" for name, style, value in found if value is not None)
 
