@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `tests`
+
+from tests.matrix import table
+
 HOSTS = ("our trainers", "TRL, patched", "TRL, subclasses", "transformers mixin, plain loop")
 
 TRAINERS, REFERENCE = "tests/trainers/test_trainers.py", "tests/trainers/test_reference.py"
@@ -85,8 +92,50 @@ def page() -> str:
         + "\n".join(lines)
         + "\n\n## The tests\n\n"
         + tests
-        + "\n"
+        + f"\n\n## How people train\n\n{how_people_train()}\n"
     )
+
+
+def how_people_train() -> str:
+    """The table that `make matrix` runs, a row a value: whether a host runs it, and what it says where it does not."""
+    hosts = table.AXES["host"]
+    all_cells, some = list(table.cells()), len(table.covering())
+    runs = sum(table.outcome(cell).what == table.RUNS for cell in all_cells)
+    lines = [
+        f"Of the {len(all_cells):,} combinations of the rows below {runs:,} are to run. `make matrix` tries them all, "
+        f"each against fp64 of the same model; CI tries {some} that hold every pair of values. A number leads to what "
+        "happens instead in some of a row's combinations.",
+        "",
+        "| | " + " | ".join(hosts.values()) + " |",
+        "|---|" + "---|" * len(hosts),
+    ]
+    notes: dict[str, int] = {}
+    for axis, values in table.AXES.items():
+        if axis != "host":
+            for value, text in values.items():
+                cells = [_of_host(all_cells, axis, value, host, notes) for host in hosts]
+                lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"{number}. {text}" for text, number in notes.items())])
+
+
+def _of_host(cells: list[table.Cell], axis: str, value: str, host: str, notes: dict[str, int]) -> str:
+    """Whether any of a host's combinations with the value runs, and the numbers of what belongs to this value alone."""
+    mine = [cell for cell in cells if cell.host == host and getattr(cell, axis) == value]
+    runs = any(table.outcome(cell).what == table.RUNS for cell in mine)
+    rules = [rule for rule in table.RULES if axis in rule.when and any(rule.applies(cell) for cell in mine)]
+    numbers = [_note(rule, notes) for rule in rules]
+    marks = f" <sup>{', '.join(map(str, numbers))}</sup>" if numbers else ""
+    return ("**yes**" if runs else "no") + marks
+
+
+def _note(rule: table.Rule, notes: dict[str, int]) -> int:
+    when = "; ".join(
+        " or ".join(table.AXES[axis][value] for value in values.split())
+        for axis, values in rule.when.items()
+        if axis != "host"
+    )
+    text = f"{when}: {rule.outcome.what}" + (f" ({rule.outcome.text})" if rule.outcome.text else "")
+    return notes.setdefault(text, len(notes) + 1)
 
 
 def _cell(cell: str, notes: dict[str, int]) -> str:

@@ -37,7 +37,7 @@ AXES: dict[str, dict[str, str]] = {
         "synchronised": "moved towards the policy (TR-DPO)",
         "none": "none (SimPO)",
     },
-    "layout": {"shared": "prefix tree", "packed": "packed", "padded": "padded"},
+    "layout": {"shared": "packed, a pair's prompt once", "packed": "packed", "padded": "padded"},
     "ranks": {"one": "one process", "ddp": "two ranks, DDP", "fsdp2": "two ranks, FSDP2"},
 }  # fmt: skip
 
