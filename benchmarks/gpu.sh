@@ -114,9 +114,13 @@ case $part in
         fi
         ;;
     tests)
-        step tests 520 "$python" -m pytest tests -q -p no:cacheprovider --numprocesses 8 --maxfail=20 \
-            --continue-on-collection-errors --ignore=tests/benchmarks --ignore=tests/commands \
-            --ignore=tests/kernels/test_aot.py --ignore=tests/test_packaging.py ${TESTS:-}
+        if [ "$rehearsal" = 1 ]; then
+            which=(tests/ops/test_ops.py tests/models/test_attention.py --numprocesses 2)
+        else
+            which=(tests --numprocesses 8 --maxfail=20 --ignore=tests/benchmarks --ignore=tests/commands
+                --ignore=tests/docs --ignore=tests/kernels/test_aot.py --ignore=tests/test_packaging.py)
+        fi
+        step tests 520 "$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors "${which[@]}"
         ;;
 esac
 if ls "$results"/*.json >/dev/null 2>&1 && [ "$part" != validate ]; then
