@@ -35,6 +35,7 @@ from fastpref.integrations.transformers import batch_loss, pair_batch, reference
 from tests import trl_hosts
 
 EXAMPLES, STEPS, LEARNING_RATE = 4, 2, 0.05
+LOOP_LEARNING_RATE = 0.4  # so that what SGD adds is not lost in the last bits of the weights
 PATIENCE = 150  # seconds
 LAYER = "LlamaDecoderLayer"
 ZERO = {"zero2": 2, "zero3": 3}
@@ -339,7 +340,7 @@ def loop(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
         inputs["kl"] = torch.tensor(0.1)
     models.output_head(model)
     before = {n: whole(p) for n, p in model.named_parameters()}
-    optimizer, accelerator = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE), None
+    optimizer, accelerator = torch.optim.SGD(model.parameters(), lr=LOOP_LEARNING_RATE), None
     if wrapper != "one" and kind == "accelerate":
         plugin = None
         if wrapper == "fsdp2":
@@ -354,7 +355,7 @@ def loop(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
         units = [*model.model.layers, *([model.lm_head] if kind == "head" else [])]
         for unit in (*units, model):
             fully_shard(unit)
-        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LOOP_LEARNING_RATE)
     losses, gradients = [], []
     for _ in range(STEPS):
         loss = batch_loss(loss_fn, model, inputs, accelerator).loss

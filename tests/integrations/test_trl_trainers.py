@@ -185,7 +185,7 @@ def test_statistics_of_logged_steps(tmp_path, ours):
     assert measured == [False, True, False, True]
 
 
-@pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled", "aux_loss_enabled"])
+@pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_what_was_not_tried_stays_with_trl(name, tmp_path, ours, monkeypatch):
     ours()
     trainer = build("dpo", tmp_path)

@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant("loss of the padding", PAIRED,
            "tl.where(real, loss * scale + sft_loss, 0.0)", "loss * scale + sft_loss", "objectives"),
     Mutant("label's column not corrected", PORTABLE,
-           "gradient[rows, columns[rows]] = -torch.expm1(logps[where][rows])", "pass", "log_probs"),
+           "gradient.scatter_(1, columns, d_label)", "pass", "log_probs"),
     Mutant("gradient times 1.003 in place", PORTABLE, "gradient.mul_(grad_logps[where, None])",
            "gradient.mul_(grad_logps[where, None]).mul_(1.003)", "log_probs"),
     Mutant("softcap's slope forgotten in U", PORTABLE, ") * transform_slope(z_label, transform)", ")", "heads"),
@@ -105,8 +105,8 @@ MUTANTS = [
     Mutant("ignored tokens summed", PORTABLE,
            "nll_logps = token_logps.masked_fill(~scored, 0)", "nll_logps = token_logps", "objectives"),
     Mutant("slices begin at column 0", PLANS, "first_column=first_column + part.start", "first_column=0", "heads"),
-    Mutant("last group's gradient alone", PLANS,
-           "scaled.to(u.dtype), add=self._started)", "scaled.to(u.dtype), add=False)", "pairs_from_hidden_states"),
+    Mutant("last group's gradient alone", PRODUCTS,
+           "u.t(), scaled, add=self._started)", "u.t(), scaled, add=False)", "pairs_from_hidden_states"),
 ]  # fmt: skip
 
 

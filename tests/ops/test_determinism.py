@@ -181,7 +181,10 @@ def test_autocast_casts_as_a_linear_layer_would(plan):
     got_grads, want_grads = gradients(out.loss, leaves), gradients(want.loss, leaves)
     for leaf, x, y in zip(leaves, got_grads, want_grads, strict=True):
         assert x.dtype == leaf.dtype == torch.float32
-        assert torch.equal(x, y)
+        if leaf is batch.hidden:
+            assert torch.equal(x, y)
+        else:  # straight to fp32; by hand it is rounded to the layer's dtype first
+            assert relative_error(x, y) <= torch.finfo(layer.dtype).eps / 2
 
 
 def test_autocast_leaves_logits_and_logprobs_alone(backend):
