@@ -18,6 +18,7 @@ ROW, PAIRED = "fastpref_kernels/row_logprob.py", "fastpref_kernels/paired_loss.p
 KL = "fastpref_kernels/token_kl.py"
 MATH, SEQUENCES = "fastpref_kernels/_math.py", "fastpref_kernels/_sequences.py"
 PORTABLE, PLANS = "fastpref/backends/portable.py", "fastpref/plans/plans.py"
+PRODUCTS = "fastpref/plans/products.py"
 
 
 class Mutant(NamedTuple):
