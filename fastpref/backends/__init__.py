@@ -1,6 +1,7 @@
-"""Two implementations of one contract, and the choice between them.
+"""The two backends, Triton kernels and plain PyTorch, and the choice between them.
 
-A backend is a module with the functions of `fastpref_kernels`, of the same signatures and meaning, and `row_stride`.
+A backend is a module with the functions of `fastpref_kernels`, of the same signatures and meaning, and with
+`row_stride`. What each function takes and returns is described there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ _forced: str | None = None
 
 
 class Choice(NamedTuple):
+    """A backend's name, and in words why it was chosen."""
+
     name: str
     reason: str
 
@@ -26,7 +29,11 @@ class Choice(NamedTuple):
 def set_backend(name: str) -> None:
     """Choose the backend for the whole process: `"auto"` (the default), `"triton"` or `"portable"`.
 
-    Overrides the environment variable `FASTPREF_BACKEND`. Raises `ValueError` on any other name.
+    `"auto"` takes Triton for tensors on CUDA, ROCm and XPU devices, and the portable backend elsewhere. This call
+    overrides the environment variable `FASTPREF_BACKEND`; `"auto"` hands the choice back to it.
+
+    Raises:
+        ValueError: the name is another one.
     """
     global _forced
     _forced = None if _checked(name, "set_backend(name)") == "auto" else name
@@ -43,7 +50,11 @@ def _interpreting() -> bool:
 
 
 def choose(device: torch.device) -> Choice:
-    """The backend for tensors on `device`, and why."""
+    """The backend for tensors on `device`, and why.
+
+    Raises:
+        ValueError: `FASTPREF_BACKEND` names none, or Triton is asked for on a device where it cannot run.
+    """
     wanted, source = _forced, "set_backend"
     if wanted is None:
         wanted, source = os.environ.get("FASTPREF_BACKEND", "auto"), "FASTPREF_BACKEND"
@@ -68,4 +79,5 @@ def choose(device: torch.device) -> Choice:
 
 
 def backend_for(tensor: torch.Tensor) -> ModuleType:
+    """The backend for the tensor's device, as a module."""
     return importlib.import_module(f"fastpref.backends.{choose(tensor.device).name}")

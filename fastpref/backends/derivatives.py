@@ -1,4 +1,4 @@
-"""Derivatives of the specification's formulas, for the portable backend."""
+"""Derivatives of the specification's formulas by autograd, for the portable backend."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from torch import Tensor
 
 @functools.cache
 def _worker(process: int, threads: int) -> ThreadPoolExecutor:
-    """A thread that is kept: a new one a call would also start a new OpenMP team. A fork has none of its parent's
-    threads, and a thread keeps the number of threads that PyTorch had when it began."""
+    """A thread that is kept from call to call. A new one for each call would also start a new OpenMP team.
+
+    There is one for each process, since a fork has none of its parent's threads. There is one for each number of
+    PyTorch's threads, since a thread keeps the number that it began with.
+    """
     return ThreadPoolExecutor(1, "fastpref-derivatives")
 
 
 def value_and_gradients(formula: Callable[..., Tensor], *arguments: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A scalar formula and its gradient in each argument, all detached.
+    """(value, gradients) of a scalar formula with respect to each argument, all detached.
 
-    On another thread: inside an operator autograd is off, torch.func refuses to run under saved-tensor hooks
-    (checkpointing, offloading) or a dispatch mode (FLOP counters), and all of these are a thread's own state.
+    The formula runs on another thread. Inside an operator autograd is off, and torch.func refuses to run under
+    saved-tensor hooks (checkpointing, offloading) or a dispatch mode (FLOP counters). All of these are state of one
+    thread.
 
     Raises:
-        RuntimeError: called out of a backward on a device: autograd has one thread a device, that thread would wait
-            here, and the formula's own backward needs it.
+        RuntimeError: called out of a backward on an accelerator. Autograd has one thread for each device: it would
+            wait here, and the formula's own backward needs it.
     """
     device = arguments[0].device
     if device.type != "cpu" and torch._C._current_graph_task_id() != -1:

@@ -1,7 +1,7 @@
-"""The contract of `fastpref_kernels` in plain PyTorch, for CPUs and any device that Triton does not know.
+"""The portable backend: the functions of `fastpref_kernels` in plain PyTorch, for CPUs and where Triton does not run.
 
-Rows are processed in blocks that stay in the L2 cache, so that a tile of logits crosses the memory bus once in
-each direction however many elementwise passes are made over it.
+Rows are processed in blocks that stay in the L2 cache. So a tile of logits crosses the memory bus once in each
+direction, however many elementwise passes are made over it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ SAME_SETS = 2048  # bytes: rows that begin a multiple of it apart compete for th
 
 
 def row_stride(columns: int, element_size: int) -> int:
-    """On 2 cores, d = 576, the three products with U of 480 rows at V = 49152 took 497 ms, and 463 with 64 bytes
-    between its rows; at V = 50257, where rows did not begin on cache lines, 539 and 484."""
+    """Elements from one row of logits to the next: rows begin on cache lines, but not in the same sets of a cache.
+
+    Measured on 2 cores with d = 576, the three products with U of 480 rows: at V = 49152 they took 497 ms, and 463 ms
+    with 64 bytes between the rows; at V = 50257, where rows did not begin on cache lines, 539 and 484 ms.
+    """
     stride = math.ceil(columns * element_size / CACHE_LINE) * CACHE_LINE
     return (stride if stride % SAME_SETS else stride + CACHE_LINE) // element_size
 
@@ -42,6 +45,7 @@ def row_logprob(
     logits: Tensor, labels: Tensor, *, transform: reference.LogitTransform, ignore_index: int, statistics=(),
     target_logits: Tensor | None = None, write_u: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
+    """As `fastpref_kernels.row_logprob`."""
     n, vocab, dtype = labels.numel(), logits.shape[-1], wide(logits.dtype)
     in_range = (labels >= 0) & (labels < vocab)
     label = labels.where(in_range, 0).long()
@@ -65,8 +69,11 @@ def _fold_block(
     block: Tensor, labels: Tensor, z_label: Tensor, z_exact: Tensor | None, transform: reference.LogitTransform,
     out: dict[str, Tensor], write_u: bool,
 ) -> None:  # fmt: skip
-    """A block's log-probs, lse and statistics into `out`; with `write_u` its logits become U, but for the label's
-    column. `z_label` are the labels' logits as rounded, `z_exact` those in fp32."""
+    """Write a block's log-probs, lse and statistics to `out`.
+
+    With `write_u` its logits become U, all but the label's column. `z_label` are the labels' logits as they were
+    rounded, `z_exact` the same in fp32.
+    """
     dtype = wide(block.dtype)
     own = write_u and block.dtype == dtype  # the logits may be overwritten where they lie
     z = block if own else block.to(dtype, copy=True)
@@ -99,8 +106,10 @@ def _fold_block(
 
 
 def _row_statistics(z: Tensor, m: Tensor, labels: Tensor, out: dict[str, Tensor]) -> None:
-    """The requested statistics of a block; entropy and log_sum_sq still miss their log-sum-exp. Those two are taken
-    of z - m: with z itself a confident row's entropy would be a difference of large numbers."""
+    """The requested statistics of a block. Entropy and log_sum_sq still miss their log-sum-exp.
+
+    Those two are formed from z - m. With z itself a confident row's entropy would be a difference of large numbers.
+    """
     shifted = z - m[:, None]
     if "entropy" in out:
         e = shifted.exp()
@@ -118,6 +127,7 @@ def row_gradient(
     ignore_index: int, first_column: int = 0, grad_logps: Tensor | None = None,
     entropy: Tensor | None = None, grad_entropy: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """As `fastpref_kernels.row_gradient`."""
     dtype = wide(logits.dtype)
     for where, block in blocks(logits):
         z = block.to(dtype, copy=block.dtype == dtype)
@@ -144,6 +154,7 @@ def row_gradient(
 
 
 def target_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """As `fastpref_kernels.target_logits`."""
     dtype = wide(hidden.dtype)
     in_range = (labels >= 0) & (labels < weight.shape[0])
     label = labels.where(in_range, 0)
@@ -159,6 +170,7 @@ def paired_loss(
     objective: reference.PairedObjective, *, num_pairs: int, total_pairs: int, ignore_index: int,
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `fastpref_kernels.paired_loss`; the derivatives are autograd's of `fastpref.reference.paired_loss`."""
     n, dtype = token_logps.numel(), token_logps.dtype
     scored = torch.ones(n, dtype=torch.bool, device=token_logps.device) if labels is None else labels != ignore_index
     if cu_seqlens is None:

@@ -1,4 +1,4 @@
-"""The contract of `fastpref_kernels.token_kl` and `fastpref_kernels.sampled_kl` in plain PyTorch."""
+"""The portable backend's KL: the functions of `fastpref_kernels`' `token_kl.py` and `sampled_kl.py` in PyTorch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastpref.common.precision import wide
 
 
 def _logits(block: Tensor, transform: reference.LogitTransform, dtype: torch.dtype) -> Tensor:
-    """A copy that may be overwritten."""
+    """The transformed logits in `dtype`, a copy that may be overwritten."""
     z = block.to(dtype, copy=True)
     return z if transform == reference.LogitTransform() else transform(z)
 
 
 def _shift(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z - m in place, m, log sum exp(z - m)) of every row; a row of -inf ends as NaN."""
+    """(m, log sum exp(z - m), z - m) of every row, where m is its maximum. z is overwritten. A row of -inf is NaN."""
     m = z.amax(1)
     log_s = z.sub_(m[:, None]).exp().sum(1).log_()
     return m, log_s, z
@@ -42,6 +42,7 @@ def token_kl(
     labels: Tensor | None = None, target_logits: Tensor | None = None, ref_target_logits: Tensor | None = None,
     write_k: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
+    """As `fastpref_kernels.token_kl`."""
     n, dtype = policy.shape[:-1].numel(), wide(torch.promote_types(policy.dtype, ref.dtype))
     out = {name: policy.new_empty(n, dtype=dtype) for name in ("kl", "lse", "ref_lse")}
     if labels is not None:
@@ -82,6 +83,7 @@ def token_kl_gradient(
     policy: Tensor, ref: Tensor, kl: Tensor, lse: Tensor, ref_lse: Tensor, out: Tensor, *, direction: str,
     transform: reference.LogitTransform, mask: Tensor | None = None, grad: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """As `fastpref_kernels.token_kl_gradient`."""
     for (where, p_block), (_, q_block) in zip(blocks(policy), blocks(ref), strict=True):
         p, q = _logits(p_block, transform, kl.dtype), _logits(q_block, transform, kl.dtype)
         slope = transform_slope(p, transform)
@@ -92,6 +94,7 @@ def token_kl_gradient(
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """As `fastpref_kernels.kl_estimate`."""
     log_ratio = logps - ref_logps
     slopes = {
         "k1": torch.ones_like,
@@ -106,6 +109,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> tuple[Tenso
 def penalized_rewards(
     scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: Tensor, estimator: str
 ) -> tuple[Tensor, Tensor]:
+    """As `fastpref_kernels.penalized_rewards`."""
     return reference.kl_penalized_rewards(scores, logps, ref_logps, mask, beta, estimator)
 
 
@@ -113,6 +117,7 @@ def penalized_rewards_backward(
     grad_rewards: Tensor | None, grad_sums: Tensor | None, logps: Tensor, ref_logps: Tensor, mask: Tensor,
     beta: Tensor, estimator: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `fastpref_kernels.penalized_rewards_backward`."""
     grad = torch.zeros_like(logps) if grad_rewards is None else grad_rewards
     steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     last = (steps * mask).argmax(1, keepdim=True) if mask.shape[1] else steps.new_zeros(len(mask), 0)

@@ -1,4 +1,4 @@
-"""The policy-gradient part of the portable backend: derivatives come from the specification."""
+"""The portable backend's policy-gradient loss: derivatives are autograd's of the specification."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ def policy_loss(
     logps: Tensor, old_logps: Tensor | None, ref_logps: Tensor | None, advantages: Tensor, entropy: Tensor | None,
     weights: Tensor, objective: reference.PolicyObjective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `fastpref_kernels.policy_loss`."""
+
     def token_losses(logps: Tensor) -> tuple[Tensor, Tensor]:
         return reference.policy_token_losses(logps, old_logps, ref_logps, advantages, entropy, objective)
 

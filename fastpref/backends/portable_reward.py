@@ -1,4 +1,4 @@
-"""Scores of single rows and the Bradley-Terry loss in plain PyTorch: the contract of `fastpref_kernels`."""
+"""The portable backend's rewards: scores of single rows and the Bradley-Terry loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastpref.backends.derivatives import value_and_gradients
 
 
 def _picked(hidden: Tensor, index: Tensor, layout: str) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(where each sequence's row lies in `hidden`, is there such a row); a missing one points at row 0."""
+    """(where each sequence's row lies in `hidden`, is there such a row). A missing one points at row 0."""
     limit = hidden.shape[1] if layout == "positions" else hidden.shape[0]
     begin = index[:-1] if layout == "edges" else 0
     row = (index[1:] - 1 if layout == "edges" else index).long()
@@ -26,6 +26,7 @@ def _accumulate_in(*tensors: Tensor | None) -> torch.dtype:
 
 
 def row_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, *, layout: str) -> Tensor:
+    """As `fastpref_kernels.row_scores`."""
     dtype = _accumulate_in(hidden, weight, bias)
     where, found = _picked(hidden, index, layout)
     scores = (hidden[where].to(dtype) * weight.to(dtype)).sum(-1)
@@ -38,6 +39,7 @@ def row_scores_gradient(
     grad: Tensor, scale: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, *,
     layout: str, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """As `fastpref_kernels.row_scores_gradient`."""
     dtype = _accumulate_in(hidden, weight, bias)
     where, found = _picked(hidden, index, layout)
     grad = grad.to(dtype) if scale is None else grad.to(dtype) * scale
@@ -57,6 +59,8 @@ def row_scores_gradient(
 def bradley_terry(
     rewards: Tensor, margin: Tensor | None, *, center_coefficient: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fastpref_kernels.bradley_terry`."""
+
     def formula(both: Tensor) -> Tensor:
         chosen, rejected = both.chunk(2)
         return reference.bradley_terry(chosen, rejected, margin, center_coefficient)

@@ -1,4 +1,4 @@
-"""`unpaired_loss` of the backend contract in plain PyTorch."""
+"""The portable backend's unpaired loss: derivatives are autograd's of the specification."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def unpaired_loss(
     shift: Tensor | None, objective: reference.UnpairedObjective, *, first_sequence: int, num_sequences: int,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `fastpref_kernels.unpaired_loss`."""
     n, dtype = token_logps.numel(), token_logps.dtype
     scored = torch.ones(n, dtype=torch.bool, device=token_logps.device) if labels is None else labels != ignore_index
     if cu_seqlens is None:

@@ -1,4 +1,4 @@
-"""The Triton kernels as a backend."""
+"""The Triton backend: the functions of `fastpref_kernels`, and how far apart rows of logits should begin."""
 
 from fastpref_kernels import (
     bradley_terry,
@@ -19,8 +19,10 @@ from fastpref_kernels import (
 
 
 def row_stride(columns: int, element_size: int) -> int:
-    """A multiple of 16 elements: an odd V (50257) would otherwise put every row at a 2-byte boundary, where 16-byte
-    loads are impossible."""
+    """Elements from one row of logits to the next: a multiple of 16.
+
+    An odd V (50257) would otherwise put rows at 2-byte boundaries, where 16-byte loads are impossible.
+    """
     return (columns + 15) // 16 * 16
 
 

@@ -1,1 +1,1 @@
-"""What every room uses and what uses none of them."""
+"""Small helpers that every other package uses, and that use none of them."""

@@ -1,4 +1,8 @@
-"""Argument errors: one function a rule, one message style ("name: got X, want Y")."""
+"""Argument errors: one function for each rule, one style of message ("name: got X, want Y").
+
+Each function returns if the argument is right. Else it raises `TypeError` for a wrong type or dtype and `ValueError`
+for anything else, with the argument's `name` in the message.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def tensor(name: str, value: object, *, dtypes: tuple[torch.dtype, ...], ndim: tuple[int, ...] | None = None) -> None:
+    """A tensor of one of the `dtypes`, and of one of the numbers of dimensions `ndim` if given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
     if value.dtype not in dtypes:
@@ -29,16 +34,19 @@ def tensor(name: str, value: object, *, dtypes: tuple[torch.dtype, ...], ndim: t
 
 
 def shape(name: str, value: Tensor, want: tuple[int, ...], meaning: str) -> None:
+    """A tensor of the shape `want`. `meaning` explains that shape in the message."""
     if tuple(value.shape) != tuple(want):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {tuple(want)} ({meaning})")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """A tensor on the device of another argument."""
     if value.device != other.device:
         raise ValueError(f"{name}: got device {value.device}, want {other.device} (the device of {other_name})")
 
 
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """A tensor of the dtype of another argument."""
     if value.dtype != other.dtype:
         raise TypeError(
             f"{name}: got dtype {_names([value.dtype])}, want {_names([other.dtype])} (the dtype of {other_name}); "
@@ -49,8 +57,10 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 def mask(
     name: str, value: Tensor, want: tuple[int, ...], meaning: str, other_name: str, other: Tensor
 ) -> Tensor:  # fmt: skip
-    """A mask of 0 and 1 in any dtype, as bool. Another value is found where that costs no host sync; elsewhere it
-    counts as 1."""
+    """A mask of 0 and 1 in any dtype; returns it as bool.
+
+    Another value is an error where looking costs no host sync. Elsewhere it counts as 1.
+    """
     tensor(name, value, dtypes=ZERO_OR_ONE)
     shape(name, value, want, meaning)
     same_device(name, value, other_name, other)
@@ -64,12 +74,14 @@ def mask(
 
 
 def choice(name: str, value: object, options: Iterable[str]) -> None:
+    """One of the `options`."""
     options = tuple(options)
     if value not in options:
         raise ValueError(f"{name}: got {value!r}, want one of {', '.join(options)}")
 
 
 def positive(name: str, value: object) -> None:
+    """A finite number greater than 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, want a number greater than 0")
     if not 0 < value < float("inf"):
@@ -77,6 +89,7 @@ def positive(name: str, value: object) -> None:
 
 
 def within(name: str, value: object, low: float, high: float, *, closed: bool = False) -> None:
+    """A number in [low, high), or in [low, high] if `closed`."""
     interval = f"[{low}, {high}{']' if closed else ')'}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, want a number in {interval}")
@@ -85,6 +98,7 @@ def within(name: str, value: object, low: float, high: float, *, closed: bool = 
 
 
 def transform(temperature: object, logit_scale: object, softcap: object) -> None:
+    """The fields of a `LogitTransform`: numbers greater than 0, the soft cap perhaps None."""
     positive("temperature", temperature)
     positive("logit_scale", logit_scale)
     if softcap is not None:
@@ -92,7 +106,7 @@ def transform(temperature: object, logit_scale: object, softcap: object) -> None
 
 
 def _count_sequences(labels: Tensor, cu_seqlens: Tensor | None, padded: str) -> tuple[int, str]:
-    """(how many, the argument that says so), of labels `padded`, or packed `[N]` with `cu_seqlens`."""
+    """(how many sequences, the argument that says so). `padded` describes padded labels in the message."""
     if cu_seqlens is None:
         if labels.ndim != 2:
             raise ValueError(
@@ -108,7 +122,7 @@ def _count_sequences(labels: Tensor, cu_seqlens: Tensor | None, padded: str) -> 
 
 
 def num_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Sequences in a batch, padded `[S, T]` or packed `[N]` with `cu_seqlens [S + 1]`."""
+    """How many sequences a batch has, padded `[S, T]` or packed `[N]` with `cu_seqlens [S + 1]`: at least 1."""
     sequences, name = _count_sequences(labels, cu_seqlens, "[S, T] (padded)")
     if sequences < 1:
         raise ValueError(f"{name}: got no sequences, want at least 1")
@@ -116,7 +130,10 @@ def num_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def num_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Pairs in a `[B chosen; B rejected]` batch, padded `[2B, T]` or packed `[N]` with `cu_seqlens [2B + 1]`."""
+    """How many pairs a `[B chosen; B rejected]` batch has: at least 1.
+
+    It is padded `[2B, T]`, or packed `[N]` with `cu_seqlens [2B + 1]`.
+    """
     sequences, name = _count_sequences(labels, cu_seqlens, "[2B, T] (padded, chosen rows first)")
     if sequences < 2 or sequences % 2:
         raise ValueError(f"{name}: got {sequences} sequences, want an even number, at least 2 ([B chosen; B rejected])")
@@ -124,17 +141,20 @@ def num_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def debugging() -> bool:
-    """`FASTPREF_DEBUG=1` checks values on accelerators too, at the price of a host sync per check."""
+    """Is `FASTPREF_DEBUG=1` set? Then values are checked on accelerators too, at a host sync for each check."""
     return os.environ.get("FASTPREF_DEBUG", "0") == "1"
 
 
 def free_to_read(value: Tensor) -> bool:
-    """Whether its values may be looked at: on a CPU, where that is no host sync, or when debugging."""
+    """May the values be looked at? On a CPU, where that is no host sync, or when debugging."""
     return value.device.type == "cpu" or debugging()
 
 
 def label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Without a host sync on an accelerator: there a bad label makes its log-prob NaN instead."""
+    """Labels in [0, vocab), or `ignore_index`.
+
+    An accelerator is not asked (see `free_to_read`). There a bad label makes its log-prob NaN instead.
+    """
     if labels.numel() == 0 or not free_to_read(labels):
         return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
@@ -146,7 +166,7 @@ def label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def packed_edges(cu_seqlens: Tensor | None, rows: int) -> None:
-    """Checked where it costs no host sync, like the labels' range."""
+    """`cu_seqlens` that ascend from 0 to the number of rows, or None. Checked where that costs no host sync."""
     if cu_seqlens is None or not free_to_read(cu_seqlens):
         return
     edges = cu_seqlens.tolist()

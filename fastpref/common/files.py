@@ -7,10 +7,14 @@ from pathlib import Path
 
 
 def check_writable(option: str, path: str | os.PathLike[str] | None) -> None:
-    """Before the run: makes the folder of a file that is written at its end. None is no file.
+    """Find out before a run whether the file that is written at its end can be written. Makes its folder.
+
+    Args:
+        option: the option that named the file, for the message.
+        path: the file. None means that no file is wanted.
 
     Raises:
-        ValueError: it could not be written; names the option.
+        ValueError: it cannot be written.
     """
     if path is None:
         return

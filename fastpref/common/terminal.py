@@ -1,4 +1,4 @@
-"""What is shown on a terminal while something runs, and what takes its place where there is none."""
+"""Headings and progress bars that commands show on a terminal while they run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-LINES = 10  # of a whole run, where there is no terminal
+LINES = 10  # where there is no terminal, a whole run prints at most so many lines of progress
 
 
 def heading(text: str) -> None:
+    """Print a line that begins a part of a command's output."""
     print(f"\n== {text}", flush=True)
 
 
 def hide_library_bars() -> None:
-    """Of transformers, whose weights load in seconds, and where there is no terminal of `datasets` too."""
+    """Turn off transformers' progress bars, and without a terminal those of `datasets` too.
+
+    Weights load in seconds, so a bar for them says nothing.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -26,7 +30,7 @@ def hide_library_bars() -> None:
 
 
 def live_bar() -> Any:
-    """Of rich, without tasks; None where it is not installed."""
+    """A progress display of rich that has no tasks yet. None where rich is not installed."""
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column

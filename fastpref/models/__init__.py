@@ -1,4 +1,4 @@
-"""Language models: their backbone and head, what wraps them, their attention, two small ones."""
+"""Language models: their backbone and output head, what wraps them, their attention, and two small ones."""
 
 from fastpref.models.head import HEAD_TOLERANCE as HEAD_TOLERANCE
 from fastpref.models.head import Head as Head

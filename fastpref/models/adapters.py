@@ -1,6 +1,7 @@
-"""PEFT's adapters: the folders they are saved in, and a model as it was before it trained.
+"""PEFT's adapters: loading them from their folders, and getting back the model as it was before training.
 
-A folder with `adapter_config.json` names its base model. Wherever fastpref takes a model's name, it takes such one.
+A folder with `adapter_config.json` names its base model. Wherever fastpref takes a model's name, it takes such a
+folder too.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ OF_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 def adapter_config(name: str | os.PathLike[str]) -> Any | None:
-    """PEFT's configuration, where a folder or a hub id is an adapter's; else None.
+    """PEFT's configuration if `name` (a folder or a hub id) is an adapter's; else None.
 
     Raises:
-        ImportError: it is one, and PEFT is not installed.
+        ImportError: it is an adapter's, and PEFT is not installed.
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -50,11 +51,14 @@ def adapter_config(name: str | os.PathLike[str]) -> Any | None:
 
 
 def load(auto_class: Any, name: str | os.PathLike[str], *, trainable: bool = False, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained(name)`; of an adapter a `PeftModel` around the base model that its configuration
-    names, to train on or frozen.
+    """`auto_class.from_pretrained(name)`, which may be an adapter's name.
+
+    Of an adapter it is a `PeftModel` around the base model that the adapter's configuration names. With `trainable`
+    the adapter goes on training, else it is frozen.
 
     Raises:
         ValueError: the adapter is for another task than the class, or its base model is not there.
+        ImportError: it is an adapter, and PEFT is not installed.
     """
     config = adapter_config(name)
     if config is None:
@@ -82,7 +86,7 @@ def load(auto_class: Any, name: str | os.PathLike[str], *, trainable: bool = Fal
 
 @contextlib.contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
-    """Without transformers' report of weights that the base model lacks: they come with the adapter."""
+    """If `quiet`, without transformers' report of weights that the base model lacks: they come with the adapter."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -95,19 +99,19 @@ def _quiet(quiet: bool) -> Iterator[None]:
 
 
 def tokenizer_source(name: str | os.PathLike[str]) -> str:
-    """Where a model's tokenizer is: an adapter that was saved without one has its base model's."""
+    """The folder or hub id of a model's tokenizer. An adapter that was saved without one has its base model's."""
     config = None if (Path(name) / "tokenizer_config.json").is_file() else adapter_config(name)
     return os.fspath(name) if config is None else config.base_model_name_or_path
 
 
 def active_module(layer: Any) -> Any:
-    """Of a layer that PEFT trains a copy of (`modules_to_save`): the copy in use."""
+    """The layer itself, or the copy in use if PEFT trains a copy of it (`modules_to_save`)."""
     copies = getattr(layer, "modules_to_save", None)
     return layer if copies is None else copies[layer.active_adapters[0]]
 
 
 def describe(model: Any) -> str:
-    """The configurations of the active adapters as JSON: with the weights, all that they do depends on."""
+    """The configurations of the active adapters as JSON. With the weights they decide all that adapters do."""
     found = {}
     for name in model.active_adapters if is_peft(model) else getattr(model, "peft_config", {}):
         config = model.peft_config[name].to_dict()
@@ -122,8 +126,9 @@ def _sorted(value: Any) -> Any:
 
 
 def take_out(model: Any) -> None:
-    """Take out adapters that an earlier run put into the layers of what is no `PeftModel` itself: new ones belong on
-    the base model.
+    """Take out the adapters that an earlier run left in the layers of a model that is no `PeftModel` itself.
+
+    New adapters belong on the base model. A warning says what was done. Without such adapters nothing happens.
 
     Raises:
         ValueError: they changed the base model's weights.
@@ -148,13 +153,16 @@ def take_out(model: Any) -> None:
 
 
 def initialised_from_weights(config: Any) -> bool:
-    """PiSSA and its kin move a part of the base weights into the fresh adapter: without it, the model is another."""
+    """Did the adapter change the base model's weights when it was made?
+
+    PiSSA and its kin move a part of the base weights into the fresh adapter. Without it the model is another one.
+    """
     how = getattr(config, "init_lora_weights", True)
     return isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 def own_names(model: Any) -> set[str]:
-    """Names in the state dict that adapters brought: the others are the base model's."""
+    """The names in the state dict that adapters brought. All others are the base model's."""
     found: set[str] = set()
     for path, module in _layers(model):
         names = (name for name in module.state_dict() if not name.startswith(BASES))
@@ -175,8 +183,11 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """The model without its adapters. Afterwards what was active is again, and what trained is what did: PEFT would
-    turn on the gradients of all active adapters."""
+    """The model without its adapters, for a `with` block.
+
+    Afterwards the same adapters are active, and the same parameters require gradients. PEFT by itself would turn on
+    the gradients of all active adapters.
+    """
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
@@ -187,11 +198,12 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 class Snapshot:
-    """Parameters that train, as they are now: to be exchanged with what they have become, for a forward.
+    """A copy of the parameters that train, as they are now. `restored` puts it back for a forward.
 
     Args:
-        model: with its final names; it may be sharded later (FSDP2).
-        outside: only those that are not the adapters' own (biases, norms), which are still there with adapters off.
+        model: with its final parameter names. It may be sharded later (FSDP2).
+        outside: copy only what is not the adapters' own (biases, norms). That is what stays changed when adapters are
+            off.
     """
 
     def __init__(self, model: Any, *, outside: bool) -> None:
@@ -201,7 +213,7 @@ class Snapshot:
         self.extend()
 
     def extend(self) -> None:
-        """By parameters that have been set to train since."""
+        """Add the parameters that have been set to train since."""
         for name, parameter in self._model.named_parameters():
             name = OF_WRAPPERS.sub("", name)
             if parameter.requires_grad and name not in self._values and name not in self._left_out:
@@ -212,7 +224,7 @@ class Snapshot:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """The model as it was. Bit for bit: values are exchanged, none is computed."""
+        """The model as it was, for a `with` block. Bit for bit: values are exchanged, none is computed."""
         if not self._values:
             yield
             return
@@ -237,7 +249,10 @@ class Snapshot:
             kept.copy_(was)
 
     def _placed(self, name: str, like: Tensor) -> Tensor:
-        """The value on the parameter's device, in its dtype and with its sharding: it was taken before training."""
+        """The copied value on the parameter's device, in its dtype and with its sharding.
+
+        It was taken before training, when the parameter may have been elsewhere.
+        """
         value = self._values[name].to(like.device, like.dtype)
         if type(value) is not type(like):
             value = sharded_like(like, value)

@@ -1,9 +1,12 @@
 """Attention over packed rows whose sequences may share a prefix, registered with transformers.
 
-A pair is packed as `[prompt | chosen | rejected]`: the prompt runs once, the rejected tokens see the prompt and
-themselves, and their positions restart at the prompt's length. As variable-length attention that is two query
-blocks: `[prompt; chosen]` over the same keys, and `[rejected]` over the keys `[prompt; rejected]`, causal from the
-bottom right. Sequences that share nothing are the special case without prefixes.
+A pair is packed as `[prompt | chosen | rejected]`. The prompt runs once. The rejected tokens see the prompt and
+themselves, and their positions restart at the prompt's length.
+
+As variable-length attention that is two blocks of queries: `[prompt; chosen]` over the same keys, and `[rejected]`
+over the keys `[prompt; rejected]`, causal from the bottom right. Sequences that share nothing have no prefixes.
+
+Shapes: `N` rows (tokens), `H` attention heads, `D` a head's width, `G` segments.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ _packed: contextvars.ContextVar[bool] = contextvars.ContextVar("fastpref_packed"
 
 
 class Segment(NamedTuple):
-    """Consecutive query rows, and the rows before them that they all see."""
+    """The query rows start..end-1 of a packed row, and the earlier rows prefix_start..prefix_end-1 that all of them
+    see."""
 
     start: int
     end: int
@@ -38,7 +42,7 @@ class Segment(NamedTuple):
 
 @dataclass
 class Segments:
-    """The segments of one packed row, covering it without gaps; built on the CPU, moved with its batch."""
+    """The segments of one packed row, which cover it without gaps. Built on the CPU, and moved with its batch."""
 
     table: tuple[Segment, ...]
     cu_queries: Tensor  # [G + 1] int32
@@ -50,6 +54,7 @@ class Segments:
 
     @classmethod
     def of(cls, table: Sequence[Segment]) -> Segments:
+        """From the segments in the order of their rows."""
         queries = [s.end - s.start for s in table]
         keys = [s.prefix_end - s.prefix_start + n for s, n in zip(table, queries, strict=True)]
         rows = [torch.arange(a, b) for s in table for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
@@ -58,12 +63,15 @@ class Segments:
 
     @property
     def shared(self) -> bool:
+        """Does any segment see a prefix?"""
         return any(s.prefix_end > s.prefix_start for s in self.table)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Segments:
+        """A copy whose tensors are on `device`; `kwargs` as in `Tensor.to`."""
         return self._with(lambda x: x.to(device, **kwargs))
 
     def pin_memory(self) -> Segments:
+        """A copy whose tensors are in pinned memory."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Segments:
@@ -71,7 +79,10 @@ class Segments:
         return Segments(self.table, queries, keys, rows, self.max_queries, self.max_keys)
 
     def mask(self, segment: Segment, window: int | None, like: Tensor) -> Tensor | None:
-        """Additive `[queries, keys]` in the dtype of `like`, kept for the other layers; None where `is_causal` does."""
+        """The segment's additive mask `[queries, keys]`, of the dtype and device of `like`.
+
+        None where a plain causal mask (`is_causal`) says the same. It is kept for the other layers.
+        """
         queries = segment.end - segment.start
         keys = queries + segment.prefix_end - segment.prefix_start
         if queries == keys and (window is None or window >= keys):
@@ -88,7 +99,7 @@ class Segments:
 
     @torch.compiler.disable
     def block_mask(self, window: int | None) -> Any:
-        """For FlexAttention over the gathered keys, kept for the other layers: a query sees one range of them."""
+        """FlexAttention's mask over the gathered keys, of which each query sees one range. Kept for other layers."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         if ("flex", window) not in self._masks:
@@ -110,7 +121,7 @@ def by_segment(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None = None,
     softcap: float | None = None, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """`[1, H, N, D]` attention, one scaled_dot_product_attention a segment: any device, any dtype."""
+    """Attention `[1, H, N, D]` by one `scaled_dot_product_attention` for each segment: any device, any dtype."""
     sizes = [s.end - s.start for s in segments.table]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))  # one gradient buffer, not G
     starts = {s.start: i for i, s in enumerate(segments.table)}
@@ -149,7 +160,7 @@ def _softcapped(query, key, value, mask: Tensor | None, scale: float | None, sof
 
 @functools.cache
 def _varlen() -> tuple[Callable, frozenset[str]] | None:
-    """torch's variable-length attention and the names of its parameters, which differ from version to version."""
+    """torch's variable-length attention and the names of its parameters, which differ between versions of torch."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -161,8 +172,11 @@ def _varlen() -> tuple[Callable, frozenset[str]] | None:
 def by_varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None = None
 ) -> Tensor:
-    """The same in one launch, for half precision on a GPU. The keys of a shared prefix are read through a gather,
-    whose backward adds two numbers a row for two responses: deterministic."""
+    """The same by torch's variable-length attention, in one launch, for half precision on a GPU.
+
+    The keys of a shared prefix are read through a gather. For two responses its backward adds two numbers in each row,
+    which is deterministic.
+    """
     found = _varlen()
     assert found is not None
     varlen_attn, names = found
@@ -188,9 +202,10 @@ def by_flex(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same in one FlexAttention, for what variable-length attention has no argument for: a soft cap, large heads.
+    """The same by FlexAttention, for what variable-length attention has no argument for: a soft cap, large heads.
 
-    Compiled on a GPU, for every length at once; elsewhere the whole score matrix, for tests."""
+    On a GPU it is compiled once for all lengths. Elsewhere it forms the whole score matrix, for tests.
+    """
     if segments.shared:
         key, value = key.index_select(2, segments.key_rows), value.index_select(2, segments.key_rows)
     call = _flex(query.device.type)
@@ -234,7 +249,13 @@ def attention(
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, fastpref_segments: Segments | None = None, *, delegate: str = "sdpa", **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface: `[1, H, N, D]` to `[1, N, H, D]`."""
+    """Attention as transformers calls it: `[1, H, N, D]` -> `[1, N, H, D]`, and None in place of the weights.
+
+    Without `fastpref_segments` the call goes to transformers' own implementation `delegate`.
+
+    Raises:
+        ValueError: segments together with a mask, or with an argument that packed attention does not know.
+    """
     if fastpref_segments is None:
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
         options = {name: value for name, value in (options | kwargs).items() if value is not None}
@@ -255,6 +276,7 @@ def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None,
     softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
+    """By the fastest of the three implementations that can: `by_varlen`, `by_flex`, else `by_segment`."""
     if _can_varlen(query, window, softcap, dropout):
         return by_varlen(query, key, value, segments, scale, window)
     if _can_flex(query, dropout):
@@ -287,7 +309,7 @@ def register() -> None:
 
 
 def enable(model: Any) -> None:
-    """Let `model` take packed rows too; without segments it computes what it did before."""
+    """Let `model` take packed rows too. Without segments it computes what it did before."""
     register()
     capped_attention(model)
     current = model.config._attn_implementation
@@ -296,28 +318,34 @@ def enable(model: Any) -> None:
 
 
 def capped_attention(model: Any) -> None:
-    """Eager attention for a model whose config caps attention's logits: transformers' sdpa leaves the cap out, and it
-    is what Gemma 2 gets up to 5.17."""
+    """Give a model whose config caps attention's logits eager attention instead of sdpa.
+
+    transformers' sdpa leaves the cap out. Up to 5.17 it is what Gemma 2 gets by default.
+    """
     caps = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if caps and model.config._attn_implementation in ("sdpa", _PREFIX + "sdpa"):
         model.set_attn_implementation("eager")
 
 
 def disable(model: Any) -> None:
+    """Undo `enable`."""
     current = model.config._attn_implementation
     if current.startswith(_PREFIX):
         model.set_attn_implementation(current.removeprefix(_PREFIX))
 
 
 def prepared_mask(input_ids: Tensor) -> Tensor:
-    """A mask that masks nothing, for packed rows: transformers hands a 4-d one through to `attention`. Without any, it
-    would look for packed sequences in the positions, on the host, in every forward."""
+    """A mask `[1, 1, 1, 1]` that masks nothing, for packed rows.
+
+    transformers passes a 4-d mask on to `attention` as it is. Without a mask it would look for packed sequences in
+    the positions, on the host, in every forward.
+    """
     return torch.zeros(1, 1, 1, 1, device=input_ids.device)
 
 
 @contextlib.contextmanager
 def packed_rows() -> Iterator[None]:
-    """Around the forward of a model that is given segments: no mask is built."""
+    """For a `with` block around the forward of a model that is given segments: transformers builds no mask."""
     token = _packed.set(True)
     try:
         yield

@@ -1,4 +1,7 @@
-"""Language models as a preference loss sees them: a backbone that gives hidden states, and an output head."""
+"""A language model in two parts: the backbone that gives hidden states, and the output head that gives logits.
+
+A loss from hidden states takes them one by one, so that the logits `[S, T, V]` never exist.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from fastpref.models.wrappers import evaluating, has_parameters, inner_model, un
 
 HEAD_TOLERANCE = 1e-4  # relative; two ways of computing logits in fp32 differ by some 1e-6
 PROBED, LARGEST_HIDDEN = 50.0, 2.0**14  # the largest logit and hidden state of a probe; fp16 ends at 2^16
-SOFTCAPS = {"recurrent_gemma": ("logits_soft_cap",), "xlstm": ("output_logit_soft_cap",)}  # by other names
+SOFTCAPS = {"recurrent_gemma": ("logits_soft_cap",), "xlstm": ("output_logit_soft_cap",)}  # configs with other names
 
 
 class Head(NamedTuple):
-    """`softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`."""
+    """An output head: `softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`; no cap if it is None."""
 
     weight: Tensor  # [V, d]
     bias: Tensor | None  # [V]
@@ -25,10 +28,11 @@ class Head(NamedTuple):
     softcap: float | None
 
     def options(self) -> dict[str, Any]:
+        """Scale and soft cap as the keyword arguments of fastpref's losses."""
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., V]`, in the dtype of `hidden`."""
+        """Logits `[..., V]` of hidden states `[..., d]`, in the dtype of `hidden`."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -36,16 +40,20 @@ class Head(NamedTuple):
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
     """The last hidden states `[S, T, d]`, without the logits `[S, T, V]` that the model itself would go on to.
 
-    `inputs` are more of what the model's own forward takes, such as `position_ids`. Wrappers (DDP, FSDP, DeepSpeed)
-    do their work around the model's forward: under one, call this from inside of it.
+    `input_ids` and `attention_mask` are `[S, T]`. `inputs` are other arguments of the model's own forward, such as
+    `position_ids`. Wrappers (DDP, FSDP, DeepSpeed) do their work around the model's forward. Under one of them, call
+    this from inside its forward (`run_inside`).
     """
     output = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
     return for_head(model, output.last_hidden_state)
 
 
 def for_head(model: Any, hidden: Tensor) -> Tensor:
-    """Hidden states as the output layer takes them: where that is kept in fp32 above a backbone in half precision, they
-    are multiplied in fp32. Autocast, if there is one, decides itself."""
+    """Hidden states in the dtype of the output layer's weight.
+
+    A head that is kept in fp32 above a backbone in half precision is multiplied in fp32. Under autocast the hidden
+    states stay as they are: autocast decides.
+    """
     inner = inner_model(model)
     layer: Any = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if getattr(layer, "weight", None) is None or torch.is_autocast_enabled(hidden.device.type):
@@ -54,10 +62,10 @@ def for_head(model: Any, hidden: Tensor) -> Tensor:
 
 
 def backbone(model: Any) -> nn.Module:
-    """What gives a causal language model's hidden states.
+    """The part of a causal language model that gives its hidden states: all but the head.
 
     Raises:
-        ValueError: the model is of another kind.
+        ValueError: the model is of another kind, or has prompt learning (whose prompts enter before the backbone).
     """
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         raise ValueError("model: got prompt learning, whose prompts enter before the backbone; want other adapters")
@@ -69,9 +77,15 @@ def backbone(model: Any) -> nn.Module:
 
 
 def compile_backbone(model: Any, accelerator: Any, args: Any) -> None:
-    """What `torch_compile` compiles, in place: all of the model but its head, for every length at once. `args` are
-    transformers' `TrainingArguments`, of which the backend and the mode are taken; Accelerate, which would compile the
-    forward that builds logits, no longer does."""
+    """Compile all of the model but its head, in place and once for all lengths.
+
+    That is what `torch_compile=True` does in our trainers. Accelerate would compile the forward that builds logits, so
+    its own compilation is turned off.
+
+    Args:
+        accelerator: Accelerate's `Accelerator`.
+        args: transformers' `TrainingArguments`. They say which backend and which mode.
+    """
     accelerator.state.dynamo_plugin.backend = type(accelerator.state.dynamo_plugin.backend).NO
     backbone(model).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
 
@@ -79,17 +93,18 @@ def compile_backbone(model: Any, accelerator: Any, args: Any) -> None:
 def hidden_and_head(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
 ) -> tuple[Tensor, Head]:
-    """`hidden_states` and `read_head`: all that a loss from hidden states takes, for any causal language model.
+    """(`hidden_states`, `read_head`): all that a loss from hidden states takes, for any causal language model.
 
-    For loops: nothing is verified here. Call `output_head(model)` once before the first of them.
+    It is for training loops, so it does not try out the head. Call `output_head(model)` once before the loop.
     """
     return hidden_states(model, input_ids, attention_mask, **inputs), read_head(model)
 
 
 def read_head(model: Any) -> Head:
-    """The model's output layer as it is now. FSDP and PEFT exchange its weight: read it anew in every forward.
+    """The model's output layer as it is now.
 
-    A sharded weight (a DTensor) is gathered, with gradients going back to its shards.
+    Read it anew in every forward, since FSDP and PEFT exchange its weight. A sharded weight (a DTensor) is gathered,
+    and its gradients go back to the shards.
 
     Raises:
         ValueError: there is no output layer, or it has an adapter beside its weight, or its weight is quantised.
@@ -114,12 +129,14 @@ def read_head(model: Any) -> Head:
 
 
 def output_head(model: Any) -> Head:
-    """`read_head`, found out to give the model's own logits in one forward over a few tokens; unless its parameters
-    are not here to try it (DeepSpeed's stage 3 shards them before there is a trainer).
+    """`read_head`, after one forward over a few tokens has shown that it gives the model's own logits.
+
+    It is not tried out where the parameters are not there yet: DeepSpeed's stage 3 shards them before there is a
+    trainer.
 
     Raises:
-        ValueError: it does not, so the model does something to its logits that fastpref does not know; or they are not
-            finite.
+        ValueError: the logits differ, so the model does something to them that fastpref does not know. Or they are not
+            finite. Or `read_head` finds no usable head.
     """
     head = read_head(model)
     if not has_parameters(model):
@@ -142,8 +159,8 @@ def output_head(model: Any) -> Head:
 def _probed_logits(model: Any, head: Head) -> tuple[Tensor, Tensor]:
     """The model's own logits of a few tokens, and the head's of the same hidden states in the same precision.
 
-    Those are scaled until the largest logit is PROBED, or as large as the soft cap: logits of fresh weights are too
-    small to show a cap, and what is done to larger ones is hidden by it.
+    The hidden states are scaled until the largest logit is PROBED, or as large as the soft cap. Logits of fresh weights
+    are too small to show a cap. A cap would hide what is done to much larger ones.
     """
     backbone(model)  # or it is a model of another kind
     device, body = head.weight.device, decoder(model)  # OPT's forward passes its backbone over
@@ -195,7 +212,7 @@ def _has_adapter(layer: nn.Module) -> bool:
 
 
 def _logit_transform(model: Any) -> tuple[float, float | None]:
-    """(scale, soft cap) of the logits, by the names that transformers' configs give them."""
+    """(scale, soft cap or None) of the logits, found under the names that transformers' configs use."""
     config = model.config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1

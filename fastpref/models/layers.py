@@ -1,4 +1,7 @@
-"""What a model is made of, read off its config and its modules: facts that no probe on a few tokens can replace."""
+"""What a model is made of: its kinds of layers, its decoder, how many tokens and positions it knows.
+
+These facts are read off its config and its modules. Trying out a few tokens would not show them.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,16 @@ from fastpref.models.wrappers import inner_model
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention"))
 NOT_MIXING = frozenset(("dense", "sparse", "mlp", "moe"))
 LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")  # what configs call them
-# parameters of state spaces, delta rules and RWKV, whose modules have names as many as there are models
+# parameters of state spaces, delta rules and RWKV; the names of their modules differ from model to model
 RECURRENT_PARAMETERS = frozenset(("A_log", "dt_bias", "time_decay", "recurrent_param"))
 
 
 def other_mixers(model: Any) -> list[str]:
-    """The kinds of layers that carry something from token to token beside full and sliding attention: state spaces,
-    linear attention, recurrences, convolutions, attention in chunks. They know nothing of where in a packed row a
-    sequence begins."""
+    """The names of layers that carry something from token to token and are not full or sliding attention.
+
+    Such are state spaces, linear attention, recurrences, convolutions, attention in chunks. They do not know where in a
+    packed row a sequence begins, so a model with one of them cannot take packed rows.
+    """
     model = inner_model(model)
     config = model.config.get_text_config()
     found = {str(kind) for name in LAYER_LISTS for kind in getattr(config, name, None) or ()}
@@ -36,7 +41,7 @@ def other_mixers(model: Any) -> list[str]:
 
 
 def decoder(model: Any) -> nn.Module:
-    """The part that reads text, without the towers for images and sound that stand beside it."""
+    """The part of a model that reads text, without the towers for images and sound beside it."""
     model = inner_model(model)
     found = model.get_decoder() if hasattr(model, "get_decoder") else model
     if any(isinstance(m, nn.ModuleList) for m in found.modules()):
@@ -45,7 +50,7 @@ def decoder(model: Any) -> nn.Module:
 
 
 def base(model: Any) -> Any:
-    """A transformers model without its head; the model itself, where there is none."""
+    """A transformers model without its head, or the model itself if it has none."""
     found = getattr(model, "base_model", model)
     if found is model and hasattr(model, "lm_head"):
         return getattr(model, "model", model)  # Llama 4's text model is not where its prefix says
@@ -53,13 +58,13 @@ def base(model: Any) -> Any:
 
 
 class Limits(NamedTuple):
-    """What a model has embeddings or tables for; None: no limit is known."""
+    """How many different tokens and how many positions a model knows. None: no limit is known."""
 
     tokens: int | None
     positions: int | None
 
     def check(self, sequences: Iterable[Sequence[int]], name: str = "") -> None:
-        """`name` says which sequences they are, in the error.
+        """Check sequences of token ids. `name` says in the error which sequences they are.
 
         Raises:
             ValueError: one is longer than the positions, or has a token without an embedding.
@@ -82,8 +87,10 @@ TABLES = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|positions_
 
 
 def limits(model: Any) -> Limits:
-    """Read off the model's embeddings. Rotary positions have no end: what lies beyond the length of pretraining is the
-    user's choice."""
+    """The limits of a model, read off its embeddings.
+
+    Rotary positions have no limit. To go beyond the length of pretraining is the user's choice.
+    """
     model = inner_model(model)
     tokens = getattr(model.get_input_embeddings(), "num_embeddings", None)
     body = decoder(model)

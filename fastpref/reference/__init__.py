@@ -1,11 +1,13 @@
-"""The specification: every formula of fastpref in plain PyTorch.
+"""The specification: every formula of fastpref in plain PyTorch, with its source.
 
-Slow, readable, differentiable and dtype-agnostic: run it in fp64 and it is the truth that the kernels
-are judged against (`fastpref validate`). The portable backend takes its pair formulas from here, the
-Triton kernels restate them with derivatives; nothing else in the project writes a loss down.
+It is slow, readable and differentiable, and it takes any dtype. In fp64 it is the truth that the kernels are
+judged against (`fastpref validate`). The portable backend differentiates the loss formulas that stand here. The
+Triton kernels restate them with derivatives. Nothing else in the project writes a loss down.
 
-Shapes: `N` rows (tokens), `V` vocabulary, `d` hidden size, `S` sequences, `B` pairs. `labels[i]` is the
-token that row `i` scores, so shifting has already happened; rows labelled `ignore_index` give exactly 0.
+Shapes: `N` rows (tokens), `V` vocabulary, `d` hidden size, `S` sequences, `B` pairs. `labels[i]` is the token that
+row `i` scores, so shifting has already happened. Rows labelled `ignore_index` give exactly 0.
+
+Arguments are not checked here. The public functions in `fastpref.objectives` do that.
 """
 
 from fastpref.reference.kl import (

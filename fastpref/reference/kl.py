@@ -13,10 +13,10 @@ KL_DIRECTIONS = ("reverse", "forward")
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator="k1") -> Tensor:
-    """KL(policy || reference) estimated at each sampled token; differentiable in `logps` only.
+    """KL(policy || reference) estimated at each sampled token: any shape -> the same shape, in nats.
 
-    Schulman, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html, 2020), whose r is reference / policy:
-    log r = -log_ratio.
+    It is differentiable in `logps` only. Source: Schulman, "Approximating KL Divergence"
+    (joschu.net/blog/kl-approx.html, 2020). Its r is reference / policy, so log r = -log_ratio.
     """
     log_ratio = logps - ref_logps.detach()
     if estimator == "k1":
@@ -33,9 +33,11 @@ def kl_penalized_rewards(
 ) -> tuple[Tensor, Tensor]:
     """(per-token rewards `[S, T]`, their sums `[S]`) of R = r - beta KL.
 
-    Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155 eq. 2 without its pre-training term; Ziegler et al. 2019,
-    arXiv 1909.08593 section 2.2, R(x, y) = r(x, y) - beta log(pi(y|x) / rho(y|x)). The score arrives with the last
-    scored token; a sequence without one has nowhere to put it, and keeps it in its sum alone.
+    Sources: Ouyang et al. 2022 (InstructGPT), arXiv 2203.02155, eq. 2 without its pre-training term; Ziegler et al.
+    2019, arXiv 1909.08593, section 2.2: R(x, y) = r(x, y) - beta log(pi(y|x) / rho(y|x)).
+
+    The score `[S]` is paid at the last scored token. A sequence without scored tokens has no place for it, so its
+    score is in the sum alone.
     """
     penalties = -beta * kl_estimate(logps, ref_logps, estimator).masked_fill(~mask, 0)
     steps = torch.arange(mask.shape[1], device=mask.device)
@@ -47,9 +49,10 @@ def token_kl(
     policy_logits: Tensor, ref_logits: Tensor, direction="reverse", *, temperature=1.0, logit_scale=1.0,
     softcap=None, mask=None,
 ) -> Tensor:  # fmt: skip
-    """sum_v p_v log(p_v / q_v) over the vocabulary: `[..., V]` -> `[...]`; 0 log 0 = 0 (Kullback & Leibler 1951).
+    """sum_v p_v log(p_v / q_v) over the vocabulary: `[..., V]` -> `[...]`, in nats (Kullback & Leibler 1951).
 
-    `"reverse"` is KL(policy || reference), the penalty of RLHF; `"forward"` is KL(reference || policy).
+    `"reverse"` is KL(policy || reference), the penalty of RLHF. `"forward"` is KL(reference || policy). 0 log 0
+    counts as 0.
     """
     transform = LogitTransform(temperature, logit_scale, softcap)
     log_p = transform(policy_logits).log_softmax(-1)
@@ -66,5 +69,5 @@ def token_kl(
 def linear_token_kl(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias=None, ref_bias=None, **options
 ) -> Tensor:
-    """The same from both models' hidden states and heads."""
+    """`token_kl` from both models' hidden states `[..., d]` and heads `[V, d]` -> `[...]`."""
     return token_kl(F.linear(hidden, weight, bias), F.linear(ref_hidden, ref_weight, ref_bias), **options)

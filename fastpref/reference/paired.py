@@ -1,4 +1,9 @@
-"""Losses on pairs of responses: DPO and its family."""
+"""Losses on pairs of responses: DPO and its family, one function for each formula.
+
+Each takes `Pairs` (everything `[B]`) and a `PairedObjective`, and returns the loss of each pair `[B]`. In all of them
+`a` and `b` are the log-ratios log(pi / pi_ref) of the chosen and the rejected response. Numbers such as 2305.18290
+are arXiv papers. `PAIR_LOSSES` finds a formula by name; `paired_loss` adds them up over a batch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,11 @@ from torch import Tensor
 
 
 class PairedObjective(NamedTuple):
-    """What a paired loss is, besides its tensors: `loss = sum_k weight_k * mean_pairs(loss_k)`."""
+    """The settings of a paired loss, all but its tensors.
+
+    `loss = sum_k weights[k] * mean_pairs(losses[k])`. A loss is a name in `PAIR_LOSSES`, or `"sft"`: the chosen
+    responses' negative log-likelihood, a mean over tokens.
+    """
 
     losses: tuple[str, ...] = ("sigmoid",)
     weights: tuple[float, ...] = (1.0,)
@@ -37,10 +46,12 @@ class Pairs(NamedTuple):
 
     @property
     def log_ratios(self) -> tuple[Tensor, Tensor]:
+        """log(pi / pi_ref) of chosen and rejected, each `[B]`."""
         return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
 
-# f'(t) of the f-divergence that regularises, on the log-ratio x = log t (f-DPO, arXiv 2309.16240)
+# f'(t) of the f-divergence that keeps the policy near its reference (f-DPO, arXiv 2309.16240).
+# t = pi / pi_ref is the ratio; the functions take its logarithm x = log t.
 F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda x, alpha: x,
     "forward_kl": lambda x, alpha: 1 - torch.exp(-x),
@@ -53,93 +64,110 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def _scores(pairs: Pairs, o: PairedObjective) -> tuple[Tensor, Tensor]:
-    """f'(pi/ref) of chosen and rejected; plain log-ratios for the reverse KL of standard DPO."""
+    """f'(pi / pi_ref) of chosen and rejected. For the reverse KL of standard DPO these are the log-ratios."""
     f = F_DIVERGENCES[o.f_divergence]
     a, b = pairs.log_ratios
     return f(a, o.alpha), f(b, o.alpha)
 
 
 def _normalized_scores(pairs: Pairs, o: PairedObjective) -> tuple[Tensor, Tensor]:
+    """`_scores` divided by the responses' lengths: per token."""
     a, b = _scores(pairs, o)
     return a / pairs.chosen_lengths.clamp(min=1), b / pairs.rejected_lengths.clamp(min=1)
 
 
 def _margin(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """By how much the chosen response wins, beyond the target margin gamma."""
     a, b = _scores(pairs, o)
     return o.beta * (a - b) - o.gamma
 
 
 def _smoothed_logistic(x: Tensor, eps: float) -> Tensor:
+    """-log sigmoid(x), if a pair's labels are flipped with probability eps."""
     return -(1 - eps) * F.logsigmoid(x) - eps * F.logsigmoid(-x)
 
 
 def sigmoid(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """DPO, -log sigmoid(beta (a - b)): Rafailov et al. 2023. With label smoothing cDPO: Mitchell 2023."""
     return _smoothed_logistic(_margin(pairs, o), o.label_smoothing)  # eq. 3 of cDPO; eps=0: eq. 7 of 2305.18290
 
 
 def hinge(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """SLiC-HF, max(0, 1 - beta (a - b)): Zhao et al. 2023."""
     return torch.relu(1 - _margin(pairs, o))  # SLiC-HF, section 2 of 2305.10425
 
 
 def ipo(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """IPO on per-token log-ratios, (a - b - 1 / (2 beta))^2: Azar et al. 2023."""
     a, b = _normalized_scores(pairs, o)
     return (a - b - 1 / (2 * o.beta)) ** 2  # eq. 17 of 2310.12036v2 on per-token log-ratios, as in TRL
 
 
 def ipo_sum(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """IPO as in the paper, on summed log-ratios: Azar et al. 2023."""
     a, b = _scores(pairs, o)
     return (a - b - 1 / (2 * o.beta)) ** 2  # eq. 17 of 2310.12036v2
 
 
 def exo_pair(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """EXO: the reverse KL between the policy's preference and the smoothed label: Ji et al. 2024."""
     x, eps = _margin(pairs, o), o.label_smoothing
     log_q, log_1q = F.logsigmoid(x), F.logsigmoid(-x)
     return log_q.exp() * (log_q - math.log1p(-eps)) + log_1q.exp() * (log_1q - math.log(eps))  # eq. 16 of 2402.00856
 
 
 def nca_pair(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """NCA, noise-contrastive alignment: Chen et al. 2024."""
     a, b = (o.beta * x for x in pairs.log_ratios)
     return -F.logsigmoid(a) - 0.5 * F.logsigmoid(-a) - 0.5 * F.logsigmoid(-b)  # section 4.1 of 2402.05369, K = 2
 
 
 def robust(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """Robust DPO: unbiased where labels are flipped with probability eps: Chowdhury et al. 2024."""
     x, eps = _margin(pairs, o), o.label_smoothing
     return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)  # section 3.1 of 2403.00409
 
 
 def bco_pair(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """BCO on pairs: each response is classified by itself: Jung et al. 2024."""
     a, b = (o.beta * x for x in pairs.log_ratios)
     return -F.logsigmoid(a) - F.logsigmoid(-b)  # section 4 of 2404.04656, without the running shift
 
 
 def sppo_hard(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """SPPO with hard labels: self-play, each log-ratio towards +-1 / (2 beta): Wu et al. 2024."""
     a, b = pairs.log_ratios
     return (a - 0.5 / o.beta) ** 2 + (b + 0.5 / o.beta) ** 2  # eq. 4.7 of 2405.00675 with P in {0, 1}
 
 
 def aot(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """AOT: the policy's margins dominate the reference's, as distributions over the batch: Melnyk et al. 2024."""
     policy, ref = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
     u = policy.sort().values - ref.sort().values  # optimal transport in 1-d is sorting: section 3 of 2406.05882
     return _smoothed_logistic(o.beta * u, o.label_smoothing)
 
 
 def aot_unpaired(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """AOT without pairs: chosen log-ratios dominate rejected ones, as distributions: Melnyk et al. 2024."""
     a, b = pairs.log_ratios
     u = a.sort().values - b.sort().values  # section 3 of 2406.05882
     return _smoothed_logistic(o.beta * u, o.label_smoothing)
 
 
 def apo_zero(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """APO-zero: chosen up, rejected down, for data better than the model: D'Oosterlinck et al. 2024."""
     a, b = (o.beta * x for x in pairs.log_ratios)
     return 1 - torch.sigmoid(a) + torch.sigmoid(b)  # eq. 7 of 2408.06266
 
 
 def apo_down(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """APO-down: both down, rejected more, for data worse than the model: D'Oosterlinck et al. 2024."""
     a, b = (o.beta * x for x in pairs.log_ratios)
     return torch.sigmoid(a) + 1 - torch.sigmoid(a - b)  # eq. 8 of 2408.06266
 
 
 def discopop(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """DiscoPOP: a mixture of logistic and exponential loss, m = sigmoid(x / tau): Lu et al. 2024."""
     x = _margin(pairs, o)
     log_m = F.logsigmoid(x / o.tau)
     # eq. 5 of 2406.08414: -log sigma(x) (1 - m) + e^-x m, with e^-x m in one exponent: no inf * 0 at x << 0
@@ -147,21 +175,24 @@ def discopop(pairs: Pairs, o: PairedObjective) -> Tensor:
 
 
 def sigmoid_norm(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """DPO on per-token log-ratios: Lambert et al. 2024 (Tulu 3)."""
     a, b = _normalized_scores(pairs, o)
     return -F.logsigmoid(o.beta * (a - b))  # length-normalised DPO of Tulu 3, 2411.15124
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x <= 0, exact at both ends; a probability within rounding of 1 counts as 1 - eps."""
+    """log(1 - e^x) for x <= 0, exact at both ends. A probability within rounding of 1 counts as 1 - eps."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     return torch.where(x < -math.log(2), torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
 
 
 def log_odds(a: Tensor, b: Tensor) -> Tensor:
+    """log(odds(e^a) / odds(e^b)), where odds(p) = p / (1 - p)."""
     return (a - b) - (_log1mexp(a) - _log1mexp(b))  # eqs. 4 and 5 of ORPO, 2403.07691, of mean log-probs
 
 
 def odds_ratio(pairs: Pairs, o: PairedObjective) -> Tensor:
+    """ORPO's odds-ratio term, -log sigmoid of the log-odds ratio: Hong et al. 2024."""
     return -F.logsigmoid(log_odds(pairs.chosen, pairs.rejected))  # eq. 7 of ORPO, 2403.07691
 
 
@@ -214,11 +245,13 @@ def paired_loss(
     total_pairs: int | None = None,
     chosen_tokens: Tensor | None = None,
 ) -> Tensor:
-    """The batch's loss from summed log-probs, everything `[B]`; scalar.
+    """The batch's loss, 0-d, from summed log-probs `[B]`. Without a reference `ref_chosen` and `ref_rejected` are None.
 
-    A group of pairs out of a larger batch passes the batch's `total_pairs` and `chosen_tokens`, so that
-    group losses add up to the batch's (all but the two `aot` losses, which sort across the batch). Where token
-    weights shape `chosen_sums`, `chosen_nll_sums` are the unweighted ones, for the `sft` term.
+    A group of pairs out of a larger batch passes the batch's `total_pairs` and `chosen_tokens`. Group losses then add
+    up to the batch's. The two `aot` losses are the exception: they sort across the batch.
+
+    `pair_weights` `[B]` multiply each pair's loss, but not the `sft` term. Where token weights shape `chosen_sums`,
+    `chosen_nll_sums` `[B]` are the unweighted ones, for the `sft` term.
     """
     pairs = _pairs(chosen_sums, rejected_sums, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, objective)
     loss = chosen_sums.new_zeros(())
@@ -247,9 +280,9 @@ def paired_metrics(
 
 
 def shared_length_weights(labels: Tensor, cu_seqlens: Tensor | None, alpha: float, ignore_index: int) -> Tensor:
-    """LD-DPO's weight of each token (arXiv 2409.06411): 1 up to the shorter response's length, then alpha.
+    """LD-DPO's weight of each token `[N]` (arXiv 2409.06411): 1 up to the shorter response's length, then alpha.
 
-    `[N]` for `labels` `[2B, T]` or packed `[N]`; 0 on ignored rows.
+    `labels` are `[2B, T]`, or packed `[N]` with `cu_seqlens`. Ignored rows weigh 0.
     """
     scored = (labels != ignore_index).reshape(-1)
     edges = cu_seqlens
@@ -265,9 +298,10 @@ def shared_length_weights(labels: Tensor, cu_seqlens: Tensor | None, alpha: floa
 
 
 def pair_confidence(token_logps: Tensor, log_sum_sq: Tensor, lengths: Tensor) -> Tensor:
-    """WPO's weight of each pair (arXiv 2406.11827, aligned by log sum p^2), `[B]`, a constant.
+    """WPO's weight of each pair (arXiv 2406.11827, aligned by log sum p^2), `[B]`, without a gradient.
 
-    `exp(mean_t(log p(y_t) - log sum_v p(v)^2))` of chosen times rejected; the arguments are summed per sequence.
+    It is the product of both responses' `exp(mean_t(log p(y_t) - log sum_v p(v)^2))`. The arguments `[2B]` are sums
+    over each sequence, and its number of tokens.
     """
     confidence = ((token_logps - log_sum_sq) / lengths.clamp(min=1)).exp()
     chosen, rejected = confidence.chunk(2)

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class PolicyObjective(NamedTuple):
-    """`sum_t weight_t * (-clipped_t + beta * kl_t - entropy_coef * H_t)`."""
+    """The settings of `sum_t weight_t * (-clipped_t + beta * kl_t - entropy_coef * H_t)`.
+
+    `clipped_t` is PPO's clipped surrogate, `kl_t` the k3 estimate of the KL to the reference, `H_t` the entropy.
+    """
 
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
@@ -28,9 +31,10 @@ def policy_token_losses(
     entropy: Tensor | None,
     objective: PolicyObjective,
 ) -> tuple[Tensor, Tensor]:
-    """(loss `[N]`, POLICY_METRICS `[3, N]`) of every token; all arguments `[N]`.
+    """(loss `[N]`, POLICY_METRICS `[3, N]`) of every token. All tensors are `[N]`.
 
-    Without `old_logps` the sample is on-policy: the ratio is 1 and only its gradient counts.
+    Without `old_logps` the policy itself sampled: the ratio is 1, and only its gradient counts. Without `ref_logps`
+    there is no KL term, without `entropy` no bonus.
     """
     o = objective
     log_ratio = logps - (logps.detach() if old_logps is None else old_logps)
@@ -56,11 +60,13 @@ def policy_token_weights(
     normalizer: float | Tensor | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What each token weighs in the loss `[N]`; 0 on ignored rows. `labels` `[S, T]`, or packed `[N]`.
+    """What each token weighs in the loss `[N]`. Ignored rows weigh 0. `labels` are `[S, T]`, or packed `[N]`.
 
-    `sequence`: mean of the sequences' token means (GRPO, eq. 3 of 2402.03300); `token`: mean over all tokens (BNPO,
-    and DAPO, eq. 8 of 2503.14476, with the global token count as `normalizer`); `constant`: sum over
-    `normalizer` (Dr. GRPO, 2503.20783: sequences times the maximal length).
+    - `sequence`: the mean of the sequences' token means (GRPO, arXiv 2402.03300, eq. 3).
+    - `token`: the mean over all tokens (BNPO). With the global token count as `normalizer` it is DAPO's (arXiv
+      2503.14476, eq. 8).
+    - `constant`: the sum divided by `normalizer`, which is sequences times the maximal length (Dr. GRPO, arXiv
+      2503.20783).
     """
     scored = (labels != ignore_index).reshape(-1).to(dtype)
     if reduction != "sequence":

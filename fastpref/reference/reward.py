@@ -1,4 +1,4 @@
-"""Reward models: scores, Bradley-Terry and Plackett-Luce losses, steps."""
+"""Reward models: scores of sequences, Bradley-Terry and Plackett-Luce losses, and losses on reasoning steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 def row_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, layout: str) -> Tensor:
-    """The reward `[S]`: head `[d]` on one row of each sequence (InstructGPT, section 3.5 of 2203.02155: the
-    unembedding layer replaced by a scalar head). Layouts as in `fastpref_kernels.row_scores`."""
+    """The reward `[S]`: the head `[d]` on one row of each sequence. Layouts as in `fastpref_kernels.row_scores`.
+
+    Source: InstructGPT, arXiv 2203.02155, section 3.5, where a scalar head replaces the unembedding layer.
+    """
     if layout == "positions":
         rows = hidden[torch.arange(index.shape[0], device=index.device), index]
     else:
@@ -23,7 +25,7 @@ def row_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tenso
 def pair_losses(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, center_coefficient: float = 0.0
 ) -> Tensor:
-    """Each pair's loss, all `[B]`."""
+    """-log sigmoid(r_w - r_l - margin) + center_coefficient (r_w + r_l)^2 of each pair. All tensors are `[B]`."""
     x = chosen - rejected
     if margin is not None:
         x = x - margin  # eq. 2 of 2307.09288 (Llama 2)
@@ -36,6 +38,7 @@ def pair_losses(
 def bradley_terry(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, center_coefficient: float = 0.0
 ) -> Tensor:
+    """The mean of `pair_losses`, 0-d."""
     return pair_losses(chosen, rejected, margin, center_coefficient).mean()
 
 
@@ -46,7 +49,10 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def _group_mates(group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mates `[n, K]`: the members of each response's group, is it one `[n, K]`, group number `[n]`, sizes `[G]`)."""
+    """(mates `[n, K]`, real `[n, K]`, group number `[n]`, sizes `[G]`), where K is the largest group's size.
+
+    `mates` are the members of each response's group. `real` tells them from what fills up smaller groups.
+    """
     _, ids, sizes = torch.unique(group, return_inverse=True, return_counts=True)
     order = ids.argsort(stable=True)
     starts = sizes.cumsum(0) - sizes
@@ -56,7 +62,7 @@ def _group_mates(group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class Comparisons(NamedTuple):
-    """Pairs of responses of one group with different ranks, each `[P]`."""
+    """Pairs of responses of one group with different ranks: indices of responses and weights, each `[P]`."""
 
     winners: Tensor
     losers: Tensor
@@ -64,7 +70,10 @@ class Comparisons(NamedTuple):
 
 
 def comparisons(ranks: Tensor, group: Tensor) -> Comparisons:
-    """A pair of a group of k responses weighs 1 / C(k, 2), divided by the number of groups that compare anything."""
+    """All pairs to compare, from `ranks` `[n]` (lower is better) and `group` `[n]`.
+
+    In a group of k responses each pair weighs 1 / C(k, 2), divided by the number of groups that compare anything.
+    """
     mates, real, ids, sizes = _group_mates(group)
     wins = real & (ranks[:, None] < ranks[mates])
     winners, slots = wins.nonzero(as_tuple=True)
@@ -74,7 +83,7 @@ def comparisons(ranks: Tensor, group: Tensor) -> Comparisons:
 
 
 def ranking_loss(rewards: Tensor, compared: Comparisons, center_coefficient: float = 0.0) -> Tensor:
-    """All pairs of each group: eq. 1 of 2203.02155, -1/C(K,2) E log sigma(r_w - r_l)."""
+    """All pairs of each group, 0-d: -1/C(K,2) E log sigma(r_w - r_l), eq. 1 of 2203.02155. `rewards` are `[n]`."""
     winners, losers, weights = compared
     losses = pair_losses(rewards[winners], rewards[losers], None, center_coefficient)
     return (losses * weights.to(losses.dtype)).sum()
@@ -87,8 +96,13 @@ def ranking_center(rewards: Tensor, compared: Comparisons, center_coefficient: f
 
 
 def plackett_luce(rewards: Tensor, ranks: Tensor, group: Tensor) -> Tensor:
-    """-log prod_i exp(r_i) / sum_{j ranked no better than i} exp(r_j) (Plackett 1975, Luce 1959; appendix A.3 of
-    2305.18290), the mean over groups of two or more."""
+    """-log prod_i exp(r_i) / sum_{j ranked no better than i} exp(r_j), the mean over groups of two or more, 0-d.
+
+    Sources: Plackett 1975, Luce 1959; arXiv 2305.18290, appendix A.3.
+
+    Raises:
+        ValueError: two responses of a group have the same rank.
+    """
     mates, real, _, sizes = _group_mates(group)
     if bool((real & (ranks[mates] == ranks[:, None])).sum() > len(ranks)):
         raise ValueError("ranks: got a tie within a group, want distinct ranks for method 'plackett_luce'")
@@ -98,18 +112,26 @@ def plackett_luce(rewards: Tensor, ranks: Tensor, group: Tensor) -> Tensor:
 
 
 def soft_step_losses(scores: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy with the probability that a step is right: eq. 2 of 2312.08935 (Math-Shepherd), with
-    labels from its eq. 3 (hard) or 4 (soft)."""
+    """Binary cross-entropy of each step's score with the probability that the step is right, any shape.
+
+    Source: Math-Shepherd, arXiv 2312.08935, eq. 2, with labels from its eq. 3 (hard) or 4 (soft).
+    """
     return -labels * F.logsigmoid(scores) - (1 - labels) * F.logsigmoid(-scores)
 
 
 def hard_step_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each step's class: section 2.6 of 2305.20050 (Let's Verify Step by Step), TRL's PRMTrainer."""
+    """Cross-entropy of each step's class: `[*, C]` logits and `[*]` labels -> `[*]`.
+
+    Source: Let's Verify Step by Step, arXiv 2305.20050, section 2.6; TRL's PRMTrainer.
+    """
     return -logits.log_softmax(-1).gather(-1, labels[..., None].long())[..., 0]
 
 
 def aggregate_steps(step_scores: Tensor, mask: Tensor, method: str) -> Tensor:
-    """`[S, K]` step scores and which of them are steps -> `[S]`; a sequence without steps scores 0."""
+    """The scores of sequences `[S]` from those of their steps `[S, K]`.
+
+    `mask` `[S, K]` tells which are steps. A sequence without steps scores 0.
+    """
     if mask.shape[1] == 0:
         return step_scores.sum(1)
     if method == "min":  # appendix F of 2305.20050; section 3.4 of 2312.08935

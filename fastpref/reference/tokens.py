@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class LogitTransform(NamedTuple):
-    """What happens between the head's output and the softmax, in the order that models and TRL apply it."""
+    """What happens to logits between the head and the softmax, in the order that models and TRL apply it.
+
+    `softcap * tanh(raw * logit_scale / softcap) / temperature`; without the cap if `softcap` is None.
+    """
 
     temperature: float = 1.0
     logit_scale: float = 1.0
@@ -25,7 +28,16 @@ class LogitTransform(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-    """Per-token results, each shaped like the labels; 0 (or False) on ignored rows, None if not requested."""
+    """Results of each token, all shaped like the labels.
+
+    They are 0 (or False) on ignored rows, and None where not asked for.
+
+    - `logps`: natural log-probability of the label.
+    - `entropy`: of the row's distribution, in nats.
+    - `mean_logit`: mean of the row's logits over the vocabulary.
+    - `is_top1`: is the label the most probable token? The first index wins a tie.
+    - `log_sum_sq`: log sum_v p_v^2, by which WPO (arXiv 2406.11827) aligns its weights.
+    """
 
     logps: Tensor
     entropy: Tensor | None = None
@@ -40,7 +52,7 @@ STATISTICS = TokenStatistics._fields[1:]
 def token_logprobs(
     logits: Tensor, labels: Tensor, *, ignore_index=-100, temperature=1.0, logit_scale=1.0, softcap=None
 ) -> Tensor:
-    """`log softmax(transform(logits))[label]` per row: logits `[..., V]`, labels `[...]` -> `[...]`."""
+    """`log softmax(transform(logits))[label]` of each row: logits `[..., V]`, labels `[...]` -> `[...]`, in nats."""
     logps = LogitTransform(temperature, logit_scale, softcap)(logits).log_softmax(-1)
     valid = labels != ignore_index
     picked = logps.gather(-1, labels.masked_fill(~valid, 0).unsqueeze(-1)).squeeze(-1)
@@ -48,14 +60,17 @@ def token_logprobs(
 
 
 def linear_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, bias=None, **options) -> Tensor:
-    """The same from hidden states `[..., d]` and the head's weight `[V, d]`."""
+    """`token_logprobs` from hidden states `[..., d]` and the head's weight `[V, d]`."""
     return token_logprobs(F.linear(hidden, weight, bias), labels, **options)
 
 
 def token_statistics(
     logits: Tensor, labels: Tensor, *, ignore_index=-100, temperature=1.0, logit_scale=1.0, softcap=None
 ) -> TokenStatistics:
-    """Log-probs and the row statistics that trainers log or weight by, all of the transformed logits."""
+    """Log-probs and the statistics that trainers log or weigh by: logits `[..., V]`, labels `[...]`.
+
+    All are of the transformed logits.
+    """
     options = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
     z = LogitTransform(**options)(logits)
     logp = z.log_softmax(-1)
@@ -72,7 +87,7 @@ def token_statistics(
 
 
 def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
-    """`(start, end)` of every sequence in the flattened rows, padded `[S, T]` or packed `[N]` alike."""
+    """`(start, end)` of every sequence in the flattened rows of labels, padded `[S, T]` or packed `[N]`."""
     if cu_seqlens is None:
         rows, length = labels.shape
         return [(s * length, (s + 1) * length) for s in range(rows)]
@@ -83,7 +98,7 @@ def sequence_bounds(labels: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int
 def sequence_logprobs(
     token_logps: Tensor, labels: Tensor, *, cu_seqlens=None, ignore_index=-100, average=False
 ) -> Tensor:
-    """Sum (or mean) of each sequence's log-probs: padded `[S, T]` or packed `[N]` -> `[S]`."""
+    """Sum of each sequence's log-probs, or with `average` their mean: padded `[S, T]` or packed `[N]` -> `[S]`."""
     flat, valid = token_logps.reshape(-1), (labels != ignore_index).reshape(-1)
     bounds = sequence_bounds(labels, cu_seqlens)
     sums = torch.stack([flat[a:b][valid[a:b]].sum() for a, b in bounds])

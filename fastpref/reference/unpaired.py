@@ -1,4 +1,8 @@
-"""Losses on single responses, each labelled desirable or undesirable: KTO, APO-zero-unpaired, BCO."""
+"""Losses on single responses, each labelled desirable or undesirable: KTO, APO-zero-unpaired, BCO.
+
+Each formula takes log-ratios log(pi / pi_ref) `[S]`, `desirable` `[S]` (bool) and what rewards are compared with (0-d).
+It returns the loss of each sequence `[S]`. Numbers such as 2402.01306 are arXiv papers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor
 
 
 class UnpairedObjective(NamedTuple):
-    """What an unpaired loss is, besides its tensors."""
+    """The settings of an unpaired loss, all but its tensors. `loss` is a name in `UNPAIRED_LOSSES`."""
 
     loss: str = "kto"
     beta: float = 0.1
@@ -29,15 +33,18 @@ def _towards(desirable: Tensor, x: Tensor) -> Tensor:
 
 
 def kto(log_ratios: Tensor, desirable: Tensor, z0: Tensor, beta: float) -> Tensor:
+    """KTO, 1 - sigmoid(+-beta (log-ratio - z0)): Ethayarajh et al. 2024."""
     y = _towards(desirable, beta * (log_ratios - z0))
     return torch.sigmoid(-y)  # 1 - sigmoid(y) without cancellation: eq. 8 of 2402.01306, with v(x, y) as in eq. 7
 
 
 def apo_zero_unpaired(log_ratios: Tensor, desirable: Tensor, _: Tensor, beta: float) -> Tensor:
+    """APO-zero on single responses, 1 - sigmoid(+-beta log-ratio): D'Oosterlinck et al. 2024."""
     return torch.sigmoid(-_towards(desirable, beta * log_ratios))  # the two terms of eq. 7 of 2408.06266, as in TRL
 
 
 def bco(log_ratios: Tensor, desirable: Tensor, delta: Tensor, beta: float) -> Tensor:
+    """BCO, -log sigmoid(+-(beta log-ratio - delta)): Jung et al. 2024."""
     return -F.logsigmoid(_towards(desirable, beta * log_ratios - delta))  # 2404.04656, with its reward shift delta
 
 
@@ -55,10 +62,10 @@ def unpaired_loss(
     *,
     batch_desirable: Tensor | None = None,
 ) -> Tensor:
-    """The batch's loss from summed log-probs, everything `[S]` but `shift` (0-d, a constant); scalar.
+    """The batch's loss, 0-d, from summed log-probs `[S]`. `shift` is KTO's z0 or BCO's delta, a 0-d constant.
 
-    A group of sequences out of a larger batch passes the batch's `desirable` too, so that group losses add up to the
-    batch's. A class without sequences contributes 0.
+    A group of sequences out of a larger batch passes the whole batch's labels as `batch_desirable`. Group losses then
+    add up to the batch's. A class without sequences contributes 0.
     """
     o, batch = objective, desirable if batch_desirable is None else batch_desirable
     shift = sums.new_zeros(()) if shift is None else shift.detach()
@@ -71,10 +78,13 @@ def unpaired_loss(
 
 
 def unpaired_metrics(sums: Tensor, ref_sums: Tensor, objective: UnpairedObjective) -> Tensor:
-    """`[2, S]`: log-probs and rewards."""
+    """`[2, S]`: log-probs and rewards beta * log-ratio."""
     return torch.stack([sums, objective.beta * (sums - ref_sums)])
 
 
 def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """z0 of KTO from mismatched completions' summed log-probs `[S]`, a constant: section 4.1 of 2402.01306."""
+    """KTO's z0, 0-d and without a gradient, from the summed log-probs `[S]` of mismatched completions.
+
+    Source: arXiv 2402.01306, section 4.1.
+    """
     return (logps - ref_logps).mean().clamp(min=0).detach()
