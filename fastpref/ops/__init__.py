@@ -1,8 +1,12 @@
-"""The operators: torch.library custom ops with fakes and autograd, opaque to torch.compile without a graph break.
+"""The operators: `torch.library` custom ops with fakes and autograd, which torch.compile takes without a graph break.
 
-They work on flattened rows; shapes and argument errors are dealt with by the public functions. The backward
-formulas are operators themselves, so that differentiating them again raises instead of silently returning part
-of the answer. Importing this package registers all of them under `torch.ops.fastpref`.
+They take flattened rows. The public functions deal with shapes and argument errors, and call
+`torch.ops.fastpref.NAME`. Importing this package registers all of them.
+
+A backward is an operator too. So differentiating it again raises an error, instead of silently returning a part of the
+answer.
+
+Results named `d loss / d ...` are the coefficients that the backward scales by the upstream gradient.
 """
 
 from fastpref.ops import kl, linear, paired, policy, reward, tokens, unpaired

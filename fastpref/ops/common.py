@@ -1,4 +1,4 @@
-"""What every operator needs: no autocast inside, no second derivative, and one way to scale a ready gradient."""
+"""What every operator needs: no autocast inside, no second derivative, and a way to scale a finished gradient."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from fastpref.plans.products import scaled_rows
 
 
 def first_order_only(op: Any) -> None:
+    """Let differentiating the operator `op`, itself a backward, raise a `RuntimeError`."""
+
     def refuse(ctx, *grads):
         raise RuntimeError(f"{op._qualname}: fastpref's gradients cannot be differentiated again (create_graph=True)")
 
@@ -21,12 +23,12 @@ def first_order_only(op: Any) -> None:
 
 
 def split_names(names: str) -> tuple[str, ...]:
-    """Operators take strings: a comma-separated list."""
+    """The names in a comma-separated list. Operators take strings, but no lists of strings."""
     return tuple(name for name in names.split(",") if name)
 
 
 def without_autocast(f: Callable) -> Callable:
-    """The public functions have cast already; nothing inside an operator may be cast again."""
+    """Decorator: run `f` without autocast. The public functions have cast already; nothing may be cast again."""
 
     @functools.wraps(f)
     def wrapped(*args, **kwargs):
@@ -37,13 +39,16 @@ def without_autocast(f: Callable) -> Callable:
     return wrapped
 
 
-# One scalar a row (or one in all) times a gradient that the forward has already formed.
+# One scalar for each row (or one in all) times a gradient that the forward has already formed.
 
 
 @torch.library.custom_op("fastpref::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, coefs: Tensor, of: Tensor) -> Tensor:
-    """The gradient of the tensor `of`. Out of place, since a second backward must find `gradient` as it was, and
-    before rounding. `of` gives the dtype, and makes a second differentiation reach this operator's refusal."""
+    """`gradient * coefs`, the gradient of the tensor `of`, in its dtype.
+
+    It is out of place, since a second backward must find `gradient` as it was. It scales before it rounds. Since `of`
+    is an argument, a second differentiation reaches this operator, and its refusal.
+    """
     return scaled_rows(gradient, coefs, of.dtype)
 
 

@@ -1,4 +1,4 @@
-"""KL penalties: estimated from sampled tokens, exact from logits, exact from hidden states."""
+"""Operators of KL penalties: estimated from sampled tokens, exact from logits, exact from hidden states."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ kl_estimate.register_autograd(_backward_estimate, setup_context=_save_estimate)
 def kl_penalized_rewards(
     scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: Tensor, estimator: str
 ) -> tuple[Tensor, Tensor]:
-    """(rewards `[S, T]`, sums `[S]`); beta is 0-d."""
+    """(rewards `[S, T]`, their sums with the scores `[S]`). beta is 0-d."""
     return backend_for(logps).penalized_rewards(scores, logps, ref_logps, mask, beta, estimator)
 
 
@@ -64,7 +64,7 @@ def kl_penalized_rewards_backward(
     grad_rewards: Tensor | None, grad_sums: Tensor | None, logps: Tensor, ref_logps: Tensor, mask: Tensor,
     beta: Tensor, estimator: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(d scores, d logps)."""
+    """(d scores `[S]`, d logps `[S, T]`). An upstream gradient that is None is zero."""
     return backend_for(logps).penalized_rewards_backward(
         grad_rewards, grad_sums, logps, ref_logps, mask, beta, estimator
     )
@@ -124,6 +124,7 @@ def token_kl_backward(
     grad: Tensor, policy_logits: Tensor, ref_logits: Tensor, mask: Tensor | None, kl: Tensor, lse: Tensor,
     ref_lse: Tensor, direction: str, temperature: float, logit_scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
+    """d policy_logits, of their shape, for the upstream gradient `grad` `[N]`."""
     d_logits = torch.empty(policy_logits.shape, dtype=policy_logits.dtype, device=policy_logits.device)
     backend_for(policy_logits).token_kl_gradient(
         policy_logits, ref_logits, kl, lse, ref_lse, d_logits.view(-1, policy_logits.shape[-1]),
@@ -166,8 +167,10 @@ def linear_token_kl(
     logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None,
     compute_weight: Tensor | None = None, scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(KL `[N]`, log-probs and reference log-probs of the labels `[N]` or empty, both lse `[n]`, what the plan keeps
-    for its backward, the n scored rows)."""
+    """(KL `[N]`, log-probs `[N]`, reference log-probs `[N]`, lse `[n]`, reference lse `[n]`, kept, scored rows `[n]`).
+
+    The log-probs are the labels'; they are empty without labels. `kept` is what the plan keeps for its backward.
+    """
     if labels is not None:
         checks.label_range(labels, weight.shape[0], ignore_index)
     options = (ignore_index, temperature, logit_scale, softcap)

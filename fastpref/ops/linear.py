@@ -1,4 +1,7 @@
-"""Log-probs from hidden states and the head's weight, by the plans of `fastpref.plans.plans`."""
+"""Operators from hidden states and the head's weight: log-probs, and what all such operators share.
+
+The matrix products are those of `fastpref.plans.plans`.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ from fastpref.plans.head import logits_buffer
 from fastpref.plans.products import ParameterGradients
 from fastpref.reference import LogitTransform
 
-# Every operator takes the weight as a parameter, whose dtype its gradient has, and `compute_weight`, the same in the
-# dtype of hidden, where that is another one (autocast): cast once for all products. `scored_rows` is what the host
-# knows of the rows that labels score (see `fastpref.plans.compact`).
+# Every operator takes `weight` as the parameter that it is: its gradient has that dtype. Under autocast `hidden` may be
+# of another dtype. Then `compute_weight` is the weight in that one, cast once for all products. `scored_rows` is what
+# the host knows of the rows that labels score (see `fastpref.plans.compact`).
 
 
 def head_of(weight, compute_weight, bias, ignore_index, temperature, logit_scale, softcap) -> plans.Head:
+    """The head as the plans take it, in the dtype that the products are in."""
     weight = weight if compute_weight is None else compute_weight
     bias = None if bias is None else bias.to(weight.dtype)
     return plans.Head(weight, bias, LogitTransform(temperature, logit_scale, softcap), ignore_index)
@@ -31,7 +35,7 @@ def linear_token_logprobs(
     logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None, statistics: str = "",
     compute_weight: Tensor | None = None, scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(log-probs `[N]`, lse `[n]`, what the plan keeps for its backward, the n scored rows, statistics `[k, N]`)."""
+    """(log-probs `[N]`, lse `[n]`, what the plan keeps for its backward, scored rows `[n]`, statistics `[k, N]`)."""
     checks.label_range(labels, weight.shape[0], ignore_index)
     head = head_of(weight, compute_weight, bias, ignore_index, temperature, logit_scale, softcap)
     names = split_names(statistics)
@@ -67,7 +71,10 @@ def linear_token_logprobs_backward(
     temperature: float, logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None,
     need_hidden: bool, need_weight: bool, need_bias: bool, compute_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dH, dW, db), empty where not needed. `entropy` `[N]` tells that it was asked for: plan `store` kept logits."""
+    """(dH, dW, db), empty where not needed.
+
+    `entropy` `[N]` is given if it was asked for. Then plan `store` has kept logits in place of U.
+    """
     head = head_of(weight, compute_weight, bias, ignore_index, temperature, logit_scale, softcap)
     needs = plans.Needs(need_hidden, need_weight, need_bias)
     parameters = ParameterGradients(head, needs, weight.dtype)
@@ -86,15 +93,17 @@ def linear_token_logprobs_backward(
 
 
 def upstream_of(grad: Tensor | None, rows: Tensor, labels: Tensor, ignore_index: int) -> Tensor | None:
-    """The upstream gradient of the scored rows. An ignored one, which an upper bound of their number lets in, may have
-    anything."""
+    """The upstream gradient of the scored rows `[n]`, from that of all rows `[N]`.
+
+    An upper bound of their number lets in ignored rows. Their upstream gradient may be anything, and becomes 0.
+    """
     return None if grad is None else gather(grad, rows).masked_fill(labels == ignore_index, 0)
 
 
 def head_gradients(
     d_hidden: Tensor | None, parameters: ParameterGradients, rows: Tensor, hidden: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a backward returns, from the gradients of the scored rows."""
+    """(dH, dW, db) as a backward operator returns them, from the gradients of the scored rows."""
     if d_hidden is not None:
         d_hidden = scatter(d_hidden, rows, hidden.shape[0])
     d_bias = parameters.bias if parameters.bias is None or bias is None else parameters.bias.to(bias.dtype)
@@ -102,6 +111,7 @@ def head_gradients(
 
 
 def fake_head_gradients(needs, hidden, weight, bias):
+    """The fake of a backward operator that returns (dH, dW, db)."""
     wanted = zip(needs, (hidden, weight, bias), strict=True)
     return tuple(torch.empty_like(t) if need and t is not None else hidden.new_empty(0) for need, t in wanted)
 
@@ -153,12 +163,12 @@ def _backward_linear(ctx, grad, *unused):
 linear_token_logprobs.register_autograd(_backward_linear, setup_context=_save_linear)
 
 
-# Losses that form their gradients in the forward (plan `pair`): operators whose inputs begin with hidden, weight,
-# labels, bias and whose outputs are loss, metrics, dH, dW, db (in fp32).
+# Below: what losses share that form their gradients in the forward (plan `pair`). Their operators' inputs begin with
+# hidden, weight, labels, bias. Their outputs are loss, metrics, dH, dW, db, the gradients in fp32.
 
 
 def present(gradients: plans.Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Operators return tensors: empty ones where nobody asked for a gradient."""
+    """(dH, dW, db), empty where None: operators return tensors."""
     hidden, weight, bias = (like.new_empty(0) if g is None else g for g in gradients)
     return hidden, weight, bias
 
@@ -166,6 +176,7 @@ def present(gradients: plans.Gradients, like: Tensor) -> tuple[Tensor, Tensor, T
 def fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: plans.Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The fake of (dH, dW, db) in the outputs of such an operator."""
     dtype = wide(hidden.dtype)
     gradients = plans.Gradients(
         torch.empty_like(hidden, dtype=dtype) if needs.hidden else None,
@@ -176,12 +187,14 @@ def fake_gradients(
 
 
 def _graph_is_kept() -> bool:
-    """Inside a backward: was it called with retain_graph? A torch that cannot tell counts as yes."""
+    """Inside a backward: was it called with `retain_graph`? If torch cannot tell, the answer is yes."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 
 
 def register_ready_gradients(op, num_inputs: int) -> None:
+    """Register the backward of such an operator: scale the gradients that its forward has formed."""
+
     def save(ctx, inputs, output):
         hidden, weight, _, bias = inputs[:4]
         ctx.mark_non_differentiable(*output[1:])
@@ -192,10 +205,11 @@ def register_ready_gradients(op, num_inputs: int) -> None:
         if grad is None:
             return (None,) * num_inputs
         d_hidden, d_weight, d_bias, hidden, weight, bias = ctx.saved_tensors
-        # An upstream gradient of exactly 1, known without a sync on a CPU, saves a pass over [V, d]. One that is being
-        # traced is a fake of another type, and has no value.
+        # An upstream gradient of exactly 1 saves a pass over [V, d]. On a CPU its value is known without a sync. While
+        # it is being traced, it is a fake of another type and has no value.
         eager = type(grad) is Tensor and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        # A graph that is kept keeps its gradients too: `.grad` takes what it is given, and is written in place.
+        # A graph that is kept must keep its gradients. `.grad` becomes the very tensor that is returned here, and is
+        # later written in place.
         as_is = eager and not _graph_is_kept() and checks.free_to_read(grad) and grad.item() == 1
 
         def scaled(gradient, of, needed):

@@ -1,4 +1,4 @@
-"""Paired losses: from log-probs, and from hidden states with the gradients formed in the forward (plan `pair`)."""
+"""Operators of paired losses: from log-probs, and from hidden states with gradients formed in the forward."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ SEPARABLE_EXCEPT = ("aot", "aot_unpaired")  # these sort across the batch
 
 
 def encode(objective: PairedObjective) -> str:
-    """Operators take strings, not named tuples."""
+    """The objective as JSON: operators take strings, but no named tuples."""
     return json.dumps(objective._asdict())
 
 
 @functools.lru_cache(maxsize=256)
 def decode(text: str) -> PairedObjective:
+    """The inverse of `encode`."""
     fields: dict[str, Any] = json.loads(text)
     lists: dict[str, Any] = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return PairedObjective(**(fields | lists))
 
 
 def _chosen_tokens(objective: PairedObjective, labels, cu_seqlens, lengths, pairs: int, ignore_index: int):
-    """Scored tokens of all chosen completions: the denominator of an `sft` term, else None."""
+    """How many tokens of all chosen completions are scored, 0-d: what an `sft` term is divided by. Else None."""
     if "sft" not in objective.losses:
         return None
     if labels is None:
@@ -51,7 +52,7 @@ def paired_loss(
     lengths: Tensor | None, pair_weights: Tensor | None, objective: str, num_pairs: int, ignore_index: int,
     token_weights: Tensor | None = None, nll_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics `[6, B]`, d loss / d token_logps `[N]`)."""
+    """(loss, metrics `[6, B]`, d loss / d token_logps `[N]`). Metrics are those of `reference.paired_metrics`."""
     checks.packed_edges(cu_seqlens, token_logps.numel())
     o = decode(objective)
     return backend_for(token_logps).paired_loss(
@@ -93,7 +94,10 @@ def linear_paired_loss(
     token_weights: Tensor | None = None, confidence: bool = False, nll_tokens: Tensor | None = None,
     compute_weight: Tensor | None = None, edges: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics `[6, B]`, dH, dW, db), the gradients in fp32, empty where not needed."""
+    """(loss, metrics `[6, B]`, dH, dW, db) by plan `pair`. The gradients are in fp32, and empty where not needed.
+
+    With `confidence` pairs are weighed as in WPO. `edges`: see `fastpref.plans.units.unit_rows`.
+    """
     checks.label_range(labels, weight.shape[0], ignore_index)
     checks.packed_edges(cu_seqlens, labels.numel())
     o = decode(objective)

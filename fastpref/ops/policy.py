@@ -1,4 +1,4 @@
-"""Policy-gradient losses: from log-probs, and from hidden states with the gradients formed in the forward."""
+"""Operators of policy-gradient losses: from log-probs, and from hidden states with gradients formed in the forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastpref.ops.linear import fake_gradients, head_of, present, register_ready
 from fastpref.plans import fused, plans
 from fastpref.reference import POLICY_METRICS, PolicyObjective
 
-# per-token metrics that the linear operator returns besides the losses
+# metrics of each token that the operator from hidden states returns
 LINEAR_METRICS = ("logps", "entropy", *POLICY_METRICS)
 
 
@@ -22,7 +22,7 @@ def policy_loss(
     logps: Tensor, entropy: Tensor | None, old_logps: Tensor | None, ref_logps: Tensor | None, advantages: Tensor,
     weights: Tensor, epsilon_low: float, epsilon_high: float, beta: float, entropy_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics `[3, N]`, d loss / d logps, d loss / d entropy or empty)."""
+    """(loss, POLICY_METRICS `[3, N]`, d loss / d logps `[N]`, d loss / d entropy `[N]` or empty)."""
     objective = PolicyObjective(epsilon_low, epsilon_high, beta, entropy_coef)
     losses, metrics, coefs, coefs_entropy = backend_for(logps).policy_loss(
         logps, old_logps, ref_logps, advantages, entropy, weights, objective
@@ -63,7 +63,7 @@ def linear_policy_loss(
     entropy_coef: float, workspace_bytes: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
     compute_weight: Tensor | None = None, scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, LINEAR_METRICS `[5, N]`, dH, dW, db), the gradients in fp32, empty where not needed."""
+    """(loss, LINEAR_METRICS `[5, N]`, dH, dW, db). The gradients are in fp32, and empty where not needed."""
     checks.label_range(labels, weight.shape[0], ignore_index)
     objective = PolicyObjective(epsilon_low, epsilon_high, beta, entropy_coef)
     backend = backend_for(hidden)

@@ -1,4 +1,4 @@
-"""Scores of single rows (a `[d] -> 1` head in fp32) and the Bradley-Terry loss, apart and in one operator."""
+"""Operators of reward models: scores of single rows (a `[d] -> 1` head in fp32), the Bradley-Terry loss, and both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def _sequences(index: Tensor, layout: str) -> int:
 
 
 def _index_range(index: Tensor, layout: str, limit: int) -> None:
-    """Without a host sync on an accelerator: there a row that does not exist scores NaN instead."""
+    """Check that `index` names rows that exist, below `limit`.
+
+    An accelerator is not asked, which would be a host sync. There a row that does not exist scores NaN instead.
+    """
     if not checks.free_to_read(index):
         return
     if layout == "edges":
@@ -42,7 +45,7 @@ def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, 
 @torch.library.custom_op("fastpref::row_scores", mutates_args=())
 @without_autocast
 def row_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, layout: str) -> Tensor:
-    """`hidden[row_s] . weight + bias`, `[S]`; layouts as in `fastpref_kernels.row_scores`."""
+    """`hidden[row_s] . weight + bias` of each sequence `[S]`. Layouts as in `fastpref_kernels.row_scores`."""
     return _scores(hidden, weight, bias, index, layout)
 
 
@@ -57,7 +60,7 @@ def row_scores_gradient(
     grad: Tensor, scale: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor,
     layout: str, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dH, dW, db) for the upstream gradient `grad` `[S]` times `scale` (0-d), empty where not needed."""
+    """(dH, dW, db) for the upstream gradient `grad` `[S]` times `scale` (0-d). Empty where not needed."""
     gradients = backend_for(hidden).row_scores_gradient(
         grad, scale, hidden, weight, bias, index, layout=layout,
         need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias,
@@ -103,7 +106,10 @@ row_scores.register_autograd(_backward_scores, setup_context=_save_scores)
 def bradley_terry(
     rewards: Tensor, margin: Tensor | None, center_coefficient: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics `[4, B]`, d loss / d rewards `[2B]`) of `[B chosen; B rejected]` rewards."""
+    """(loss, metrics `[4, B]`, d loss / d rewards `[2B]`) of `[B chosen; B rejected]` rewards.
+
+    Metrics are those of `reference.reward_metrics`.
+    """
     return backend_for(rewards).bradley_terry(rewards, margin, center_coefficient=center_coefficient)
 
 
@@ -134,7 +140,7 @@ def linear_bradley_terry(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, margin: Tensor | None, layout: str,
     center_coefficient: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`bradley_terry` of `row_scores`: two launches, and one for the gradients of everything."""
+    """`bradley_terry` of `row_scores`: two launches in the forward, and one in the backward for all gradients."""
     rewards = _scores(hidden, weight, bias, index, layout)
     return backend_for(hidden).bradley_terry(rewards, margin, center_coefficient=center_coefficient)
 

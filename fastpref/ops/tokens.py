@@ -1,4 +1,4 @@
-"""Log-probs and row statistics from logits."""
+"""Operators of log-probs and row statistics from logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def token_logprobs(
     logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, logit_scale: float,
     softcap: float | None, statistics: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logps, lse, then STATISTICS in order, empty where not in the comma-separated `statistics`), each `[N]`."""
+    """(logps, lse, then STATISTICS in their order), each `[N]`.
+
+    A statistic that the comma-separated `statistics` does not name is empty.
+    """
     checks.label_range(labels, logits.shape[-1], ignore_index)
     wanted = split_names(statistics)
     out = backend_for(logits).row_logprob(
@@ -47,6 +50,7 @@ def token_logprobs_backward(
     grad_logps: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, labels: Tensor, logps: Tensor,
     lse: Tensor, entropy: Tensor, ignore_index: int, temperature: float, logit_scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
+    """d logits, of their shape. An upstream gradient `[N]` that is None is zero."""
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if grad_logps is None:
         grad_logps = torch.zeros_like(logps)

@@ -1,4 +1,4 @@
-"""Unpaired losses: from log-probs, and from hidden states with the gradients formed in the forward (plan `pair`)."""
+"""Operators of unpaired losses: from log-probs, and from hidden states with gradients formed in the forward."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from fastpref.reference import UnpairedObjective
 
 
 def encode(objective: UnpairedObjective) -> str:
-    """Operators take strings, not named tuples."""
+    """The objective as JSON: operators take strings, but no named tuples."""
     return json.dumps(objective._asdict())
 
 
 @functools.lru_cache(maxsize=256)
 def decode(text: str) -> UnpairedObjective:
+    """The inverse of `encode`."""
     return UnpairedObjective(**json.loads(text))
 
 
@@ -32,7 +33,7 @@ def unpaired_loss(
     token_logps: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ref_logps: Tensor, desirable: Tensor,
     shift: Tensor | None, objective: str, ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics `[2, S]`, d loss / d token_logps `[N]`)."""
+    """(loss, metrics `[2, S]`, d loss / d token_logps `[N]`). Metrics are those of `reference.unpaired_metrics`."""
     checks.packed_edges(cu_seqlens, token_logps.numel())
     return backend_for(token_logps).unpaired_loss(
         token_logps, labels, cu_seqlens, ref_logps, desirable, shift, decode(objective),
@@ -70,7 +71,7 @@ def linear_unpaired_loss(
     need_hidden: bool, need_weight: bool, need_bias: bool, compute_weight: Tensor | None = None,
     edges: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, metrics `[2, S]`, dH, dW, db), the gradients in fp32, empty where not needed."""
+    """(loss, metrics `[2, S]`, dH, dW, db) by plan `pair`. The gradients are in fp32, and empty where not needed."""
     checks.label_range(labels, weight.shape[0], ignore_index)
     checks.packed_edges(cu_seqlens, labels.numel())
     o = decode(objective)

@@ -1,4 +1,8 @@
-"""Losses whose gradients are formed in the forward, where their coefficients are known while the logits still exist."""
+"""Losses from hidden states whose gradients are formed in the forward: plan `pair`, and losses token by token.
+
+A whole loss knows its own coefficients d loss / d log-prob while the logits still exist. So the gradients' products can
+run at once, and the logits need not be kept or computed again.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from fastpref.plans.units import UnitRows, unit_rows
 
 
 class _HiddenGradients:
-    """dH `[N, d]`, put together from the scored rows of groups of units; zeros elsewhere."""
+    """dH `[N, d]`, put together from the scored rows of groups of units. Other rows are zeros."""
 
     def __init__(self, units: UnitRows, hidden: Tensor, dtype: torch.dtype) -> None:
         self.units, self.like, self.dtype = units, hidden, dtype
@@ -44,12 +48,13 @@ def forward_units(
     workspace_bytes: int | None, separable: bool, group_loss: Callable, statistics: Sequence[str] = (),
     edges: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
-    """Loss, metrics and gradients together, one group of whole units at a time.
+    """(loss, metrics `[k, units]`, gradients), one group of whole units (pairs or sequences) at a time.
 
-    `group_loss(logps, cu_seqlens, rows, first, last, **statistics)` returns (loss, metrics `[k, units]`, coefs) of
-    units first..last-1, whose token log-probs are those of `rows` of the flattened batch. A group that outgrows the
-    workspace (one huge unit, or a loss that couples the whole batch: `separable` false) is recomputed slice by
-    slice instead of kept. `edges`: see `unit_rows`.
+    `group_loss(logps, cu_seqlens, rows, first, last, **statistics)` returns (loss, metrics, coefs) of the units
+    first..last-1. `logps` are their token log-probs, and `rows` where those lie in the flattened batch.
+
+    A group that outgrows the workspace is recomputed slice by slice instead of kept. That may be one huge unit, or a
+    loss that couples the whole batch (`separable` false), for which there is one group. `edges`: see `unit_rows`.
     """
     dtype = wide(hidden.dtype)
     units = unit_rows(labels, cu_seqlens, sequences, sides, head.ignore_index, edges)
@@ -92,11 +97,11 @@ def forward_tokens(
     hidden: Tensor, head: Head, labels: Tensor, needs: Needs, workspace_bytes: int | None, num_metrics: int,
     token_loss: Callable, scored_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
-    """Loss, metrics `[num_metrics, N]` and gradients together, tile by tile, for a loss that adds up over tokens.
+    """(loss, metrics `[num_metrics, N]`, gradients), tile by tile, for a loss that is a sum over tokens.
 
     `token_loss(rows, logps, entropy)` returns (losses `[n]`, metrics, d loss / d logp, d loss / d entropy or None)
-    of a tile's rows. The coefficients are known while the tile's logits still exist, so they are mixed into one
-    gradient in place: 3 products (2 with a frozen head) and one tile of memory, an entropy bonus included.
+    of a tile's rows. The coefficients are known while the tile's logits still exist. So they are mixed into one
+    gradient in place. That takes 3 products (2 with a frozen head) and one tile of memory, an entropy bonus included.
     """
     rows = compact(labels, head.ignore_index, scored_rows)
     labels = compact_labels(labels, rows, head.ignore_index, scored_rows)

@@ -1,10 +1,11 @@
-"""The execution plans of the exact KL between two heads: those of `fastpref.plans.plans`, over two tiles of logits.
+"""The execution plans of the exact KL between two heads: those of `fastpref.plans.plans`, with two tiles of logits.
 
-With K = d KL / d head output (never scaled) and g the upstream gradient of each row's divergence,
+K `[n, V]` is d KL / d head output, never scaled. g `[n]` is the upstream gradient of each row's divergence. Then
 
     dH = g * (K W)          dW = K^T (g * H)          db = K^T g
 
-K is written over the policy's logits. The reference has no gradient, and its logits never outlive their tile.
+K is written over the policy's logits. The reference has no gradient, so its logits never outlive their tile. The
+number of products is for each scored row.
 
     no_grad    2 products   two tiles
     frozen     3            two tiles, and K W [N, d] kept for the backward
@@ -30,6 +31,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Forward(NamedTuple):
+    """What a forward returns: results of all N rows, and what the backward needs of the n scored ones."""
+
     kl: Tensor  # [N]
     logps: Tensor | None  # [N], with labels
     ref_logps: Tensor | None
@@ -40,12 +43,12 @@ class Forward(NamedTuple):
 
 
 def _tile_rows(head: Head, rows: int, workspace_bytes: int | None) -> int:
-    """Rows of two tiles in the memory that one may take."""
+    """Rows of each of two tiles in the memory of one."""
     return max(1, tile_rows(head, 2 * rows, workspace_bytes) // 2)
 
 
 def _exact(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor | None:
-    """The labels' logits in fp32, where the tile rounds them."""
+    """The labels' logits in fp32 `[n]`, if the tile is in half precision; else None."""
     if labels is None or hidden.dtype not in HALF:
         return None
     return backend_for(hidden).target_logits(hidden, head.weight, head.bias, labels)
@@ -55,6 +58,10 @@ def forward(
     hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, labels: Tensor | None,
     direction: str, plan: str, workspace_bytes: int | None, scored_rows: int | None = None,
 ) -> Forward:  # fmt: skip
+    """The KL of every scored row, and with labels their log-probs under both models. Without labels all rows count.
+
+    `scored_rows`: see `compact`.
+    """
     total, backend = hidden.shape[0], backend_for(hidden)
     if labels is None:
         rows = torch.arange(total, device=hidden.device)
@@ -103,7 +110,7 @@ def forward(
 
 
 def _of_scored_rows(results: dict[str, Tensor], labels: Tensor, head: Head) -> dict[str, Tensor]:
-    """With an upper bound of the scored rows, some are ignored, and all are NaN where it was too low."""
+    """Results where `scored_rows` was given: 0 for the ignored rows that it let in, NaN for all if it was too low."""
     ignored, unknown = labels == head.ignore_index, results["logps"].isnan()
     kl = results["kl"].masked_fill(unknown, float("nan")).masked_fill(ignored, 0)
     return {"kl": kl} | {name: results[name].masked_fill(ignored, 0) for name in ("logps", "ref_logps")}
@@ -114,8 +121,10 @@ def backward_recompute(
     ref_lse: Tensor, coefs: Tensor, direction: str, needs: Needs, parameters: ParameterGradients,
     workspace_bytes: int | None, *, dtype: torch.dtype | None = None, on_hidden: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Four products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]`, `dtype` and
-    `on_hidden` as in `plans.backward_recompute`."""
+    """Four products over slices of the vocabulary. Returns dH `[n, d]`; dW and db go to `parameters`.
+
+    All tensors are of the scored rows. `dtype` and `on_hidden` are as in `plans.backward_recompute`.
+    """
     n = hidden.shape[0]
     width = _tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
     width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries

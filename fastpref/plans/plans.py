@@ -1,11 +1,11 @@
-"""The execution plans of the linear log-prob op, on real tensors: which matrix products run, in what memory.
+"""The execution plans of log-probs from hidden states: which matrix products run, in what memory.
 
-With U = onehot - softmax (never scaled) and c the upstream gradient of each row's log-prob,
+U `[n, V]` is onehot - softmax, never scaled. c `[n]` is the upstream gradient of each row's log-prob. Then
 
     dH = c * (U W)          dW = U^T (c * H)          db = U^T c
 
-so c only ever scales something of width d, and U can be written before c is known. Rows that no label scores
-never enter a product. Every function here works on flattened `[N, d]` hidden states.
+So c only ever scales something of width d, and U can be written before c is known. Rows that no label scores never
+enter a product: n of the N rows are scored. All functions here take flattened hidden states `[N, d]`.
 
     no_grad    1 product    one tile
     frozen     2            one tile, and U W [N, d] kept for the backward
@@ -13,8 +13,8 @@ never enter a product. Every function here works on flattened `[N, d]` hidden st
     pair       3            U of one group of whole pairs or sequences (needs the objective)
     recompute  4            one tile; the backward runs over slices of the vocabulary
 
-An entropy has a gradient of its own, which no scaling of U gives: where one is asked for, `store` keeps the logits in
-place of U, and `frozen` recomputes them if a gradient of the entropy arrives (4 products then, else 2).
+An entropy has a gradient of its own, which no scaling of U gives. Where an entropy is asked for, `store` keeps the
+logits in place of U. `frozen` recomputes them if a gradient of the entropy arrives: 4 products then, else 2.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ PLANS = ("no_grad", "frozen", "store", "pair", "recompute")
 def fold(
     tile: Tensor, hidden: Tensor, labels: Tensor, head: Head, *, write_u: bool, statistics: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Logits of `hidden` into `tile`, then their `logps`, `lse` and statistics; with `write_u` the tile ends as U."""
+    """Write the logits of `hidden` `[n, d]` to `tile` `[n, V]`, and return their `logps`, `lse` and statistics `[n]`.
+
+    With `write_u` the tile ends as U.
+    """
     backend = backend_for(tile)
     project(hidden, head.weight, head.bias, tile)
     exact = None
@@ -53,6 +56,8 @@ def fold(
 
 
 class Forward(NamedTuple):
+    """What a forward returns: results of all N rows, and what the backward needs of the n scored ones."""
+
     logps: Tensor  # [N]
     lse: Tensor  # [n]
     kept: Tensor  # what the plan keeps for its backward: U or logits [n, V], U W [N, d], or empty
@@ -64,7 +69,11 @@ def forward(
     hidden: Tensor, head: Head, labels: Tensor, plan: str, workspace_bytes: int | None,
     statistics: Sequence[str] = (), *, keep_logits: bool = False, scored_rows: int | None = None,
 ) -> Forward:  # fmt: skip
-    """`keep_logits`: plan `store` keeps them in place of U, as it does for an entropy. `scored_rows`: see `compact`."""
+    """The log-prob of every row, and what `plan` keeps for its backward.
+
+    With `keep_logits` plan `store` keeps the logits in place of U, as it does for an entropy. `scored_rows`: see
+    `compact`.
+    """
     total, dtype = hidden.shape[0], wide(hidden.dtype)
     rows = compact(labels, head.ignore_index, scored_rows)
     labels = compact_labels(labels, rows, head.ignore_index, scored_rows)
@@ -95,8 +104,10 @@ def backward_store(
     u: Tensor, hidden: Tensor, head: Head, coefs: Tensor, needs: Needs, parameters: ParameterGradients,
     dtype: torch.dtype | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """The two gradient products from a stored U, everything on scored rows; returns dH `[n, d]` in `dtype`, rounded
-    once, or as it was added up."""
+    """The two gradient products from a stored U. Returns dH `[n, d]`; dW and db go to `parameters`.
+
+    All tensors are of the scored rows. dH is rounded once to `dtype`, or left as it was added up if that is None.
+    """
     d_hidden = None
     if needs.hidden:
         product = torch.empty_like(hidden, dtype=wide(u.dtype))
@@ -114,9 +125,10 @@ class Upstream(NamedTuple):
     entropy: Tensor | None = None
 
     def split(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(scale, logps, entropy): what a row of width d is scaled by, and what is mixed into its logits' gradient.
+        """(scale, logps, entropy), each `[n]` or None: both gradients, with a common factor of each row taken out.
 
-        The mixture is of size about 1: coefficients of 1e-6 times probabilities would underflow in fp16.
+        `scale` multiplies something of width d. The other two are mixed into the logits' gradient. They are of size
+        about 1, since coefficients of 1e-6 times probabilities would underflow in fp16.
         """
         if self.entropy is None:
             return self.logps, None, None
@@ -131,12 +143,19 @@ def backward_recompute(
     entropy: Tensor | None = None, logits: Tensor | None = None, first_column: int = 0,
     dtype: torch.dtype | None = None, on_hidden: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Three products over slices of the vocabulary, everything on scored rows; returns dH `[n, d]` in `dtype`, rounded
-    once, or as it was added up.
+    """Three products over slices of the vocabulary. Returns dH `[n, d]`; dW and db go to `parameters`.
 
-    Two products with the `logits` `[n, V]` at hand. `entropy` `[n]` is needed where its gradient is. `first_column` is
-    the vocabulary index of the head's first row, if it is a part of the head whose labels and `lse` these are.
-    `on_hidden` is given dH when it is complete, before the last of the weight's products: time to reduce it over ranks.
+    All tensors are of the scored rows.
+
+    Args:
+        upstream: the gradients that arrive.
+        entropy: `[n]`, needed where `upstream` has a gradient of it.
+        logits: `[n, V]`, if they were kept. Then two products suffice.
+        first_column: the vocabulary index of the head's first row, if `head` is a shard of a larger head. Labels and
+            `lse` are always the whole head's.
+        dtype: dH is rounded to it, once. None leaves dH as it was added up.
+        on_hidden: is given dH when it is complete, before the last of the weight's products. That leaves time to
+            reduce it over ranks.
     """
     n = hidden.shape[0]
     width = tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)

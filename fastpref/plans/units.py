@@ -1,4 +1,4 @@
-"""What a loss needs whole: pairs or single sequences, as places among the rows that a label scores."""
+"""Units, which are pairs or single sequences, as places among the scored rows: what a loss needs whole."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastpref.plans.compact import compact
 class UnitRows(NamedTuple):
     """Where the scored rows of each sequence lie among the compacted rows: `edges[s]:edges[s + 1]`.
 
-    A unit is what a loss needs whole: with `sides` 2, sequence u and sequence U + u ([chosen; rejected]); with 1,
-    one sequence.
+    A unit is what a loss needs whole. With `sides` 2 it is a pair: sequence u and sequence U + u of
+    `[U chosen; U rejected]`. With `sides` 1 it is one sequence.
     """
 
     rows: Tensor  # [n]
@@ -26,6 +26,7 @@ class UnitRows(NamedTuple):
 
     @property
     def number(self) -> int:
+        """How many units there are."""
         return (len(self.edges) - 1) // self.sides
 
     def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
@@ -38,12 +39,12 @@ class UnitRows(NamedTuple):
         return [slice(self.edges[a], self.edges[b]) for a, b in self._spans(first, last)]
 
     def of(self, values: Tensor, first: int, last: int) -> Tensor:
-        """Their part of compacted values `[n, ...]`; a view where it is in one piece."""
+        """The part of compacted `values` `[n, ...]` that units first..last-1 have. A view where it is in one piece."""
         parts = [values[place] for place in self.places(first, last)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def cu_seqlens(self, first: int, last: int) -> Tensor:
-        """Offsets of those units' sequences, as if they were the whole batch."""
+        """Offsets of the sequences of units first..last-1, as if they were the whole batch."""
         (a, b), *others = self._spans(first, last)
         begin, size = self.edges[a], self.edges[b] - self.edges[a]
         parts = [self.offsets[a : b + 1] - begin if begin else self.offsets[a : b + 1]]
@@ -53,10 +54,11 @@ class UnitRows(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def size(self, first: int, last: int) -> int:
+        """How many scored rows units first..last-1 have."""
         return sum(self.edges[b] - self.edges[a] for a, b in self._spans(first, last))
 
     def groups(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Consecutive units, as many as fit `rows`; a unit larger than that stands alone."""
+        """(first, last) of groups of consecutive units, as many as fit `rows`. A larger unit stands alone."""
         first = 0
         for last in range(1, self.number + 1):
             if last == self.number or self.size(first, last + 1) > rows:
@@ -65,7 +67,7 @@ class UnitRows(NamedTuple):
 
 
 def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, sequences: int, ignore_index: int) -> Tensor:
-    """Where the scored rows of each sequence begin among all scored ones, on the device `[sequences + 1]`."""
+    """Where the scored rows of each sequence begin among all scored rows, `[sequences + 1]` on the device."""
     scored = labels != ignore_index
     if cu_seqlens is None:
         cu_seqlens = torch.arange(sequences + 1, device=labels.device) * (labels.numel() // sequences)
@@ -77,7 +79,13 @@ def unit_rows(
     labels: Tensor, cu_seqlens: Tensor | None, sequences: int, sides: int, ignore_index: int,
     edges: Sequence[int] | None = None,
 ) -> UnitRows:  # fmt: skip
-    """`edges`: the offsets of each sequence's scored rows, if the host knows them; else one host sync finds out."""
+    """The units of a batch of `sequences`, padded or packed.
+
+    `edges` are the offsets of each sequence's scored rows, if the host knows them. Else one host sync finds out.
+
+    Raises:
+        ValueError: `edges` are not those of the labels (checked on a CPU, or with `FASTPREF_DEBUG=1`).
+    """
     layout = (labels, cu_seqlens, sequences, ignore_index)
     every = edges is not None and edges[-1] == labels.numel() and cu_seqlens is not None
     offsets = cu_seqlens if every and cu_seqlens is not None else sequence_offsets(*layout)
