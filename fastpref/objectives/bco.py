@@ -1,4 +1,4 @@
-"""Binary classifier optimisation: an unpaired loss with a running reward shift."""
+"""BCO (binary classifier optimisation): an unpaired loss with a running reward shift."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ BCO_SHIFTS = ("ema", "mean")
 class BCOLoss(UnpairedLoss):
     """Binary classifier optimisation (Jung et al. 2024, arXiv 2404.04656): logistic loss of `reward - delta`.
 
+    Desirable responses should have a reward above delta, undesirable ones below.
+
     Args:
         beta: rewards are `beta * (logp - ref_logp)`, > 0.
         desirable_weight, undesirable_weight, mean: as in `KTOLoss`.
         shift: how delta follows the rewards of the batches seen so far. `ema`: halfway between the classes' mean
             rewards (the paper's delta), each an exponential moving average. `mean`: the mean of all rewards seen,
             as in TRL's BCOTrainer (up to 1.13).
-        decay: weight of the past in `ema`. The first batch with a class sets its mean.
+        decay: weight of the past in `ema`, in [0, 1). The first batch with a class sets its mean.
 
-    In training mode each call first merges its batch's rewards (of all ranks, where torch.distributed is
-    initialised) into delta, then applies it; `update` overrides that. The state is in the buffers `class_means`
-    and `class_counts` and moves to the log-probs' device by itself.
+    In training mode each call first merges its batch's rewards into delta, then applies it. Where torch.distributed is
+    initialised, the rewards of all ranks are merged. The argument `update` of a call decides in place of the mode.
+
+    The state is in the buffers `class_means` and `class_counts`. It moves to the log-probs' device by itself.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range.
     """
 
     class_means: Tensor  # mean reward of desirable and undesirable sequences
@@ -60,7 +66,10 @@ class BCOLoss(UnpairedLoss):
 
     @torch.no_grad()
     def update_shift(self, rewards: Tensor, desirable: Tensor) -> None:
-        """Merge a batch's rewards `[S]` into delta. A class without sequences keeps its mean."""
+        """Merge a batch's rewards `[S]`, of which `desirable` `[S]` tells the class, into delta.
+
+        A class without sequences keeps its mean. Every rank has to call it.
+        """
         sums, counts = _class_sums(rewards, desirable)
         sums, counts = sum_over_ranks(torch.cat([sums, counts.to(sums.dtype)])).chunk(2)
         old, seen = self.class_means.to(sums), self.class_counts.to(sums)
@@ -82,7 +91,10 @@ class BCOLoss(UnpairedLoss):
     def forward(
         self, logps: Tensor, desirable: Tensor, ref_logps: Tensor | None = None, *, update: bool | None = None
     ) -> UnpairedOutput:
-        """From summed sequence log-probs `[S]`; `desirable` `[S]` bool, `ref_logps` `[S]`."""
+        """From summed log-probs of sequences `[S]`.
+
+        `desirable` is `[S]` bool, and `ref_logps` `[S]` are the reference's summed log-probs.
+        """
         return self._from_sequences(logps, desirable, ref_logps, self._updates(update))
 
     def from_logits(
@@ -99,7 +111,10 @@ class BCOLoss(UnpairedLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
     ) -> UnpairedOutput:
-        """From logits `[S, T, V]` (or `[N, V]` with `cu_seqlens`) and shifted labels."""
+        """From logits `[S, T, V]` and shifted labels `[S, T]`; or packed, `[N, V]` and `[N]` with `cu_seqlens`.
+
+        `desirable` is `[S]` bool, and `ref_logps` `[S]` are the reference's summed log-probs.
+        """
         transform, update = LogitTransform(temperature, logit_scale, softcap), self._updates(update)
         return self._from_logits(logits, labels, desirable, ref_logps, cu_seqlens, ignore_index, transform, update)
 
@@ -124,9 +139,12 @@ class BCOLoss(UnpairedLoss):
     ) -> UnpairedOutput:
         """From hidden states, as `KTOLoss.from_hidden`.
 
-        A delta updated from the batch couples its sequences: with a trainable head and a batch that outgrows the
-        workspace that costs a fourth matrix product. `update=False` and, after the step, `update_shift(out.rewards,
-        desirable)` keeps it at three, with a delta one batch old.
+        A delta that is updated from the batch couples the batch's sequences. With a trainable head and a batch that
+        outgrows the workspace that costs a fourth matrix product. To keep it at three, pass `update=False` and call
+        `update_shift(out.rewards, desirable)` after the step. Delta is then one batch old.
+
+        Raises:
+            ValueError: plan `"pair"` while delta is updated from the same batch. Others as `KTOLoss.from_hidden`.
         """
         update = self._updates(update)
         if update and plan == "pair":

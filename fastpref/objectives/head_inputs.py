@@ -1,4 +1,7 @@
-"""What every entry point from hidden states shares: its options, its checked inputs, and the choice of a plan."""
+"""What every entry point from hidden states shares: its options, its checked inputs, and the choice of a plan.
+
+`choose_plan` says which of the plans in `fastpref.plans.plans` runs.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ ScoredRows = int | Sequence[int] | None
 
 
 class HeadOptions(NamedTuple):
-    """The options of the entry points.
+    """The options of the entry points, as described in `fastpref.linear_token_logprobs`.
 
-    `scored_rows` is what the host knows of how many labels are scored: an upper bound for the whole batch, or exactly
-    how many of each sequence. With it no operator asks the device.
+    `scored_rows` is what the host knows of how many labels are scored. It is an upper bound for the whole batch, or the
+    exact number of each sequence. With it no operator asks the device.
     """
 
     ignore_index: int = -100
@@ -35,17 +38,18 @@ class HeadOptions(NamedTuple):
 
     @property
     def transform(self) -> tuple[float, float, float | None]:
-        """As the operators take it."""
+        """(temperature, logit_scale, softcap) as the operators take them."""
         return as_floats(LogitTransform(self.temperature, self.logit_scale, self.softcap))
 
 
 def as_floats(transform: LogitTransform) -> tuple[float, float, float | None]:
+    """(temperature, logit_scale, softcap) as floats, or None."""
     temperature, logit_scale, softcap = transform
     return float(temperature), float(logit_scale), None if softcap is None else float(softcap)
 
 
 class HeadInputs(NamedTuple):
-    """Checked and flattened inputs of the linear ops; hidden states are cast."""
+    """Checked and flattened inputs of the operators from hidden states. Under autocast `hidden` is cast already."""
 
     hidden: Tensor  # [N, d]
     weight: Tensor  # [V, d], as given: its gradient is of its own dtype
@@ -54,23 +58,30 @@ class HeadInputs(NamedTuple):
     compute_weight: Tensor | None  # the weight, a constant, in the dtype of hidden where its own is another
 
     def needs(self) -> plans.Needs:
+        """Which of hidden, weight and bias need a gradient."""
         on = torch.is_grad_enabled()
         bias = self.bias is not None and self.bias.requires_grad
         return plans.Needs(on and self.hidden.requires_grad, on and self.weight.requires_grad, on and bias)
 
     @property
     def head(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What an operator's arguments begin with."""
+        """The arguments that every operator begins with."""
         return self.hidden, self.weight, self.labels, self.bias
 
     @property
     def result_dtype(self) -> torch.dtype:
+        """fp32, or fp64 for fp64 inputs."""
         return wide(self.hidden.dtype)
 
 
 def head_inputs(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, options: HeadOptions
 ) -> HeadInputs:
+    """Check `[..., d]` hidden states, the head `[V, d]` and labels `[...]`, cast them as autocast would, and flatten.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or number.
+    """
     checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
     checks.tensor("weight", weight, dtypes=checks.FLOATS, ndim=(2,))
     checks.tensor("labels", labels, dtypes=checks.INTEGERS)
@@ -100,14 +111,18 @@ def head_inputs(
 
 
 class Known(NamedTuple):
-    """What the host knows of the scored rows."""
+    """What the host knows of the scored rows. None: nothing."""
 
     rows: int | None = None  # at most so many in all
-    edges: list[int] | None = None  # the offsets of each sequence's among all of them
+    edges: list[int] | None = None  # where those of each sequence begin among all of them, and the end
 
 
 def known_rows(labels: Tensor, given: ScoredRows, ignore_index: int, sequences: int | None = None) -> Known:
-    """From the argument `scored_rows`; checked where that costs no host sync. `sequences`: where a loss needs them."""
+    """What the argument `scored_rows` (`given`) says. `sequences` is how many there are, where a loss needs them.
+
+    Raises:
+        ValueError, TypeError: it is no such number or list. Too low a number is found where that costs no host sync.
+    """
     if given is None:
         return Known()
     if isinstance(given, (bool, str)) or not isinstance(given, (int, Sequence, torch.SymInt)):
@@ -127,13 +142,15 @@ def known_rows(labels: Tensor, given: ScoredRows, ignore_index: int, sequences: 
 
 
 class Layout(NamedTuple):
-    """How the rows are sequences, for losses that are finished unit by unit."""
+    """How the rows are divided into sequences, for losses that are finished unit by unit (plan `pair`)."""
 
     cu_seqlens: Tensor | None
     sequences: int
 
 
 class PlanChoice(NamedTuple):
+    """A plan's name, in words why it was chosen, and what the host has found out on the way."""
+
     plan: str
     reason: str
     known: Known = Known()
@@ -141,10 +158,13 @@ class PlanChoice(NamedTuple):
 
 
 def choose_plan(inputs: HeadInputs, options: HeadOptions, layout: Layout | None = None) -> PlanChoice:
-    """The plan that runs, and why. With a `layout` the objective is known, so whole units can be finished in the
-    forward.
+    """The plan that runs, and why.
 
-    How many rows are scored is asked of the device at most once, and only where it decides.
+    With a `layout` the objective is known, so whole units can be finished in the forward (plan `pair`). How many rows
+    are scored is asked of the device at most once, and only where the choice depends on it.
+
+    Raises:
+        ValueError: the plan that was asked for does not exist, or cannot give the gradients that are needed.
     """
     plan, workspace_bytes = options.plan, options.workspace_bytes
     checks.choice("plan", plan, ("auto", *plans.PLANS))
@@ -184,7 +204,7 @@ def choose_plan(inputs: HeadInputs, options: HeadOptions, layout: Layout | None 
 
 
 def _asked(labels: Tensor, ignore_index: int, layout: Layout | None) -> Known:
-    """One host sync, on an accelerator."""
+    """How many rows are scored, asked of the device: one host sync on an accelerator."""
     if layout is None:
         return Known(int((labels != ignore_index).sum()))
     edges = sequence_offsets(labels, layout.cu_seqlens, layout.sequences, ignore_index).tolist()
@@ -192,5 +212,5 @@ def _asked(labels: Tensor, ignore_index: int, layout: Layout | None) -> Known:
 
 
 def operator_options(options: HeadOptions) -> tuple[Any, ...]:
-    """`ignore_index` and the transform, as every linear operator takes them."""
+    """`ignore_index` and the transform, as every operator from hidden states takes them."""
     return options.ignore_index, *options.transform

@@ -46,10 +46,14 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str = "k1") -> Tens
     | `"abs"` | \\|x\\| | sign(x) | an upper bound |
 
     Args:
-        logps, ref_logps: of one shape, any float dtypes.
+        logps, ref_logps: natural-log probabilities of one shape, any float dtypes.
+        estimator: a name from the table.
 
     Returns:
-        The same shape, differentiable once in `logps` alone.
+        Nats of the same shape, fp32 (fp64 if an input is), differentiable once in `logps` alone.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or estimator.
     """
     _check_logps(logps, ref_logps)
     checks.choice("estimator", estimator, KL_ESTIMATORS)
@@ -59,7 +63,10 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str = "k1") -> Tens
 
 
 class PenalizedRewards(NamedTuple):
-    """Of `kl_penalized_rewards`: every token's reward, and each sequence's score less its summed penalty."""
+    """What `kl_penalized_rewards` returns with `return_sums`: every token's reward, and each sequence's total.
+
+    The total is the sequence's score minus its summed penalty.
+    """
 
     rewards: Tensor  # [S, T]
     sums: Tensor  # [S]
@@ -79,20 +86,23 @@ def kl_penalized_rewards(
     scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float, estimator: str = "k1",
     *, return_sums: bool = False,
 ) -> Tensor | PenalizedRewards:  # fmt: skip
-    """The reward of RLHF, R = r - beta KL (arXiv 2203.02155 eq. 2), token by token and in one pass.
+    """The reward of RLHF, R = r - beta KL (InstructGPT, arXiv 2203.02155, eq. 2), token by token and in one pass.
 
     Args:
         scores: `[S]`, the reward model's score of each sequence.
-        logps, ref_logps: `[S, T]` log-probs of the sampled tokens; values where `mask` is 0 are never used.
+        logps, ref_logps: `[S, T]` log-probs of the sampled tokens. Values where `mask` is 0 are never used.
         mask: `[S, T]`, the scored tokens: bool, or 0 and 1 in any dtype.
         beta: the weight of the penalty, at least 0.
         estimator: see `kl_estimate`.
         return_sums: return `PenalizedRewards(rewards, sums)`, with the sums `[S]` from the same pass.
 
     Returns:
-        `[S, T]`: -beta * KL at scored tokens, plus the sequence's score at its last one; 0 elsewhere. Differentiable
-        once in `scores` and `logps`. A sequence without scored tokens took no action: its rewards are 0, and its
-        score is found in `sums` alone (`sums` is always score - beta * KL).
+        `[S, T]`: -beta * KL at scored tokens, plus the sequence's score at its last one; 0 elsewhere. It is fp32 (fp64
+        if an input is), and differentiable once in `scores` and `logps`. A sequence without scored tokens took no
+        action: its rewards are 0, and its score is in `sums` alone (`sums` is always score - beta * KL).
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device, beta or estimator.
     """
     checks.tensor("scores", scores, dtypes=checks.FLOATS, ndim=(1,))
     checks.tensor("logps", logps, dtypes=checks.FLOATS, ndim=(2,))
@@ -119,18 +129,22 @@ def token_kl(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """The exact KL of every row over the whole vocabulary.
+    """The exact KL of every row over the whole vocabulary, sum_v p_v log(p_v / q_v) (Kullback & Leibler 1951).
 
     Args:
-        policy_logits, ref_logits: `[..., V]`, any float dtypes; strided views such as `logits[:, :-1]` are read in
+        policy_logits, ref_logits: `[..., V]`, any float dtypes. Strided views such as `logits[:, :-1]` are read in
             place. Both go through `softcap * tanh(logits * logit_scale / softcap) / temperature`.
         direction: `"reverse"`, KL(policy || reference), the penalty of RLHF; or `"forward"`, KL(reference || policy).
-        mask: `[...]`, bool or 0 and 1 in any dtype; rows where it is 0 give exactly 0 and get exactly 0 gradient.
+        mask: `[...]`, bool or 0 and 1 in any dtype. Rows where it is 0 give exactly 0 and get exactly 0 gradient.
 
     Returns:
-        `[...]` nats, differentiable once in `policy_logits` with any upstream gradient. Reads both logits once; the
-        backward reads them once more and writes the gradient. A token that only the second distribution excludes
-        (logit -inf) gives inf; one that the first excludes, or whose probability underflows there, gives 0.
+        `[...]` nats, fp32 (fp64 if an input is), differentiable once in `policy_logits` with any upstream gradient.
+        Both logits are read once. The backward reads them once more and writes the gradient. A token that only the
+        second distribution excludes (logit -inf) gives inf. One that the first excludes, or whose probability
+        underflows there, gives 0.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or option.
     """
     checks.tensor("policy_logits", policy_logits, dtypes=checks.FLOATS)
     checks.tensor("ref_logits", ref_logits, dtypes=checks.FLOATS)
@@ -151,7 +165,10 @@ def token_kl(
 
 
 class TokenKL(NamedTuple):
-    """Each shaped like the rows; the log-probs are detached, and None without labels."""
+    """What `linear_token_kl` returns, each shaped like the rows: the KL, and the labels' log-probs under both models.
+
+    The log-probs are detached. They are None without labels.
+    """
 
     kl: Tensor
     logps: Tensor | None
@@ -179,18 +196,25 @@ def linear_token_kl(
     """`token_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias)` without the logits in memory.
 
     Args:
-        hidden, ref_hidden: `[..., d]` and `[..., d_ref]`; weight, ref_weight: `[V, d]` and `[V, d_ref]`; biases `[V]`.
+        hidden, ref_hidden: `[..., d]` and `[..., d_ref]`.
+        weight, ref_weight: `[V, d]` and `[V, d_ref]`.
+        bias, ref_bias: `[V]` or None.
         labels: `[...]` the sampled tokens, or None for the divergence alone on every row. With labels the result has
             their log-probs under both models, from the same sweep.
+        direction: `"reverse"` or `"forward"`, as in `token_kl`.
         ignore_index: rows with this label never enter a product, give exactly 0 and get exactly 0 gradient.
         plan: as in `linear_token_logprobs`: 2 products without gradients, 3 with a frozen head, 4 with a trainable
             one (`"store"`), 6 where what that keeps would not fit (`"recompute"`).
-        scored_rows: as in `linear_token_logprobs`.
+        workspace_bytes, scored_rows: as in `linear_token_logprobs`.
 
     Returns:
-        `TokenKL(kl, logps, ref_logps)`; `kl` is differentiable once in `hidden`, `weight` and `bias`. From half
-        precision inputs the log-probs are those of `linear_token_logprobs` (the label's logit is recomputed in
-        fp32), while the divergence is that of the rounded logits: its terms depend on every token.
+        `TokenKL(kl, logps, ref_logps)`, fp32 (fp64 if an input is). `kl` is differentiable once in `hidden`, `weight`
+        and `bias`. From inputs in half precision the log-probs are those of `linear_token_logprobs`: the label's logit
+        is recomputed in fp32. The divergence is that of the rounded logits, since its terms depend on every token.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device, plan or option, or a label out of range (see
+            `token_logprobs`).
     """
     checks.choice("direction", direction, KL_DIRECTIONS)
     given = labels
@@ -216,7 +240,7 @@ def linear_token_kl(
 def _reference_inputs(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The reference's, checked, detached, flattened and cast as `head_inputs` does the policy's."""
+    """The reference's hidden states, weight and bias: detached, and else as `head_inputs` does with the policy's."""
     checks.tensor("ref_hidden", ref_hidden, dtypes=checks.FLOATS)
     checks.tensor("ref_weight", ref_weight, dtypes=checks.FLOATS, ndim=(2,))
     checks.shape("ref_weight", ref_weight, (weight.shape[0], ref_weight.shape[1]), "the vocabulary of weight")
@@ -238,27 +262,34 @@ def _reference_inputs(
 
 
 class FixedKLController:
-    """A constant `beta`, with the interface of `AdaptiveKLController`."""
+    """A constant `beta`, the weight of a KL penalty, with the interface of `AdaptiveKLController`.
+
+    Args:
+        beta: at least 0.
+    """
 
     def __init__(self, beta: float) -> None:
         checks.within("beta", beta, 0, math.inf)
         self.beta = float(beta)
 
     def update(self, kl: float | Tensor, n_steps: int) -> float:
-        """Changes nothing; returns beta."""
+        """Return beta, which stays as it is."""
         return self.beta
 
     def state_dict(self) -> dict[str, Any]:
+        """`{"beta": ...}`, for checkpoints."""
         return {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
         checks.within("beta", state["beta"], 0, math.inf)
         self.beta = float(state["beta"])
 
 
 class AdaptiveKLController:
-    """Steers the KL towards `target` by a proportional change of `beta`: Ziegler et al. 2019, arXiv 1909.08593
-    section 2.2, as in lm-human-preferences:
+    """Steers the KL towards `target` by changing `beta`, the weight of the penalty, in proportion to the error.
+
+    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2, in the form of their code (lm-human-preferences):
 
         beta *= 1 + clip(kl / target - 1, -0.2, 0.2) * n_steps / horizon
 
@@ -275,8 +306,15 @@ class AdaptiveKLController:
         self.beta, self.target, self.horizon = float(init_beta), float(target), float(horizon)
 
     def update(self, kl: float | Tensor, n_steps: int) -> float:
-        """Take the mean KL of the `n_steps` sequences since the last update; returns the new beta. A tensor on an
-        accelerator costs a host sync."""
+        """Change beta after `n_steps` sequences, and return it.
+
+        Args:
+            kl: the mean KL of these sequences, in nats. A tensor on an accelerator costs a host sync.
+            n_steps: how many sequences there were since the last update.
+
+        Raises:
+            ValueError: `kl` is not finite, or so many steps would make beta vanish.
+        """
         kl = float(kl)
         if not math.isfinite(kl):
             raise ValueError(f"kl: got {kl}, want a finite number")
@@ -290,9 +328,11 @@ class AdaptiveKLController:
         return self.beta
 
     def state_dict(self) -> dict[str, Any]:
+        """beta, target and horizon, for checkpoints."""
         return {"beta": self.beta, "target": self.target, "horizon": self.horizon}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
         for name in ("beta", "target", "horizon"):
             checks.positive(name, state[name])
         self.beta, self.target, self.horizon = (float(state[name]) for name in ("beta", "target", "horizon"))

@@ -16,7 +16,7 @@ METHODS = ("running", "batch", "ema", "percentile")
 
 
 def _merge_moments(a: Tensor, b: Tensor) -> Tensor:
-    """(weight, mean, sum of squared deviations) of both samples together (Chan et al. 1979)."""
+    """(weight, mean, sum of squared deviations) of two samples together, from those of each (Chan et al. 1979)."""
     weight = a[0] + b[0]
     share = torch.where(weight > 0, b[0] / weight.clamp(min=torch.finfo(weight.dtype).tiny), 0)
     delta = b[1] - a[1]
@@ -24,30 +24,33 @@ def _merge_moments(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _merge_averages(a: Tensor, b: Tensor) -> Tensor:
-    """(weight, low, high), averaged by weight."""
+    """(weight, low, high) of two samples: both percentiles averaged by weight."""
     weight = a[0] + b[0]
     share = torch.where(weight > 0, b[0] / weight.clamp(min=torch.finfo(weight.dtype).tiny), 0)
     return torch.cat([weight[None], torch.lerp(a[1:], b[1:], share)])
 
 
 class RewardNormalizer(nn.Module):
-    """Rewards of mean 0 and standard deviation 1, or of a range of about 1.
+    """Brings rewards to mean 0 and standard deviation 1, or to a range of about 1.
 
     Args:
         method:
             `"running"`: mean and standard deviation of all rewards seen (Welford/Chan; the unbiased one, n - 1).
-            `"batch"`: those of the last `update`; of the rewards themselves where there was none.
+            `"batch"`: those of the last `update`, or of the rewards themselves if there was none.
             `"ema"`: their exponential moving averages, without bias towards the start.
-            `"percentile"`: divides by the moving average of the distance between two percentiles, and by `floor`
-                where that is less; subtracts nothing (DreamerV3, arXiv 2301.04104).
-        clip: bound on the absolute value of the result.
-        decay: of the moving averages, per update.
-        percentiles: of `"percentile"`, in [0, 100].
-        floor: of `"percentile"`.
+            `"percentile"`: divides by the moving average of the distance between two percentiles, or by `floor` if
+                that distance is less. Subtracts nothing (DreamerV3, arXiv 2301.04104).
+        clip: bound on the absolute value of the result; None is no bound.
+        decay: weight of the past in the moving averages at each update, in [0, 1).
+        percentiles: the two of `"percentile"`, in [0, 100].
+        floor: the least divisor of `"percentile"`, > 0.
         eps: a standard deviation of at most `eps * max(1, |mean|)` counts as none: such rewards are only centred.
 
-    Calling it updates the statistics when training (always with `"batch"`), then normalises. They are fp64 buffers,
-    so `state_dict` holds them; `.to(dtype)` leaves them fp64. The result is fp32, or fp64 for fp64 rewards.
+    A call updates the statistics when training (always with `"batch"`), then normalises. The statistics are fp64
+    buffers, so `state_dict` holds them. `.to(dtype)` leaves them fp64. The result is fp32, or fp64 for fp64 rewards.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class RewardNormalizer(nn.Module):
         return self._merge(self.merged, self.pending)
 
     def _of(self, rewards: Tensor) -> Tensor:
-        """The statistics of these rewards, weighing one each, or one in all for the moving averages."""
+        """The statistics of these rewards. Each weighs 1; for the moving averages all weigh 1 together."""
         values = rewards.detach().reshape(-1).to(self.pending)
         if self.method == "percentile":
             low, high = torch.quantile(values, values.new_tensor(self.percentiles) / 100)
@@ -108,7 +111,11 @@ class RewardNormalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, rewards: Tensor) -> None:
-        """Take in rewards of any shape. NaN raises ValueError where seeing it costs no host sync."""
+        """Add rewards of any shape and float dtype to the statistics.
+
+        Raises:
+            ValueError: there is a NaN among them (found on a CPU, or with `FASTPREF_DEBUG=1`).
+        """
         checks.tensor("rewards", rewards, dtypes=checks.FLOATS)
         if checks.free_to_read(rewards) and bool(rewards.isnan().any()):
             raise ValueError(f"rewards: got {int(rewards.isnan().sum())} NaN, want numbers")
@@ -132,13 +139,13 @@ class RewardNormalizer(nn.Module):
 
     @property
     def mean(self) -> Tensor:
-        """Of the rewards seen (0-d, fp64); with `"percentile"` the middle of the range."""
+        """The mean of the rewards seen (0-d, fp64). With `"percentile"` it is the middle of the range."""
         statistics = self._statistics
         return statistics[1:].mean() if self.method == "percentile" else statistics[1]
 
     @property
     def std(self) -> Tensor:
-        """Of the rewards seen (0-d, fp64); with `"percentile"` the range's moving average."""
+        """The standard deviation of the rewards seen (0-d, fp64). With `"percentile"` it is the averaged range."""
         return self._spread(self._statistics)
 
     def _spread(self, statistics: Tensor) -> Tensor:
@@ -149,7 +156,10 @@ class RewardNormalizer(nn.Module):
         return torch.where(some, statistics[2] / weight.where(some, 1), 0).sqrt()
 
     def normalize(self, rewards: Tensor) -> Tensor:
-        """Without updating anything. Before the first update rewards stay as they are, but for `"batch"`."""
+        """Normalise rewards of any shape without updating anything.
+
+        Before the first update rewards stay as they are, except with `"batch"`, which then takes their own statistics.
+        """
         checks.tensor("rewards", rewards, dtypes=checks.FLOATS)
         dtype = wide(rewards.dtype)
         if rewards.numel() == 0:
@@ -170,24 +180,31 @@ class RewardNormalizer(nn.Module):
         return values.to(dtype)
 
     def forward(self, rewards: Tensor) -> Tensor:
+        """`update` when training (always with `"batch"`), then `normalize`: any shape -> the same shape."""
         if self.training or self.method == "batch":
             self.update(rewards)
         return self.normalize(rewards)
 
     @torch.no_grad()
     def merge(self, other: RewardNormalizer) -> None:
-        """Take in what another normaliser of the same method has seen."""
+        """Add what another normaliser has seen.
+
+        Raises:
+            ValueError: it has another method.
+        """
         if other.method != self.method:
             raise ValueError(f"other: got method {other.method!r}, want {self.method!r}")
         self.pending = self._merge(self.pending, other._statistics.to(self.pending))
 
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Take in what the other ranks have seen since the last call; all then hold the same, to the bit.
+        """Add what the other ranks have seen since the last call. All ranks then hold the same, to the bit.
 
-        As if one process had seen everything: exact for `"running"` and `"batch"`. The moving averages take the
-        mean of the ranks' batches, so theirs are those of one process where batches have equal sizes (`"ema"`), and
-        average the ranks' percentiles (`"percentile"`). Call it once per update or less often, on every rank.
+        With `"running"` and `"batch"` the result is that of one process that has seen everything. The moving averages
+        take the mean of the ranks' batches. With `"ema"` that is the result of one process if batches have equal
+        sizes. With `"percentile"` the ranks' percentiles are averaged.
+
+        Call it once for each update or less often, on every rank of `group` (by default all).
         """
         everyone = gather_over_ranks(self.pending, group)
         factor = 1 / len(everyone) if self.method in ("ema", "percentile") else 1

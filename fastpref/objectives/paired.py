@@ -1,4 +1,4 @@
-"""Preference objectives as modules, callable on log-probs, logits or hidden states."""
+"""Losses on pairs of responses: DPO and its family, IPO, and what all paired losses share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,15 @@ UNWEIGHABLE = frozenset(("aot", "aot_unpaired", "sft"))
 
 
 class PreferenceOutput(NamedTuple):
-    """`loss` is 0-d and differentiable; the rest is detached, `[B]`, on the device (no host sync)."""
+    """What a paired loss returns: `loss` is 0-d and differentiable, the rest is `[B]` and detached.
+
+    All stays on the device, so there is no host sync. Everything is fp32, or fp64 for fp64 inputs.
+
+    - `chosen_logps`, `rejected_logps`: the sequences' log-probs in nats, as the loss scores them (sums, or means).
+    - `chosen_rewards`, `rejected_rewards`: `beta * (logp - ref_logp)`, without a reference `beta * logp`.
+    - `margins`: chosen minus rejected rewards.
+    - `accuracies`: 1 where the margin is above 0, else 0.
+    """
 
     loss: Tensor
     chosen_logps: Tensor
@@ -53,9 +61,13 @@ class PreferenceOutput(NamedTuple):
 
 
 class PairedLoss(nn.Module):
-    """A loss on pairs. Batches are `[B chosen; B rejected]`: padded `[2B, T]`, or packed `[N]` with `cu_seqlens`.
+    """A loss on pairs: what `DPOLoss`, `IPOLoss`, `SimPOLoss`, `CPOLoss` and `ORPOLoss` share.
 
-    Subclasses fill in `objective`; everything else is common. Results are fp32, or fp64 for fp64 inputs.
+    Batches are `[B chosen; B rejected]`: padded `[2B, T]`, or packed `[N]` with `cu_seqlens` `[2B + 1]`. Labels are
+    shifted already: `labels[i]` is the token that row `i` scores. Results are fp32, or fp64 for fp64 inputs.
+
+    To make one or to call it raises `ValueError` or `TypeError` for a wrong shape, dtype, device or option, for an odd
+    batch, and where reference log-probs or lengths are missing. The message names the argument.
     """
 
     def __init__(
@@ -89,7 +101,7 @@ class PairedLoss(nn.Module):
         return value.detach()
 
     def token_weights(self, labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100):
-        """What each token counts in its sequence's score `[N]`, or None where all count 1."""
+        """How much each token counts in its sequence's score `[N]` (see `ld_alpha`), or None where all count 1."""
         if self.ld_alpha is None:
             return None
         return shared_length_weights(labels, cu_seqlens, self.ld_alpha, ignore_index)
@@ -97,7 +109,10 @@ class PairedLoss(nn.Module):
     def sequence_logps(
         self, token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100
     ) -> Tensor:
-        """Sequence log-probs `[2B]` as this objective sums them: what a reference model's `ref_logps` must be."""
+        """Log-probs of sequences `[2B]` as this loss sums them: what a reference model's `ref_logps` must be.
+
+        `token_logps` and `labels` are `[2B, T]`, or packed `[N]` with `cu_seqlens`.
+        """
         weights = self.token_weights(labels, cu_seqlens, ignore_index)
         if weights is not None:
             token_logps = token_logps * weights.view(token_logps.shape)
@@ -112,7 +127,11 @@ class PairedLoss(nn.Module):
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
     ) -> PreferenceOutput:
-        """From sequence log-probs `[B]`, summed as `sequence_logps` does; lengths (scored tokens) where they count."""
+        """From log-probs of sequences `[B]`, summed as `sequence_logps` does.
+
+        Lengths `[B]` are numbers of scored tokens. They are needed by `ipo`, `sigmoid_norm`, `sft` and losses on mean
+        log-probs.
+        """
         checks.tensor("chosen_logps", chosen_logps, dtypes=checks.FLOATS, ndim=(1,))
         checks.tensor("rejected_logps", rejected_logps, dtypes=checks.FLOATS)
         pairs = chosen_logps.shape[0]
@@ -160,14 +179,17 @@ class PairedLoss(nn.Module):
         softcap: float | None = None,
         nll_tokens: Tensor | None = None,
     ) -> PreferenceOutput:
-        """From logits `[2B, T, V]` (or `[N, V]` with `cu_seqlens`) and shifted labels; `ref_logps` `[2B]` summed."""
+        """From logits `[2B, T, V]` and shifted labels `[2B, T]`; or packed, `[N, V]` and `[N]` with `cu_seqlens`.
+
+        `ref_logps` `[2B]` are the reference's, as `sequence_logps` sums them. `nll_tokens` is as in `from_hidden`.
+        """
         pairs = checks.num_pairs(labels, cu_seqlens)
         tokens = self._token_statistics(logits, labels, ignore_index, LogitTransform(temperature, logit_scale, softcap))
         return self._from_tokens(tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, nll_tokens=nll_tokens)
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """What it needs of each token beside the log-prob, as `linear_token_statistics` names it."""
+        """What the loss needs of each token beside its log-prob: names of `linear_token_statistics`."""
         return ("log_sum_sq",) if self.use_weighting else ()
 
     def from_tokens(
@@ -180,8 +202,10 @@ class PairedLoss(nn.Module):
         ignore_index: int = -100,
         nll_tokens: Tensor | None = None,
     ) -> PreferenceOutput:
-        """From what `linear_token_statistics` returns, with at least `self.statistics`: for those who want entropies
-        and the like as well, at no further product."""
+        """From what `linear_token_statistics` returns, with at least the `statistics` that this loss needs.
+
+        So one sweep also gives entropies and the like. The other arguments are as in `from_logits`.
+        """
         missing = [name for name in self.statistics if getattr(tokens, name) is None]
         if missing:
             raise ValueError(f"tokens: got no {', '.join(missing)}, want statistics={self.statistics} (use_weighting)")
@@ -240,12 +264,19 @@ class PairedLoss(nn.Module):
     ) -> PreferenceOutput:
         """From hidden states `[2B, T, d]` (or `[N, d]` with `cu_seqlens`) and the head's weight `[V, d]`.
 
-        No logits in memory: 3 matrix products over the scored rows with a trainable head, 2 with a frozen one,
-        1 without gradients. `plan` and `workspace_bytes` as in `linear_token_logprobs`, and `"pair"`. `nll_tokens`
-        (0-d) is what an NLL term is divided by, in place of this batch's own chosen tokens: for a part of a batch.
-        `scored_rows` is what the host knows of how many labels are not `ignore_index`: at most so many in all, as in
-        `linear_token_logprobs`, or a list `[2B]` of how many exactly in each sequence, with which no plan waits for an
-        accelerator (which trusts it).
+        No logits in memory: 3 matrix products over the scored rows with a trainable head, 2 with a frozen one, 1
+        without gradients.
+
+        Args:
+            labels: `[2B, T]` or `[N]`, shifted. Rows labelled `ignore_index` never enter a product.
+            bias: `[V]` or None.
+            ref_logps: `[2B]`, the reference's log-probs as `sequence_logps` sums them.
+            plan, workspace_bytes: as in `linear_token_logprobs`; and plan `"pair"`, which finishes whole pairs.
+            nll_tokens: 0-d, what an NLL term is divided by in place of this batch's own chosen tokens. It is for a part
+                of a batch.
+            scored_rows: how many labels are not `ignore_index`, if the host knows. Either at most how many in all, as
+                in `linear_token_logprobs`; or a list `[2B]` of exactly how many in each sequence. With the list no
+                plan waits for an accelerator, which trusts it.
         """
         options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
         return self._from_hidden(hidden, weight, labels, bias, ref_logps, cu_seqlens, options, nll_tokens=nll_tokens)
@@ -281,20 +312,23 @@ def _as(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 class DPOLoss(PairedLoss):
     """Direct preference optimisation and its family (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
+    `-log sigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l)))` for `loss_type` `"sigmoid"`. The other formulas and
+    their sources are in `fastpref.reference.paired`.
+
     Args:
         beta: strength of the implicit KL constraint, > 0.
         loss_type: one of the 15 of TRL 1.16, or several for a mixture (MPO, RPO: `["sigmoid", "sft"]`).
         label_smoothing: probability in [0, 0.5) that a pair's labels are flipped. Acts on `sigmoid` (cDPO,
             unlike TRL 1.16), `robust`, `exo_pair` (where it must be > 0) and the two `aot`.
         f_divergence: `reverse_kl`, `forward_kl`, `js_divergence` or `alpha_divergence` (arXiv 2309.16240).
-        f_alpha_divergence_coef: alpha of the last.
+        f_alpha_divergence_coef: alpha of the alpha-divergence.
         loss_weights: one per loss type, default 1.0 each, not normalised.
         discopop_tau: temperature of `discopop`.
         ld_alpha: LD-DPO's weight in [0, 1] of the tokens beyond the shorter response's length (arXiv 2409.06411).
             `ref_logps` must be weighted alike: compute them with `sequence_logps`.
         use_weighting: weigh each pair by the policy's confidence in it (WPO, arXiv 2406.11827).
 
-    `ipo`, `sigmoid_norm` and `sft` need sequence lengths: `from_logits` and `from_hidden` count the labels.
+    `ipo`, `sigmoid_norm` and `sft` need the sequences' lengths. `from_logits` and `from_hidden` count the labels.
     """
 
     def __init__(
@@ -349,8 +383,12 @@ class DPOLoss(PairedLoss):
 class IPOLoss(PairedLoss):
     """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036v2, eq. 17): `(m - 1 / (2 beta))^2`.
 
-    `m` is the difference of the two log-ratios; with `length_normalize` each is divided by its number of tokens
-    first, as TRL does (and as the authors say they ran it).
+    `m` is the difference of the two log-ratios `logp - ref_logp`.
+
+    Args:
+        beta: strength of the KL regularisation, > 0.
+        length_normalize: divide each log-ratio by its number of tokens first. TRL does so, and the authors say that
+            they ran it so.
     """
 
     def __init__(self, beta: float = 0.1, length_normalize: bool = False) -> None:

@@ -1,4 +1,7 @@
-"""Policy-gradient objectives on sampled completions: clipped PPO, GRPO, DAPO and Dr. GRPO token losses."""
+"""Policy-gradient losses on sampled completions: clipped PPO, GRPO, DAPO and Dr. GRPO.
+
+The formula stands in `fastpref.reference.policy`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,11 @@ REDUCTIONS = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "
 
 
 class PolicyOutput(NamedTuple):
-    """`loss` is 0-d and differentiable; the rest is detached and on the device (no host sync)."""
+    """What a policy-gradient loss returns: `loss` is 0-d and differentiable, the rest is detached.
+
+    All stays on the device, so there is no host sync. `entropy` (nats), `kl` (the k3 estimate, nats; 0 without
+    `ref_logps`), `ratio` (to the sampling policy) and `clip_fraction` are 0-d means over the scored tokens.
+    """
 
     loss: Tensor
     logps: Tensor  # shaped like the labels, 0 on ignored rows
@@ -29,18 +36,24 @@ class PolicyOutput(NamedTuple):
 
 
 class PolicyGradientLoss(nn.Module):
-    """`-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) + beta * k3 - entropy_coef * H` per token, averaged.
+    """`-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) + beta * k3 - entropy_coef * H` of each token, averaged.
 
-    PPO: Schulman et al. 2017, arXiv 1707.06347, eq. 7; GRPO: Shao et al. 2024, arXiv 2402.03300, eq. 3-4; DAPO: Yu et
-    al. 2025, arXiv 2503.14476, eq. 8-10; Dr. GRPO: Liu et al. 2025, arXiv 2503.20783.
+    r is the ratio of the policy's probability to the sampling policy's, A the advantage, H the entropy.
+
+    Sources: PPO, Schulman et al. 2017, arXiv 1707.06347, eq. 7. GRPO, Shao et al. 2024, arXiv 2402.03300, eq. 3-4.
+    DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 8-10. Dr. GRPO, Liu et al. 2025, arXiv 2503.20783.
 
     Args:
-        epsilon_low, epsilon_high: clip range of the ratio to the sampling policy (DAPO decouples the two).
-        beta: weight of the k3 estimate of the KL to the reference; > 0 needs `ref_logps`.
-        entropy_coef: weight of the entropy bonus (exact, over the vocabulary).
-        loss_type: `grpo` (mean over sequences of their token means), `bnpo` and `dapo` (token mean; pass the global
-            token count as `normalizer` for DAPO over several ranks or micro-batches), `dr_grpo` (sum over a
-            constant `normalizer`: sequences times the maximal completion length).
+        epsilon_low, epsilon_high: clip range of the ratio. DAPO decouples the two; by default they are equal.
+        beta: weight of the k3 estimate of the KL to the reference, at least 0. Above 0 it needs `ref_logps`.
+        entropy_coef: weight of the entropy bonus (exact, over the vocabulary), at least 0.
+        loss_type: how token losses are averaged. `grpo`: the mean over sequences of their token means. `bnpo` and
+            `dapo`: the mean over tokens; for DAPO over several ranks or micro-batches pass the global token count as
+            `normalizer`. `dr_grpo`: the sum divided by a constant `normalizer`, which is sequences times the maximal
+            completion length.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range.
     """
 
     def __init__(
@@ -111,7 +124,10 @@ class PolicyGradientLoss(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
     ) -> PolicyOutput:
-        """From logits `[S, T, V]` (or `[N, V]` with `cu_seqlens`) and shifted labels; see `from_hidden`."""
+        """From logits `[S, T, V]` and shifted labels `[S, T]`; or packed, `[N, V]` and `[N]` with `cu_seqlens`.
+
+        The other arguments are as in `from_hidden`.
+        """
         tokens = token_statistics(
             logits, labels, ("entropy",), ignore_index=ignore_index, temperature=temperature, logit_scale=logit_scale,
             softcap=softcap,
@@ -155,16 +171,19 @@ class PolicyGradientLoss(nn.Module):
         """From hidden states `[S, T, d]` (or `[N, d]` with `cu_seqlens`) and the head's weight `[V, d]`.
 
         Args:
-            labels: sampled tokens, already shifted; rows labelled `ignore_index` (prompt, padding) are not computed.
-            advantages: `[S]`, or one per token, shaped like labels.
-            old_logps: the sampling policy's token log-probs, shaped like labels; None if it is this policy.
-            ref_logps: the reference's token log-probs, shaped like labels (with `beta` > 0).
+            labels: sampled tokens, already shifted. Rows labelled `ignore_index` (prompt, padding) are not computed.
+            advantages: `[S]`, or one for each token, shaped like labels.
+            old_logps: the sampling policy's token log-probs, shaped like labels. None if that is this policy.
+            ref_logps: the reference's token log-probs, shaped like labels; needed with `beta` > 0.
+            bias: `[V]` or None.
             normalizer: see `loss_type`.
-            scored_rows: as in `linear_token_logprobs`.
+            workspace_bytes, scored_rows: as in `linear_token_logprobs`.
 
-        No logits in memory, and one tile of workspace: a token's coefficients are known while its logits still
-        exist. 3 matrix products over the scored rows, 2 with a frozen head, 1 without gradients, with or without
-        an entropy bonus.
+        No logits in memory, and one tile of workspace: a token's coefficients are known while its logits still exist.
+        3 matrix products over the scored rows, 2 with a frozen head, 1 without gradients. An entropy bonus costs none.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype, device or option, or an argument that is missing.
         """
         options = HeadOptions(ignore_index, temperature, logit_scale, softcap, "auto", workspace_bytes, scored_rows)
         inputs = head_inputs(hidden, weight, labels, bias, options)
@@ -192,7 +211,10 @@ class PolicyGradientLoss(nn.Module):
         normalizer: float | Tensor | None = None,
         ignore_index: int = -100,
     ) -> PolicyOutput:
-        """From token log-probs shaped like labels; `entropy` alike, where `entropy_coef` > 0."""
+        """From token log-probs, shaped like labels `[S, T]`, or packed `[N]` with `cu_seqlens`.
+
+        `entropy`, of the same shape, is needed where `entropy_coef` > 0. The other arguments are as in `from_hidden`.
+        """
         checks.tensor("logps", logps, dtypes=checks.FLOATS)
         checks.tensor("labels", labels, dtypes=checks.INTEGERS)
         checks.shape("logps", logps, labels.shape, "one per token, like labels")

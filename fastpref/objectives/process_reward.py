@@ -1,4 +1,4 @@
-"""Process reward models: the loss on steps, and from steps to sequences."""
+"""Process reward models: the loss on the steps of a solution, and a solution's score from those of its steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ AGGREGATIONS = ("min", "product", "last")
 
 
 class ProcessRewardOutput(NamedTuple):
-    """`loss` is 0-d and differentiable; the rest is detached, on the device (no host sync). `step_losses` and
-    `accuracies` are shaped like the labels, 0 where there is no labelled step, of which there are `num_steps`."""
+    """What `ProcessRewardLoss` returns: `loss` is 0-d and differentiable, the rest is detached.
+
+    All stays on the device, so there is no host sync. `step_losses` and `accuracies` are shaped like the labels, and 0
+    where there is no labelled step. `num_steps` (0-d) is how many labelled steps there are.
+    """
 
     loss: Tensor
     step_losses: Tensor
@@ -27,11 +30,12 @@ class ProcessRewardOutput(NamedTuple):
 class ProcessRewardLoss(nn.Module):
     """Cross-entropy of the labels of reasoning steps, the mean over labelled steps.
 
-    Two forms, told apart by the shapes:
-    - scores `[*]` and labels `[*]`: binary cross-entropy of sigmoid(score); labels are 0 or 1, or the probability
-      that the step is right (Math-Shepherd, arXiv 2312.08935, eq. 2 with labels by eq. 3 or 4);
-    - logits `[*, C]` and integer labels `[*]`: cross-entropy over C classes (TRL's PRMTrainer has C = 2; Let's
-      Verify Step by Step, 2305.20050, has 3).
+    There are two forms, told apart by the shapes:
+
+    - Scores `[*]` and labels `[*]`: binary cross-entropy of sigmoid(score). Labels are 0 or 1, or the probability that
+      the step is right. Source: Math-Shepherd, arXiv 2312.08935, eq. 2 with labels by eq. 3 or 4.
+    - Logits `[*, C]` and integer labels `[*]`: cross-entropy over C classes. TRL's PRMTrainer has C = 2. Let's Verify
+      Step by Step, arXiv 2305.20050, has 3.
 
     Results are fp32, or fp64 if an input is. Without a labelled step the loss is a differentiable 0.
     """
@@ -39,7 +43,14 @@ class ProcessRewardLoss(nn.Module):
     def forward(
         self, step_logits: Tensor, step_labels: Tensor, mask: Tensor | None = None, ignore_index: int = -100
     ) -> ProcessRewardOutput:
-        """Steps whose label is `ignore_index`, or where `mask` `[*]` (bool, or 0 and 1) is 0, do not count."""
+        """From scores `[*]` or logits `[*, C]` of steps, and their labels `[*]`.
+
+        Steps whose label is `ignore_index` do not count, nor those where `mask` `[*]` (bool, or 0 and 1) is 0.
+
+        Raises:
+            ValueError, TypeError: shapes that do not go together, a wrong dtype or device, or (on a CPU, or with
+                `FASTPREF_DEBUG=1`) a label out of range.
+        """
         checks.tensor("step_logits", step_logits, dtypes=checks.FLOATS)
         checks.tensor("step_labels", step_labels, dtypes=(*checks.INTEGERS, *checks.FLOATS, torch.bool))
         checks.same_device("step_labels", step_labels, "step_logits", step_logits)
@@ -75,12 +86,18 @@ class ProcessRewardLoss(nn.Module):
         """From hidden states `[*, d]` and the head's weight, `[C, d]` for classes, `[1, d]` or `[d]` for scores.
 
         Args:
-            step_labels: without `step_index` one label per row of hidden, `ignore_index` but at the ends of steps;
-                finding those is a host sync on an accelerator.
+            step_labels: without `step_index` one label for each row of hidden, `ignore_index` but at the ends of
+                steps. To find those is a host sync on an accelerator.
             step_index: where the labelled steps end, shaped like `step_labels`: positions `[S, K]` in hidden
                 `[S, T, d]`, or rows `[n]` of packed hidden `[N, d]`. It is not read where there is no label.
+            head_bias: one number for each row of the head's weight, or None.
+            mask, ignore_index: as in `forward`.
 
         Only the rows where steps end enter the product, which is in fp32 whatever the dtypes.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or device, or (on a CPU, or with `FASTPREF_DEBUG=1`) a label or
+                position out of range.
         """
         checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
         checks.tensor("head_weight", head_weight, dtypes=checks.FLOATS, ndim=(1, 2))
@@ -136,7 +153,7 @@ def _classes(logits: Tensor, labels: Tensor, scored: Tensor) -> tuple[Tensor, Te
 
 
 def _step_rows(hidden: Tensor, step_index: Tensor, step_labels: Tensor, scored: Tensor) -> Tensor:
-    """Rows of the flattened hidden states; row 0 where there is no label."""
+    """The steps' rows among the flattened hidden states. Row 0 where there is no label."""
     checks.tensor("step_index", step_index, dtypes=checks.INTEGERS, ndim=(hidden.ndim - 1,))
     checks.shape("step_labels", step_labels, tuple(step_index.shape), "one label per step")
     checks.same_device("step_index", step_index, "hidden", hidden)
@@ -167,15 +184,20 @@ def _step_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tens
 def aggregate_steps(
     step_scores: Tensor, cu_steps: Tensor | None = None, method: str = "min", mask: Tensor | None = None
 ) -> Tensor:
-    """A sequence's score from those of its steps: `[S]`, differentiable.
+    """A sequence's score from those of its steps: `[S]`, differentiable, fp32 (fp64 for fp64 scores).
 
     Args:
         step_scores: probabilities that a step is right, `[S, K]`, or packed `[n]` with `cu_steps`.
-        cu_steps: `[S + 1]`, the sequences' offsets in packed scores; unpacking them is a host sync on an accelerator.
-        method: `"min"`, `"product"` (in log space; scores must not be negative) or `"last"`.
-        mask: bool or 0 and 1, shaped like `step_scores`: which are steps.
+        cu_steps: `[S + 1]`, the sequences' offsets in packed scores. Unpacking them is a host sync on an accelerator.
+        method: `"min"` (arXiv 2312.08935, section 3.4), `"product"` (arXiv 2305.20050, section 2.6; in log space,
+            scores must not be negative) or `"last"`.
+        mask: which are steps: bool or 0 and 1, shaped like `step_scores`. None: all.
 
     A sequence without steps scores 0. The product passes no gradient to a score of exactly 0.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or method, or (on a CPU, or with `FASTPREF_DEBUG=1`) a
+            negative score for a product.
     """
     checks.tensor("step_scores", step_scores, dtypes=checks.FLOATS)
     checks.choice("method", method, AGGREGATIONS)

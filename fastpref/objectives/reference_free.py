@@ -1,4 +1,4 @@
-"""Paired objectives that need no reference model: ORPO, SimPO, CPO."""
+"""Losses on pairs that need no reference model: SimPO, CPO, ORPO."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ INFINITY = float("inf")
 class SimPOLoss(PairedLoss):
     """`-log sigmoid(beta (mean_w - mean_l) - gamma)` (Meng et al. 2024, arXiv 2405.14734, eq. 6).
 
+    `mean_w` and `mean_l` are the mean log-probs of the chosen and the rejected response's tokens.
+
     Args:
         beta: scale of the mean log-probs, > 0.
-        gamma: target reward margin. TRL's `simpo_gamma` enters unchanged.
+        gamma: target reward margin, at least 0. TRL's `simpo_gamma` enters unchanged.
         label_smoothing: probability in [0, 0.5) that a pair's labels are flipped.
     """
 
@@ -83,9 +85,10 @@ class CPOLoss(PairedLoss):
 class ORPOLoss(PairedLoss):
     """Odds-ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691, eq. 6): NLL + beta * L_OR.
 
-    L_OR compares the odds of the length-normalised likelihoods; it stays finite as a probability goes to 1. The
-    NLL is the token mean over the chosen completions, or, when `from_hidden` or `from_logits` is given
-    `prompt_labels`, over the chosen prompts and completions, as in the paper's code and TRL.
+    L_OR compares the odds of the length-normalised likelihoods. It stays finite as a probability goes to 1.
+
+    The NLL is the token mean over the chosen completions. If `from_hidden` or `from_logits` is given `prompt_labels`,
+    it is over the chosen prompts and completions, as in the paper's code and TRL.
 
     Args:
         beta: weight of the odds-ratio term (lambda in the paper), > 0.
@@ -112,7 +115,7 @@ class ORPOLoss(PairedLoss):
         nll_tokens: Tensor | None = None,
         prompt_labels: Tensor | None = None,
     ) -> PreferenceOutput:
-        """As `PairedLoss.from_logits`; `prompt_labels`, shaped like labels, adds the chosen prompts to the NLL."""
+        """As `PairedLoss.from_logits`. `prompt_labels`, shaped like labels, add the chosen prompts to the NLL."""
         pairs = checks.num_pairs(labels, cu_seqlens)
         labels, lengths, weights = _with_prompts(labels, prompt_labels, cu_seqlens, pairs, ignore_index)
         tokens = self._token_statistics(logits, labels, ignore_index, LogitTransform(temperature, logit_scale, softcap))
@@ -139,8 +142,10 @@ class ORPOLoss(PairedLoss):
         prompt_labels: Tensor | None = None,
         scored_rows: ScoredRows = None,
     ) -> PreferenceOutput:
-        """As `PairedLoss.from_hidden`; `prompt_labels`, shaped like labels, adds the chosen prompts to the NLL (and to
-        what `scored_rows` counts)."""
+        """As `PairedLoss.from_hidden`. `prompt_labels`, shaped like labels, add the chosen prompts to the NLL.
+
+        The prompts then belong to what `scored_rows` counts.
+        """
         pairs = checks.num_pairs(labels, cu_seqlens)
         labels, lengths, weights = _with_prompts(labels, prompt_labels, cu_seqlens, pairs, ignore_index)
         options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
@@ -152,7 +157,7 @@ class ORPOLoss(PairedLoss):
 def _with_prompts(
     labels: Tensor, prompt_labels: Tensor | None, cu_seqlens: Tensor | None, pairs: int, ignore_index: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(labels with the chosen prompts scored too, completion lengths `[2B]`, token weights `[N]`: prompts 0)."""
+    """(labels with the chosen prompts scored too, lengths of completions `[2B]`, token weights `[N]`, 0 on prompts)."""
     if prompt_labels is None:
         return labels, None, None
     checks.tensor("prompt_labels", prompt_labels, dtypes=checks.INTEGERS)

@@ -17,7 +17,11 @@ RANKING_METHODS = ("pairs", "plackett_luce")
 
 
 class RewardOutput(NamedTuple):
-    """`loss` is 0-d and differentiable; the rest is detached, one per pair, on the device (no host sync)."""
+    """What `BradleyTerryLoss` returns: `loss` is 0-d and differentiable, the rest is detached, one for each pair.
+
+    All stays on the device, so there is no host sync. `margins` are chosen minus rejected rewards, and `accuracies` 1
+    where that is above 0, else 0.
+    """
 
     loss: Tensor
     chosen_rewards: Tensor
@@ -27,7 +31,7 @@ class RewardOutput(NamedTuple):
 
 
 def _head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The head's weight as `[d]` and its bias as `[1]`. Any float dtypes go together: the product is in fp32."""
+    """The head's weight as `[d]` and its bias as `[1]`. Any float dtypes go together, since the product is in fp32."""
     checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
     checks.tensor("head_weight", head_weight, dtypes=checks.FLOATS)
     d = hidden.shape[-1] if hidden.ndim else 0
@@ -46,7 +50,7 @@ def _head(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tupl
 
 
 def _last_rows(hidden: Tensor, last_index: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, str]:
-    """(index, layout) of the rows that score the sequences."""
+    """(index, layout) of the rows that score the sequences. Layouts as in `fastpref_kernels.row_scores`."""
     if (last_index is None) == (cu_seqlens is None):
         got = "neither" if last_index is None else "both"
         raise ValueError(f"last_index, cu_seqlens: got {got}, want one of them")
@@ -68,8 +72,13 @@ def _last_rows(hidden: Tensor, last_index: Tensor | None, cu_seqlens: Tensor | N
 class BradleyTerryLoss(nn.Module):
     """`mean(-log sigmoid(r_w - r_l - margin)) + center_coefficient * mean((r_w + r_l)^2)`.
 
-    The reward model loss of InstructGPT (arXiv 2203.02155, eq. 1), with the margin of Llama 2 (2307.09288, eq. 2)
-    and the centring of Eisenstein et al. (2312.09244). Results are fp32, or fp64 if an input is.
+    The reward model's loss of InstructGPT (arXiv 2203.02155, eq. 1), with the margin of Llama 2 (arXiv 2307.09288,
+    eq. 2) and the centring of Eisenstein et al. (arXiv 2312.09244). Results are fp32, or fp64 if an input is.
+
+    Args:
+        center_coefficient: weight of the term that keeps rewards around 0, at least 0.
+
+    All ways to call it raise `ValueError` or `TypeError` for a wrong shape, dtype, device or option.
     """
 
     def __init__(self, center_coefficient: float = 0.0) -> None:
@@ -89,7 +98,7 @@ class BradleyTerryLoss(nn.Module):
         return margin.detach().to(torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     def forward(self, chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | None = None) -> RewardOutput:
-        """From rewards, each `[B]`. `margin` `[B]` is by how much the chosen one should win at least, a constant."""
+        """From rewards, each `[B]`. `margin` `[B]`, a constant, is by how much the chosen one should win at least."""
         checks.tensor("chosen_rewards", chosen_rewards, dtypes=checks.FLOATS, ndim=(1,))
         checks.tensor("rejected_rewards", rejected_rewards, dtypes=checks.FLOATS)
         pairs = chosen_rewards.shape[0]
@@ -115,11 +124,12 @@ class BradleyTerryLoss(nn.Module):
         """From the backbone's hidden states of `[B chosen; B rejected]` and the head's weight `[1, d]` or `[d]`.
 
         Args:
-            hidden: `[2B, T, d]`, or packed `[N, d]`. Any strides; read only where a sequence ends.
-            last_index: `[2B]`, where the last real token is: its position in a padded sequence, or its row of the
+            hidden: `[2B, T, d]`, or packed `[N, d]`. Any strides. It is read only where a sequence ends.
+            last_index: `[2B]`, where the last real token is: its position in a padded sequence, or its row among
                 packed ones. Tokens are never compared with a pad id, which may also end a sequence.
-            cu_seqlens: `[2B + 1]` in its place, for packed sequences that end where the next one begins.
-            margin: `[B]`, a constant.
+            margin: `[B]`, a constant, as in `forward`.
+            head_bias: `[1]` or None.
+            cu_seqlens: `[2B + 1]` in place of `last_index`, for packed sequences that end where the next one begins.
 
         The product is in fp32 whatever the dtypes. Two launches forward, one backward.
         """
@@ -139,17 +149,17 @@ class BradleyTerryLoss(nn.Module):
         return RewardOutput(loss, *metrics.unbind(0))
 
     def from_rankings(self, rewards: Tensor, ranks: Tensor, group: Tensor, method: str = "pairs") -> RewardOutput:
-        """From several responses to each prompt, all `[n]` in any order.
+        """From several responses to each prompt. All tensors are `[n]`, in any order.
 
         Args:
-            ranks: lower is better; only their order within a group counts.
+            ranks: lower is better. Only their order within a group counts.
             group: which prompt a response answers: integers, not necessarily consecutive.
-            method: `"pairs"`, all pairs of a group with weight 1 / C(k, 2) each, as InstructGPT does (arXiv
-                2203.02155, eq. 1), where responses of equal rank are not compared; or `"plackett_luce"`, the
-                likelihood of the whole ranking, without ties.
+            method: `"pairs"` takes all pairs of a group with weight 1 / C(k, 2) each, as InstructGPT does (arXiv
+                2203.02155, eq. 1). Responses of equal rank are not compared. `"plackett_luce"` is the likelihood of
+                the whole ranking (arXiv 2305.18290, appendix A.3), and allows no ties.
 
-        The mean over groups; a group with nothing to compare does not count. The rewards, margins and accuracies of
-        the output are those of all compared pairs. One host sync finds the sizes of the groups.
+        The loss is the mean over groups. A group with nothing to compare does not count. The rewards, margins and
+        accuracies of the output are those of all compared pairs. One host sync finds the sizes of the groups.
         """
         checks.choice("method", method, RANKING_METHODS)
         checks.tensor("rewards", rewards, dtypes=checks.FLOATS, ndim=(1,))
@@ -175,8 +185,16 @@ class BradleyTerryLoss(nn.Module):
 class RewardHead(nn.Module):
     """A transformers backbone with a `[d] -> 1` head, in the layout of `AutoModelForSequenceClassification`.
 
-    The head's product is in fp32 and reads the last real token only: by the attention mask (padding on either
-    side), by explicit positions, or by `cu_seqlens`. The state dict has transformers' own keys (`score.weight`).
+    The head's product is in fp32, and reads the last real token of each sequence only. The attention mask tells where
+    that is (padding on either side), or explicit positions, or `cu_seqlens`. The state dict has transformers' own keys
+    (`score.weight`).
+
+    Args:
+        backbone: a transformers model without its head.
+        score: the head, with one output. By default a new one is made, as transformers does.
+
+    Raises:
+        ValueError: `score` has several outputs.
     """
 
     def __init__(self, backbone: nn.Module, score: nn.Linear | None = None) -> None:
@@ -197,15 +215,21 @@ class RewardHead(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
+        """The model below the head."""
         return getattr(self, self._backbone_name)
 
     @property
     def config(self) -> Any:
+        """The backbone's transformers configuration."""
         return self.backbone.config
 
     @classmethod
     def from_causal_lm(cls, model: nn.Module) -> RewardHead:
-        """A new head on the backbone of a language model (shared, not copied)."""
+        """A new head on the backbone of a language model, which is shared, not copied.
+
+        Raises:
+            TypeError: the model has no backbone (`base_model`).
+        """
         backbone: Any = getattr(model, "base_model", model)
         if backbone is model:
             raise TypeError(f"model: got {type(model).__name__}, want a model with a backbone (base_model)")
@@ -213,8 +237,14 @@ class RewardHead(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> RewardHead:
-        """A folder or model that `AutoModelForSequenceClassification` reads, with `num_labels == 1`; or an adapter of
-        one with its head, which then stays in the backbone's layers (so its rewards are those of training)."""
+        """Load a folder or hub id that `AutoModelForSequenceClassification` reads, with `num_labels == 1`.
+
+        It may be an adapter with its head. The adapter then stays in the backbone's layers, so that rewards are those
+        of training. `kwargs` go to transformers' `from_pretrained`.
+
+        Raises:
+            ValueError: the model has several labels, or its head is not named `score`.
+        """
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
         adapter = adapters.adapter_config(path)
@@ -234,7 +264,11 @@ class RewardHead(nn.Module):
         return found
 
     def save_pretrained(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write what `AutoModelForSequenceClassification` and `RewardHead` load."""
+        """Write a folder that `AutoModelForSequenceClassification` and `RewardHead` load.
+
+        Raises:
+            ValueError: there are adapters in the layers.
+        """
         from transformers import AutoModelForSequenceClassification
 
         if adapters.own_names(self):
@@ -258,8 +292,9 @@ class RewardHead(nn.Module):
     ) -> Tensor:
         """Rewards `[S]` in fp32 of `[S, T]` tokens, or of packed tokens `[1, N]` with `cu_seqlens` `[S + 1]`.
 
-        Without a mask, `last_index` or `cu_seqlens` every sequence ends at T - 1. Packed tokens get position ids
-        that restart at each sequence, by which transformers keeps them apart, unless `position_ids` is given.
+        `last_index` `[S]` are positions of last tokens. Without a mask, `last_index` or `cu_seqlens` every sequence
+        ends at T - 1. Packed tokens get position ids that restart at each sequence, unless `position_ids` is given.
+        By them transformers keeps the sequences apart.
         """
         if getattr(self.config, "use_cache", False):
             kwargs.setdefault("use_cache", False)
@@ -280,7 +315,7 @@ class RewardHead(nn.Module):
 
 
 def _ends(attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """Where each sequence ends: the rightmost position that the mask lets through."""
+    """Where each sequence ends `[S]`: the rightmost position that the mask lets through."""
     sequences, length = hidden.shape[:2]
     positions = torch.arange(length, device=hidden.device)
     if attention_mask is None:

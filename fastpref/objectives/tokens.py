@@ -1,4 +1,4 @@
-"""Per-token and per-sequence log-probs: the differentiable primitives, and the choice of an execution plan."""
+"""Log-probs of tokens and of sequences, from logits or from hidden states: what every loss here is made of."""
 
 from __future__ import annotations
 
@@ -54,19 +54,20 @@ def token_logprobs(
     """`log softmax(softcap * tanh(logits * logit_scale / softcap) / temperature)[label]` of every row.
 
     Args:
-        logits: `[..., V]`, any float dtype; strided views such as `logits[:, :-1]` or `logits[..., :V]` of a
+        logits: `[..., V]`, any float dtype. Strided views such as `logits[:, :-1]` or `logits[..., :V]` of a
             padded vocabulary are read in place.
         labels: `[...]` int32 or int64, the token that each row scores (already shifted).
         ignore_index: rows with this label give exactly 0 and get exactly 0 gradient.
+        temperature, logit_scale, softcap: as in the formula, > 0. Without a cap `softcap` is None.
 
     Returns:
         `[...]` natural-log probabilities, fp32 (fp64 for fp64 logits), differentiable once in `logits`.
-        Reads the logits once; the backward reads them once more and writes the gradient. Nothing of size
+        The logits are read once. The backward reads them once more and writes the gradient. Nothing of size
         `[N, V]` is kept beyond the logits themselves.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or option, or (on a CPU, or with FASTPREF_DEBUG=1) a
-            label out of range; elsewhere such a label makes its own log-prob NaN.
+        ValueError, TypeError: a wrong shape, dtype, device or option, or (on a CPU, or with `FASTPREF_DEBUG=1`) a
+            label out of range. Elsewhere such a label makes its own log-prob NaN.
     """
     logps, *_ = _token_op(logits, labels, ignore_index, temperature, logit_scale, softcap, ())
     return logps.view(labels.shape)
@@ -82,11 +83,15 @@ def token_statistics(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenStatistics:
-    """`token_logprobs` and more from the same sweep over the logits.
+    """`token_logprobs` and statistics of each row, from one sweep over the logits.
 
-    `statistics` is any of `"entropy"` (nats; differentiable, like the log-probs), `"mean_logit"`, `"is_top1"`
-    (is the label the argmax; the first index wins a tie) and `"log_sum_sq"` (log sum_v p_v^2, WPO's weight).
-    The fields that were not asked for are None; the others are shaped like `labels`.
+    Args:
+        statistics: any of `"entropy"` (nats; differentiable, like the log-probs), `"mean_logit"`, `"is_top1"` (is the
+            label the argmax? the first index wins a tie) and `"log_sum_sq"` (log sum_v p_v^2, for WPO's weight, arXiv
+            2406.11827).
+
+    The other arguments, dtypes and errors are as in `token_logprobs`. Fields that were not asked for are None. The
+    others are shaped like `labels`.
     """
     for name in statistics:
         checks.choice("statistics", name, STATISTICS)
@@ -114,22 +119,25 @@ def linear_token_logprobs(
     """`token_logprobs(hidden @ weight.T + bias, labels)` without the logits in memory.
 
     Args:
-        hidden: `[..., d]`; weight: `[V, d]`; bias: `[V]` or None, all of one dtype (or under `torch.autocast`,
-            which casts them as it would for `F.linear`).
-        labels: `[...]` int32 or int64, already shifted. Rows labelled `ignore_index` never enter a matrix
-            product, give exactly 0 and get exactly 0 gradient.
-        plan: `"auto"`, `"no_grad"`, `"frozen"`, `"store"` or `"recompute"`: 1, 2, 3 and 4 matrix products of
-            `2 N d V` FLOPs, N the scored rows (see `fastpref.plans.plans`).
-        workspace_bytes: memory for what a plan keeps; by default a quarter of what is free on an accelerator.
-        scored_rows: how many labels are not `ignore_index`, at most, if the host knows. By default an accelerator is
-            asked, once; with it nothing waits, and a CUDA graph can capture the call (with `plan` `"frozen"`,
+        hidden: `[..., d]`, any float dtype.
+        weight: `[V, d]`, of the dtype of `hidden`. Under `torch.autocast` dtypes may differ: all are cast as for
+            `F.linear`.
+        bias: `[V]` or None, like `weight`.
+        labels: `[...]` int32 or int64, already shifted.
+        ignore_index: rows with this label never enter a matrix product, give exactly 0 and get exactly 0 gradient.
+        temperature, logit_scale, softcap: as in `token_logprobs`.
+        plan: `"auto"`, `"no_grad"`, `"frozen"`, `"store"` or `"recompute"`. The last four take 1, 2, 3 and 4 matrix
+            products of `2 N d V` FLOPs, N the scored rows (see `fastpref.plans.plans`).
+        workspace_bytes: memory for what a plan keeps. By default a quarter of what is free.
+        scored_rows: at most how many labels are not `ignore_index`, if the host knows. By default an accelerator is
+            asked, once. With this number nothing waits, and a CUDA graph can capture the call (with `plan` `"frozen"`,
             `"store"` or `"recompute"`). The hidden states of ignored rows must then be finite. Too low a number is a
             `ValueError` on a CPU, and makes the results NaN on an accelerator.
 
     Returns:
         `[...]` natural-log probabilities, fp32 (fp64 for fp64 inputs), differentiable once in `hidden`,
-        `weight` and `bias` with any upstream gradient. Half-precision results are more accurate than those of
-        half-precision logits: the label's logit is recomputed in fp32, inside the log-sum-exp too.
+        `weight` and `bias` with any upstream gradient. Results from half precision are more accurate than those of
+        logits in half precision: the label's logit is recomputed in fp32, inside the log-sum-exp too.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device, plan or option, or a label out of range (see
@@ -155,11 +163,11 @@ def linear_token_statistics(
     workspace_bytes: int | None = None,
     scored_rows: ScoredRows = None,
 ) -> TokenStatistics:
-    """`linear_token_logprobs` and the `statistics` of `token_statistics` from the same sweep.
+    """`linear_token_logprobs` and the `statistics` of `token_statistics` from one sweep. Arguments as in those.
 
-    The log-probs and the entropy are differentiable, the other statistics constants. An entropy that is only looked
-    at costs no product; its gradient costs none with a trainable head either, and two more with a frozen one (one
-    with `plan="recompute"`).
+    The log-probs and the entropy are differentiable, the other statistics are constants. An entropy that is only
+    looked at costs no product. Its gradient costs none with a trainable head either. With a frozen head it costs two
+    more (one with `plan="recompute"`).
     """
     for name in statistics:
         checks.choice("statistics", name, STATISTICS)
@@ -171,7 +179,7 @@ def linear_token_statistics(
 def statistics_by(
     choice: PlanChoice, inputs: HeadInputs, options: HeadOptions, shape: torch.Size, statistics: tuple[str, ...]
 ) -> TokenStatistics:
-    """By a plan that is chosen, from inputs that are checked; results of the `shape` of the labels."""
+    """Log-probs and statistics by a chosen plan from checked inputs. Results have the `shape` of the labels."""
     logps, _, _, _, values = torch.ops.fastpref.linear_token_logprobs(
         *inputs.head, *operator_options(options), choice.plan, choice.workspace_bytes, ",".join(statistics),
         inputs.compute_weight, choice.known.rows,
@@ -194,10 +202,17 @@ def sequence_logprobs(
     """Each sequence's summed log-prob, or with `average` the mean over its scored tokens.
 
     Args:
-        token_logps: `[S, T]`, or packed `[N]` with `cu_seqlens` `[S + 1]`; labels: the same shape.
+        token_logps: `[S, T]`, or packed `[N]` with `cu_seqlens`.
+        labels: of the same shape. Tokens labelled `ignore_index` do not count.
+        cu_seqlens: `[S + 1]` int32 or int64, the sequences' offsets among packed rows.
 
     Returns:
-        `[S]` in the dtype of `token_logps`, differentiable. A sequence without scored tokens gives 0.
+        `[S]` in the dtype of `token_logps`, differentiable, added up in fp64 where the device has it. A sequence
+        without scored tokens gives 0.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device, or (on a CPU, or with `FASTPREF_DEBUG=1`) offsets that
+            do not ascend from 0 to N.
     """
     checks.tensor("token_logps", token_logps, dtypes=checks.FLOATS)
     checks.tensor("labels", labels, dtypes=checks.INTEGERS)
@@ -230,7 +245,12 @@ def explain(
     workspace_bytes: int | None = None,
     paired: bool = False,
 ) -> str:
-    """In words: which backend and which plan these inputs get, and why. `paired`: as `from_hidden` would call it."""
+    """Say in words which backend and which plan these inputs get, and why.
+
+    Args:
+        hidden, weight, labels, bias, plan, workspace_bytes: as in `linear_token_logprobs`.
+        paired: explain a loss's `from_hidden` instead of `linear_token_logprobs`.
+    """
     options = HeadOptions(plan=plan, workspace_bytes=workspace_bytes)
     inputs = head_inputs(hidden, weight, labels, bias, options)
     backend = backends.choose(hidden.device)

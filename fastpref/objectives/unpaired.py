@@ -1,4 +1,4 @@
-"""Objectives on single responses labelled desirable or undesirable, and KTO's z0."""
+"""Losses on single responses labelled desirable or undesirable: KTO with its z0, and what BCO shares with it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
 
 class UnpairedOutput(NamedTuple):
-    """`loss` is 0-d and differentiable; the rest is detached and on the device (no host sync to build it).
+    """What an unpaired loss returns: `loss` is 0-d and differentiable, the rest is detached.
 
-    `shift` (0-d) is what rewards were compared with: KTO's z0 (`kl`), or BCO's delta; 0 for `apo_zero_unpaired`.
-    The class means below are formed when asked for, without a host sync; a class without sequences has mean 0.
+    All stays on the device, so there is no host sync. `logps` are summed log-probs in nats, `rewards`
+    `beta * (logp - ref_logp)`. `shift` (0-d) is what rewards were compared with: KTO's z0 (`kl`), BCO's delta, or 0 for
+    `apo_zero_unpaired`. The class means below are formed when asked for. A class without sequences has mean 0.
     """
 
     loss: Tensor
@@ -41,27 +42,32 @@ class UnpairedOutput(NamedTuple):
 
     @property
     def kl(self) -> Tensor:
+        """`shift` by the name that it has in KTO."""
         return self.shift
 
     @property
     def chosen_logps(self) -> Tensor:
+        """Mean log-prob of desirable sequences, 0-d."""
         return _class_means(self.logps, self.desirable)[0]
 
     @property
     def rejected_logps(self) -> Tensor:
+        """Mean log-prob of undesirable sequences, 0-d."""
         return _class_means(self.logps, self.desirable)[1]
 
     @property
     def chosen_rewards(self) -> Tensor:
+        """Mean reward of desirable sequences, 0-d."""
         return _class_means(self.rewards, self.desirable)[0]
 
     @property
     def rejected_rewards(self) -> Tensor:
+        """Mean reward of undesirable sequences, 0-d."""
         return _class_means(self.rewards, self.desirable)[1]
 
     @property
     def margins(self) -> Tensor:
-        """Difference of the classes' mean rewards."""
+        """Difference of the classes' mean rewards, 0-d."""
         chosen, rejected = _class_means(self.rewards, self.desirable)
         return chosen - rejected
 
@@ -97,9 +103,9 @@ class _Batch(NamedTuple):
 
 
 class UnpairedLoss(nn.Module):
-    """A loss on single sequences: padded `[S, T]`, or packed `[N]` with `cu_seqlens`. What the objectives share.
+    """A loss on single sequences, padded `[S, T]` or packed `[N]`: what `KTOLoss` and `BCOLoss` share.
 
-    `point` is what an objective's `_shift` needs besides the batch: KTO's z0, or whether BCO updates its delta.
+    `point` is what a subclass's `_shift` needs besides the batch: KTO's z0, or whether BCO updates its delta.
     """
 
     def __init__(self, objective: UnpairedObjective) -> None:
@@ -120,7 +126,7 @@ class UnpairedLoss(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in ({"loss": self.objective.loss} | changed).items())
 
     def _shift(self, point, batch: _Batch, logps: Callable[[], Tensor], like: Tensor) -> Tensor | None:
-        """What rewards are compared with, 0-d; `logps()` are this batch's detached log-probs `[S]`."""
+        """What rewards are compared with, 0-d. `logps()` returns this batch's detached log-probs `[S]`."""
         raise NotImplementedError
 
     def _batch(self, labels, cu_seqlens, ignore_index, desirable, ref_logps, sequences: int, like: Tensor) -> _Batch:
@@ -161,8 +167,8 @@ class UnpairedLoss(nn.Module):
         self, logps: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor | None = None,
         point: Tensor | None = None, cu_seqlens: Tensor | None = None, *, ignore_index: int = -100,
     ) -> UnpairedOutput:  # fmt: skip
-        """From differentiable token log-probs, shaped as `labels`; `point` is what rewards are compared with (KTO's
-        `kl`)."""
+        """From differentiable token log-probs, shaped like `labels`. `point` is KTO's `kl`, or whether BCO's delta is
+        updated."""
         sequences = checks.num_sequences(labels, cu_seqlens)
         batch = self._batch(labels.reshape(-1), cu_seqlens, ignore_index, desirable, ref_logps, sequences, logps)
         return self._from_tokens(logps, labels, batch, point)
@@ -200,6 +206,9 @@ def _not_needed() -> Tensor:
 class KTOLoss(UnpairedLoss):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8).
 
+    The loss of a desirable sequence is `weight * (1 - sigmoid(reward - beta * z0))`. Of an undesirable one the sigmoid
+    has the opposite sign inside. The formula stands in `fastpref.reference.unpaired`.
+
     Args:
         beta: risk aversion, > 0; rewards are `beta * (logp - ref_logp)`.
         desirable_weight, undesirable_weight: the paper's lambda_D and lambda_U, > 0.
@@ -207,7 +216,11 @@ class KTOLoss(UnpairedLoss):
         mean: `batch` divides by the number of sequences after the class weights, as TRL does; `class` adds the
             two classes' own means, the paper's expectations. A class without sequences adds 0.
 
-    `kl` is z0, a 0-d constant, from `kto_kl` or `mismatched_kl_from_hidden`; `apo_zero_unpaired` ignores it.
+    In each call `kl` is z0, a 0-d constant, from `kto_kl` or `mismatched_kl_from_hidden`. `apo_zero_unpaired` does not
+    use it.
+
+    To make one or to call it raises `ValueError` or `TypeError` for a wrong shape, dtype, device or option, and where
+    `ref_logps` or `kl` is missing. The message names the argument.
     """
 
     def __init__(
@@ -234,7 +247,10 @@ class KTOLoss(UnpairedLoss):
     def forward(
         self, logps: Tensor, desirable: Tensor, ref_logps: Tensor | None = None, kl: Tensor | None = None
     ) -> UnpairedOutput:
-        """From summed sequence log-probs `[S]`; `desirable` `[S]` bool, `ref_logps` `[S]`."""
+        """From summed log-probs of sequences `[S]`.
+
+        `desirable` is `[S]` bool, and `ref_logps` `[S]` are the reference's summed log-probs.
+        """
         return self._from_sequences(logps, desirable, ref_logps, kl)
 
     def from_logits(
@@ -251,7 +267,7 @@ class KTOLoss(UnpairedLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
     ) -> UnpairedOutput:
-        """From logits `[S, T, V]` (or `[N, V]` with `cu_seqlens`) and shifted labels."""
+        """From logits `[S, T, V]` and shifted labels `[S, T]`; or packed, `[N, V]` and `[N]` with `cu_seqlens`."""
         transform = LogitTransform(temperature, logit_scale, softcap)
         return self._from_logits(logits, labels, desirable, ref_logps, cu_seqlens, ignore_index, transform, kl)
 
@@ -277,8 +293,8 @@ class KTOLoss(UnpairedLoss):
         """From hidden states `[S, T, d]` (or `[N, d]` with `cu_seqlens`) and the head's weight `[V, d]`.
 
         No logits in memory: 3 matrix products over the scored rows with a trainable head, 2 with a frozen one,
-        1 without gradients. `plan` and `workspace_bytes` as in `linear_token_logprobs`, and `"pair"`, whose
-        groups are whole sequences here. `scored_rows` as in `PairedLoss.from_hidden`.
+        1 without gradients. `plan` and `workspace_bytes` are as in `linear_token_logprobs`. Plan `"pair"` is possible
+        too: its groups are whole sequences here. `scored_rows` is as in `PairedLoss.from_hidden`, a list being `[S]`.
         """
         options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
         return self._from_hidden(
@@ -290,8 +306,11 @@ class KTOLoss(UnpairedLoss):
 def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """KTO's z0 from the summed log-probs `[S]` of mismatched completions: 0-d, detached, never negative.
 
-    The mean over this rank's sequences, the mean over ranks where torch.distributed is initialised, then the
-    clamp: TRL's order.
+    Source: arXiv 2402.01306, section 4.1. It is the mean of `logps - ref_logps` over this rank's sequences, then the
+    mean over ranks (where torch.distributed is initialised), then clamped at 0: TRL's order. Every rank has to call it.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device, or no sequences.
     """
     checks.tensor("logps", logps, dtypes=checks.FLOATS, ndim=(1,))
     if logps.shape[0] == 0:
@@ -319,8 +338,8 @@ def mismatched_kl_from_hidden(
 ) -> Tensor:
     """`kto_kl` from the policy's hidden states of mismatched prompts and completions (see `mismatched_indices`).
 
-    One matrix product per scored row, no logits in memory, no gradient. `ref_logps` `[S]` are the reference
-    model's summed log-probs of the same sequences.
+    One matrix product over the scored rows, no logits in memory, no gradient. `ref_logps` `[S]` are the reference
+    model's summed log-probs of the same sequences. The other arguments are as in `KTOLoss.from_hidden`.
     """
     checks.num_sequences(labels, cu_seqlens)
     logps = linear_token_logprobs(
@@ -331,10 +350,13 @@ def mismatched_kl_from_hidden(
 
 
 def mismatched_indices(sequences: int, block_size: int) -> list[int]:
-    """Whose completion each prompt gets for z0: the one before it in its block of `block_size`, the first the last's.
+    """Whose completion each prompt gets for z0: that of the prompt before it in its block. The first gets the last's.
 
-    That is TRL's rotation, within consecutive blocks as large as a device's batch, so that z0 sees the same
-    completions as the loss. A last block of one sequence keeps its own completion, as in TRL.
+    Blocks are consecutive and of `block_size`. That is TRL's rotation. Blocks as large as a device's batch let z0 see
+    the same completions as the loss. A last block of one sequence keeps its own completion, as in TRL.
+
+    Raises:
+        ValueError: `block_size` is less than 2.
     """
     if block_size < 2:
         raise ValueError(f"block_size: got {block_size}, want at least 2 (a sequence alone has no other completion)")

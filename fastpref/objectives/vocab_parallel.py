@@ -1,9 +1,10 @@
 """Heads whose vocabulary is sharded over a process group: log-probs and exact KL without gathering the weight.
 
-Every rank has all hidden states and the rows `[V_r, d]` of its part of the vocabulary. With its own lse_r, a rank's
-part of the softmax has the mass w_r = exp(lse_r - lse), lse = logsumexp_r lse_r; so three floats a row, gathered once,
-tell every rank the log-prob or divergence of the whole vocabulary (Megatron-LM's vocabulary-parallel loss, Shoeybi et
-al. 2019, arXiv 1909.08053, section 3, takes three reductions). The backward is local but for one sum of dH.
+It is `fastpref.parallel`. Every rank has all hidden states, and the rows `[V_r, d]` of its part of the vocabulary. From
+these it knows its own log-sum-exp lse_r. Over all ranks lse = logsumexp_r lse_r, so a rank's part of the softmax has
+the mass w_r = exp(lse_r - lse). Three floats for each row, gathered once, tell every rank the log-prob or divergence of
+the whole vocabulary. (Megatron-LM's vocabulary-parallel loss, Shoeybi et al. 2019, arXiv 1909.08053, section 3, takes
+three reductions.) The backward is local but for one sum of dH.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Shard(NamedTuple):
 
 
 def _localized(weight: Tensor, group: Any, others: tuple[Tensor | None, ...]) -> tuple[Tensor, Shard, list[Any]]:
-    """(local rows, shard, the other tensors as local ones). DTensors say themselves how they are sharded."""
+    """(local rows of the weight, shard, the other tensors as local ones). A DTensor says itself how it is sharded."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor import Shard as Placement
 
@@ -137,18 +138,26 @@ def linear_token_logprobs(
     """`fastpref.linear_token_logprobs` with the vocabulary sharded over a process group.
 
     Args:
-        hidden: `[..., d]` and labels `[...]` (of the whole vocabulary): the same on every rank.
+        hidden: `[..., d]`, the same on every rank.
         weight: this rank's rows `[V / ranks, d]`, as many on each rank, in the order of the ranks; or a DTensor
-            `[V, d]` placed as `Shard(0)`, which may be uneven. bias: `[V / ranks]`, or a DTensor placed alike.
-        group: the process group (default: all ranks; of a DTensor, its mesh).
-        plan: `"store"` (1 product, 2 for the gradients, 1 of them if the head is frozen), which keeps `[n, V / ranks]`,
-            `"recompute"` (one more) or `"no_grad"`; `"auto"` chooses.
+            `[V, d]` placed as `Shard(0)`, which may be uneven.
+        labels: `[...]`, indices into the whole vocabulary, the same on every rank.
+        bias: `[V / ranks]` or None, or a DTensor placed like `weight`.
+        group: the process group. By default all ranks, or a DTensor's own mesh.
+        plan: `"store"` takes 1 product, and 2 for the gradients (1 if the head is frozen). It keeps `[n, V / ranks]`.
+            `"recompute"` takes one more. `"no_grad"` takes 1. `"auto"` chooses.
+        workspace_bytes, scored_rows: as in `fastpref.linear_token_logprobs`.
 
     Returns:
-        `[...]` natural-log probabilities, the same on every rank, in fp32 (fp64). Where upstream gradients are the same
-        on every rank, so is the gradient of `hidden`, and it is complete; weight's and bias's are of this rank's rows.
+        `[...]` natural-log probabilities, the same on every rank, in fp32 (fp64 for fp64 inputs). Where upstream
+        gradients are the same on every rank, the gradient of `hidden` is complete, and the same on every rank. Those of
+        weight and bias are of this rank's rows.
 
-    All ranks have to call this, and its backward, together. `scored_rows` as there.
+    All ranks have to call this, and its backward, together.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device, placement, plan or option.
+        RuntimeError: torch.distributed is not initialised.
     """
     weight, shard, (hidden, labels, bias) = _localized(weight, group, (hidden, labels, bias))
     options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
@@ -231,10 +240,11 @@ def linear_token_kl(
     workspace_bytes: int | None = None,
     scored_rows: ScoredRows = None,
 ) -> Tensor:
-    """The `kl` of `fastpref.linear_token_kl`, `[...]`, with the vocabulary sharded over a process group.
+    """The `kl` of `fastpref.linear_token_kl`, `[...]` in nats, with the vocabulary sharded over a process group.
 
-    Both heads are sharded alike; arguments and results as in this module's `linear_token_logprobs`. `labels` only say
-    which rows count. 2 products over the scored rows, and 4 more for the gradients (3 if the head is frozen).
+    Both heads are sharded alike. Arguments, results and errors are as in this module's `linear_token_logprobs`.
+    `labels` only say which rows count. There are 2 products over the scored rows, and 4 more for the gradients (3 if
+    the head is frozen).
     """
     checks.choice("direction", direction, KL_DIRECTIONS)
     weight, shard, others = _localized(weight, group, (hidden, ref_hidden, ref_weight, labels, bias, ref_bias))

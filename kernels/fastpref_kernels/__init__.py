@@ -1,4 +1,9 @@
-"""fastpref's Triton kernels. Imports only torch, triton and itself, so that it can be published on its own."""
+"""fastpref's Triton kernels and their launchers. It imports only torch and triton, so it can be published on its own.
+
+A function here launches one kernel (`_NAME_kernel` in the same file). Arguments are not checked, except for memory that
+is written in place. `N` rows (tokens), `V` vocabulary, `d` hidden size, `S` sequences, `B` pairs. Results are fp32, or
+fp64 for fp64 inputs. Every sum has a fixed order and nothing is atomic, so results are the same to the bit.
+"""
 
 from .bradley_terry import bradley_terry, row_scores, row_scores_gradient
 from .paired_loss import paired_loss

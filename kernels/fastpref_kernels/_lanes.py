@@ -1,7 +1,7 @@
-"""@triton.jit leaves over a block of a row that is held as [groups, LANES, VECTOR].
+"""Small @triton.jit functions over a block of a row, which is held as [groups, LANES, VECTOR].
 
 A lane is a thread, and VECTOR elements are what one of its loads brings. Each lane has its own running maximum and
-sums, so the loop over a row needs neither shuffles nor barriers; the lanes are merged once, at the row's end.
+sums. So the loop over a row needs neither shuffles nor barriers. The lanes are merged once, at the row's end.
 """
 
 import triton
@@ -27,7 +27,7 @@ def lane_sum(x):
 
 @triton.jit
 def finite_max(m):
-    # what is -inf so far (a masked vocabulary) must not turn -inf - -inf into NaN
+    # a maximum that is -inf so far (a masked vocabulary) must not become NaN in -inf - -inf
     return tl.where(m == float("-inf"), 0.0, m)
 
 
@@ -37,10 +37,10 @@ def load_logits(
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
     MASKED: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """A block of a row's logits; the masked form, for a row's end, gives those of 0 beyond it.
+    """A block of a row's transformed logits. The masked form is for a row's end, and reads 0 beyond it.
 
-    Full blocks are loaded without a mask: with one, a V that Triton cannot prove divisible by 16 (50257, 151665) costs
-    sixteen 2-byte loads a thread instead of two of 16 bytes.
+    Full blocks are loaded without a mask. With a mask, a V that Triton cannot prove divisible by 16 (50257, 151665)
+    costs each thread sixteen 2-byte loads instead of two of 16 bytes.
     """
     if MASKED:
         z = tl.load(row_ptr + cols, mask=cols < V, other=0.0, eviction_policy=EVICTION)

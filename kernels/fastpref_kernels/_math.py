@@ -1,4 +1,4 @@
-"""@triton.jit leaves that the kernels share. All take and return the accumulator dtype (fp32, or fp64)."""
+"""Small @triton.jit functions that the kernels share. All take and return the accumulator dtype (fp32, or fp64)."""
 
 import triton
 import triton.language as tl
@@ -9,13 +9,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def exp(x):
-    # one multiply and one EX2; spelled out because tl.exp hides the multiply from the reader
+    # one multiply and one EX2, spelled out: tl.exp hides the multiply from the reader
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def log1p(x):
-    # Kahan's form: exact where 1 + x rounds to 1, which a log-loss of a confident pair needs
+    # Kahan's form. It is exact where 1 + x rounds to 1, which the log-loss of a confident pair needs.
     u = 1.0 + x
     exact = u == 1.0
     return tl.where(exact, x, tl.log(u) * x / tl.where(exact, 1.0, u - 1.0))
@@ -23,7 +23,7 @@ def log1p(x):
 
 @triton.jit
 def expm1(x):
-    # Kahan's form again, where it is needed: beyond 1 it would be inf / inf where e^x overflows
+    # Kahan's form again, up to 1. Beyond that it is not needed, and would be inf / inf where e^x overflows.
     near = tl.minimum(x, 1.0)
     u = exp(near)
     exact = u == 1.0
@@ -46,7 +46,7 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    # libdevice's differs between CUDA, ROCm and the interpreter
+    # our own, since libdevice's differs between CUDA, ROCm and the interpreter
     e = exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x >= 0, t, -t)

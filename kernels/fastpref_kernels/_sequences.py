@@ -1,4 +1,4 @@
-"""@triton.jit leaves over sequences of token log-probs, packed (`cu_seqlens`) or all `seq_len` long."""
+"""Small @triton.jit functions over sequences of token log-probs, packed (`cu_seqlens`) or all `seq_len` long."""
 
 import triton
 import triton.language as tl
@@ -50,8 +50,10 @@ def spread_coefs(
     HAS_LABELS: tl.constexpr, PACKED: tl.constexpr, ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
     weights_ptr=None, HAS_WEIGHTS: tl.constexpr = False, num_chosen=0, chosen_coef=0.0,
 ):  # fmt: skip
-    """Each token's coefficient: its sequence's, times its weight, and `chosen_coef` more in the first `num_chosen`
-    sequences; 0 on ignored tokens."""
+    """Each token's coefficient: its sequence's, times its weight. Ignored tokens get 0.
+
+    In the first `num_chosen` sequences `chosen_coef` is added.
+    """
     for first in range(0, num_sequences, BLOCK_S):
         seqs = first + tl.arange(0, BLOCK_S)
         real = seqs < num_sequences

@@ -1,8 +1,10 @@
-"""Reward of one row of each sequence, and the Bradley-Terry loss of the pairs.
+"""The reward of one row of each sequence, and the Bradley-Terry loss of the pairs.
 
-Two launches forward: a program a sequence for the d-sized products (B = 512, d = 16384 in bf16 is 32 MiB, too much
-for one program), then one program for everything of size B. One launch backward, a program a block of columns: it
-writes the scored rows of dH, which starts as zeros, and adds up dW in a fixed order.
+The forward takes two launches. The first has a program for each sequence, for the d-sized products: B = 512, d = 16384
+in bf16 is 32 MiB, too much for one program. The second has one program for everything of size B.
+
+The backward takes one launch, with a program for each block of columns. It writes the scored rows of dH, which starts
+as zeros, and adds up dW in a fixed order.
 
 Formulas and their sources: `fastpref/reference/reward.py`. The branches here add the derivatives.
 """
@@ -141,9 +143,13 @@ def row_scores(
 ) -> torch.Tensor:
     """`hidden[row_s] . weight + bias` of one row of each sequence, `[S]` in fp32 (fp64 if an input is), in one launch.
 
-    `layout` says how `index` names the rows: `"positions"` `[S]` within each sequence of hidden `[S, T, d]`,
-    `"rows"` `[S]` of hidden `[N, d]`, which may repeat, or `"edges"`, the `cu_seqlens` `[S + 1]` of hidden `[N, d]`,
-    whose last rows count. A row that does not exist scores NaN. Hidden may have any strides.
+    `layout` says how `index` names the rows:
+
+    - `"positions"`: `index` `[S]` are positions within each sequence of hidden `[S, T, d]`.
+    - `"rows"`: `index` `[S]` are rows of hidden `[N, d]`, which may repeat.
+    - `"edges"`: `index` `[S + 1]` are the `cu_seqlens` of hidden `[N, d]`. The last row of each sequence counts.
+
+    A row that does not exist scores NaN. Hidden may have any strides.
     """
     sequences, d = index.shape[0] - (layout == "edges"), hidden.shape[-1]
     dtype = _accumulate_in(hidden, weight, bias)
@@ -191,8 +197,10 @@ def row_scores_gradient(
 
 
 def gradient_of_rows(grad: torch.Tensor, rows: torch.Tensor, limit: int) -> torch.Tensor:
-    """Each entry's gradient becomes that of its row, the sum over the entries that name it, so that whichever of
-    them writes the row writes the same. Sorted by torch, not atomic: deterministic."""
+    """The gradient of each entry's row: the sum over all entries that name the row.
+
+    So whichever of them writes the row writes the same. torch adds them up sorted, not by atomics: deterministic.
+    """
     found = (rows >= 0) & (rows < limit)
     rows = rows.where(found, 0).long()
     totals = grad.new_zeros(max(1, limit)).index_put_((rows,), grad.masked_fill(~found, 0), accumulate=True)
@@ -204,7 +212,7 @@ def bradley_terry(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, metrics `[4, B]`, d loss / d rewards `[2B]`) of `[B chosen; B rejected]` rewards, in one launch.
 
-    Metrics are chosen and rejected rewards, their differences and accuracies.
+    Metrics are chosen rewards, rejected rewards, margins and accuracies.
     """
     pairs = rewards.shape[0] // 2
     loss, metrics, coefs = rewards.new_empty(()), rewards.new_empty(4, pairs), torch.empty_like(rewards)

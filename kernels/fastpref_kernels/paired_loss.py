@@ -1,10 +1,10 @@
-"""Token log-probs of `[B chosen; B rejected]` -> sequence sums, margins, loss, metrics, coefficients: one launch.
+"""DPO and its family: token log-probs of `[B chosen; B rejected]` -> loss, metrics and coefficients in one launch.
 
-The whole batch is a few hundred kilobytes, so one program does it all in a fixed order: no atomics, bitwise
-deterministic, no second kernel to add up the pairs. The coefficient of a token, d loss / d log-prob, is what
-the head's gradient is scaled by.
+The whole batch is a few hundred kilobytes, so one program does it all in a fixed order. That is deterministic to the
+bit, and needs no second kernel to add up the pairs. The coefficient of a token, d loss / d log-prob, is what the head's
+gradient is scaled by.
 
-Formulas and their sources: `fastpref/reference.py`. The branches here add the derivatives.
+Formulas and their sources: `fastpref/reference/paired.py`. The branches here add the derivatives.
 """
 
 import math
@@ -42,7 +42,7 @@ def _divergence(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
 
 @triton.jit
 def _log1mexp(x):
-    """log(1 - e^x) and its derivative for x <= 0; probabilities within rounding of 1 count as 1 - eps."""
+    """log(1 - e^x) and its derivative for x <= 0. Probabilities within rounding of 1 count as 1 - eps."""
     if x.dtype == tl.float64:
         limit: tl.constexpr = -2.220446049250313e-16
     else:
@@ -168,7 +168,7 @@ def _sort_keys(chosen, rejected, ref_a, ref_b, UNPAIRED: tl.constexpr):
 
 @triton.jit
 def _rank(key, index, keys_ptr, B, BLOCK: tl.constexpr):
-    """Each key's position in the sorted order of keys_ptr[:B]; ties by index."""
+    """Each key's position in the sorted order of keys_ptr[:B]. Ties are in the order of their index."""
     rank = tl.zeros(key.shape, tl.int32)
     for first in range(0, B, BLOCK):
         j = first + tl.arange(0, BLOCK)
@@ -183,7 +183,10 @@ def _sort_samples(
     sums_ptr, lengths_ptr, ref_ptr, scratch_ptr, B,
     UNPAIRED: tl.constexpr, HAS_REF: tl.constexpr, AVERAGE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scratch[:2B] = both samples' keys, scratch[2B:4B] = both sorted; by rank, which is deterministic."""
+    """Write both samples' keys to scratch[:2B], and both sorted to scratch[2B:4B].
+
+    Each key is stored at its rank, which is deterministic.
+    """
     for first in range(0, B, BLOCK):
         pairs = first + tl.arange(0, BLOCK)
         real = pairs < B
@@ -208,7 +211,7 @@ def _sort_samples(
 def _matched_margins(
     pairs, real, scratch_ptr, B, KIND: tl.constexpr, AOT: tl.constexpr, UNPAIRED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """u of each pair's chosen and rejected side: its key minus the other sample's key of the same rank."""
+    """AOT's margin u of each pair's chosen and rejected side: its key minus the other sample's key of the same rank."""
     if KIND == UNPAIRED:
         keys_ptr = scratch_ptr + 4 * B
     else:
@@ -323,9 +326,9 @@ def paired_loss(
     """(loss, metrics `[6, B]`, d loss / d token_logps `[N]`) of a group of `num_pairs` pairs, in one launch.
 
     Sequences are `cu_seqlens[s]:cu_seqlens[s + 1]`, or N / 2B rows each. `objective` has the fields of
-    `fastpref.reference.PairedObjective`; metrics are chosen and rejected log-probs, chosen and rejected
-    rewards, margins and accuracies. `chosen_tokens` (0-d) is the denominator of an `sft` term. `token_weights` `[N]`
-    weigh the tokens of a sequence's score (not of the `sft` term).
+    `fastpref.reference.PairedObjective`. Losses are divided by `total_pairs`, the batch's number of pairs. Metrics are
+    chosen and rejected log-probs, chosen and rejected rewards, margins and accuracies. `chosen_tokens` (0-d) is the
+    denominator of an `sft` term. `token_weights` `[N]` weigh the tokens of a sequence's score, not of the `sft` term.
     """
     o, n, dtype = objective, token_logps.numel(), token_logps.dtype
     inputs = dense(token_logps, labels, cu_seqlens, ref_logps, lengths, token_weights, pair_weights, chosen_tokens)

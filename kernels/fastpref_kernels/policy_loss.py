@@ -1,9 +1,9 @@
-"""Clipped policy-gradient losses per token (PPO, GRPO, DAPO): loss, metrics and both coefficients in one pass.
+"""Clipped policy-gradient losses of tokens (PPO, GRPO, DAPO): loss, metrics and both coefficients in one pass.
 
-Formulas and their sources: `fastpref/reference/policy.py`. The derivative with respect to the entropy is a
-constant, `-entropy_coef * weight`; the one with respect to the log-prob is written here.
+Formulas and their sources: `fastpref/reference/policy.py`. The derivative with respect to the log-prob is written here.
+The one with respect to the entropy is a constant, `-entropy_coef * weight`.
 
-Bytes a token: up to 5 reads and 5 writes of 4.
+Memory traffic for each token: up to 5 reads and 5 writes of 4 bytes.
 """
 
 import torch
@@ -63,7 +63,8 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(weighted losses `[N]`, metrics `[3, N]`, d loss / d logp `[N]`, d loss / d entropy `[N]` or empty).
 
-    `objective` has the fields of `fastpref.reference.PolicyObjective`; metrics are ratio, kl and clipped.
+    All tensors are `[N]`. `objective` has the fields of `fastpref.reference.PolicyObjective`. Metrics are ratio, kl and
+    clipped.
     """
     n = logps.numel()
     logps, old_logps, ref_logps, advantages, entropy, weights = dense(

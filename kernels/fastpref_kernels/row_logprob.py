@@ -1,14 +1,14 @@
-"""Rows of logits -> the label's log-prob, with U = d logp / d logits = onehot - softmax written in place.
+"""Rows of logits -> the label's log-prob, and if wanted U = d logp / d logits, written over the logits.
 
 For a row z (after scale, softcap and temperature) with label y:
 
     logp = z_y - lse,   lse = log sum_v exp(z_v),   U_v = [v = y] - exp(z_v - lse)
 
-U is never multiplied by the upstream gradient: that factor is one scalar a row, and the callers apply it to
-something of size d instead of size V. One sweep gives logp, lse and the requested statistics; a second writes U.
+U is never multiplied by the upstream gradient. That factor is one scalar for each row, and the callers apply it to
+something of size d instead of size V. One sweep gives logp, lse and the requested statistics. A second writes U.
 
-Bytes, for b bytes an element: forward N V b; with U 3 N V b, or 2 N V b where the second sweep finds the row in the L2
-cache; backward from a saved lse 2 N V b.
+Memory traffic, for elements of b bytes: N V b in the forward. With U it is 3 N V b, or 2 N V b where the second sweep
+finds the row in the L2 cache. 2 N V b in the backward from a saved lse.
 """
 
 import torch
@@ -31,7 +31,7 @@ from ._math import LOG2E, exp, transform_logit, transform_slope
 
 @triton.jit
 def _rebase(m_new, m, s, zp, pp, ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr):
-    """(m_new where finite, and the sums relative to it), from those relative to the maximum m."""
+    """(m_new, or 0 if it is -inf; the sums relative to that) from the sums relative to the maximum m."""
     m_ref = finite_max(m_new)
     rescale = exp(m - m_ref)
     if ENTROPY:  # sum of e (z - m): with z itself a confident row's entropy would be a difference of large numbers
@@ -280,12 +280,11 @@ def row_logprob(
     logits: torch.Tensor, labels: torch.Tensor, *, transform, ignore_index: int, statistics=(),
     target_logits: torch.Tensor | None = None, write_u: bool = False,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """One launch over the rows of `logits` ([N, V] or [B, T, V], any strides); labels `[N]`.
+    """`logps`, `lse` and the requested statistics, each `[N]` in fp32 (fp64 for fp64 logits), in one launch.
 
-    Returns `logps`, `lse` and the requested statistics, each `[N]` in fp32 (fp64 for fp64 logits). With
-    `write_u` the logits, whose columns then lie side by side, are overwritten by U. `target_logits` `[N]` are the
-    labels' head outputs in fp32.
-    `transform` is (temperature, logit_scale, softcap or None).
+    `logits` are `[N, V]` or `[B, T, V]` with any strides, `labels` `[N]`. `transform` is (temperature, logit_scale,
+    softcap or None). `target_logits` `[N]`, if given, are the labels' head outputs in fp32. With `write_u` the logits
+    are overwritten by U; their columns must then lie side by side.
     """
     n, vocab = labels.numel(), logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -320,10 +319,10 @@ def row_gradient(
     transform, ignore_index: int, first_column: int = 0, grad_logps: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None, grad_entropy: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out `[N, V]` = grad_logps * U + grad_entropy * dH/dz, row by row (U alone without `grad_logps`).
+    """Write grad_logps * U + grad_entropy * dH/dz to `out` `[N, V]`, row by row. Without `grad_logps` its factor is 1.
 
-    `out` may be the logits themselves. `first_column` is the vocabulary index of column 0 when `logits` is a
-    slice of the vocabulary.
+    `out` may be the logits themselves. `first_column` is the vocabulary index of column 0 when `logits` is a slice of
+    the vocabulary.
     """
     n, vocab = labels.numel(), logits.shape[-1]
     if n == 0 or vocab == 0:
@@ -345,7 +344,7 @@ def row_gradient(
 def target_logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
 ) -> torch.Tensor:
-    """`hidden_i . weight[label_i] + bias[label_i]` in fp32 `[n]`: 4 n d bytes in bf16."""
+    """`hidden_i . weight[label_i] + bias[label_i]` in fp32 `[n]`: the labels' logits. It reads 4 n d bytes in bf16."""
     n, d = hidden.shape
     out = hidden.new_empty(n, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     if n == 0:

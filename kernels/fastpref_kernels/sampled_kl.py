@@ -1,7 +1,9 @@
 """KL penalties estimated from the log-probs of sampled tokens: k1, k2, k3 and abs, and the reward penalised by them.
 
-One number a token, so the whole reward of a sequence (penalties, the score at its last token, their sum) is one
+A token has one number. So the whole reward of a sequence (penalties, the score at its last token, their sum) is one
 pass of one program.
+
+Formulas and their sources: `fastpref/reference/kl.py`. The branches here add the derivatives.
 """
 
 import torch
@@ -102,7 +104,7 @@ def _penalized_rewards_backward_kernel(
 
 
 def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(estimate, d estimate / d logps), each `[N]`; inputs of one accumulator dtype."""
+    """(estimate, d estimate / d logps), each `[N]`. Both inputs are fp32, or both fp64."""
     logps, ref_logps = dense(logps, ref_logps)
     kl, slope = torch.empty_like(logps), torch.empty_like(logps)
     if logps.numel():
@@ -122,8 +124,10 @@ def penalized_rewards(
     scores: torch.Tensor, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, beta: torch.Tensor,
     estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(rewards `[S, T]`, their sums with the scores `[S]`); inputs of one accumulator dtype, beta 0-d (a number would
-    be a constant of the kernel, or lose half its digits in fp64)."""
+    """(rewards `[S, T]`, their sums with the scores `[S]`). All inputs but the mask are fp32, or all fp64.
+
+    beta is a 0-d tensor. A number would be a constant of the kernel, or lose half its digits in fp64.
+    """
     scores, logps, ref_logps, mask = dense(scores, logps, ref_logps, mask)
     rewards, sums = torch.empty_like(logps), torch.empty_like(scores)
     block, warps = _sequence_block(logps.shape[1])
@@ -140,7 +144,7 @@ def penalized_rewards_backward(
     grad_rewards: torch.Tensor | None, grad_sums: torch.Tensor | None, logps: torch.Tensor, ref_logps: torch.Tensor,
     mask: torch.Tensor, beta: torch.Tensor, estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(d scores `[S]`, d logps `[S, T]`) of the same; a gradient that is None is zero."""
+    """(d scores `[S]`, d logps `[S, T]`) of `penalized_rewards`. An upstream gradient that is None is zero."""
     grad_rewards, grad_sums = dense(grad_rewards, grad_sums)
     logps, ref_logps, mask = dense(logps, ref_logps, mask)
     d_scores, d_logps = logps.new_empty(len(logps)), torch.empty_like(logps)

@@ -1,14 +1,15 @@
-"""KL penalties: exact over the vocabulary from two rows of logits, and estimated from sampled tokens.
+"""The exact KL over the vocabulary between two rows of logits, a policy's and a reference's.
 
 For a policy row z and a reference row y (both after scale, softcap and temperature), p = softmax z, q = softmax y:
 
     reverse  KL(p || q) = sum_v p_v (log p_v - log q_v)     d KL / d z_v = p_v (log p_v - log q_v - KL)
     forward  KL(q || p) = sum_v q_v (log q_v - log p_v)     d KL / d z_v = p_v - q_v
 
-One sweep over both rows gives the divergence; K = d KL / d head output, unscaled by the upstream gradient, is written
-over the policy's row in a second sweep, or by a backward from the saved log-sum-exps. The reference has no gradient.
+One sweep over both rows gives the divergence. K = d KL / d head output is not scaled by the upstream gradient. It is
+written over the policy's row in a second sweep, or by a backward from the saved log-sum-exps. The reference has no
+gradient.
 
-Bytes, for b bytes an element: forward 2 N V b; with K 5 N V b; backward 3 N V b.
+Memory traffic, for elements of b bytes: 2 N V b in the forward, 5 N V b with K, 3 N V b in the backward.
 """
 
 import torch
@@ -31,7 +32,10 @@ from ._math import LOG2E, exp, transform_logit, transform_slope
 
 @triton.jit
 def _rebase(ma_new, mb_new, ma, sa, mb, sb, t):
-    """(both maxima where finite, and sa, sb and t relative to them), from those relative to ma and mb."""
+    """(ma_ref, sa, mb_ref, sb, t): the sums relative to the new maxima, from those relative to ma and mb.
+
+    A new maximum that is -inf counts as 0.
+    """
     ma_ref = finite_max(ma_new)
     mb_ref = finite_max(mb_new)
     rescale = exp(ma - ma_ref)
@@ -42,9 +46,12 @@ def _rebase(ma_new, mb_new, ma, sa, mb, sb, t):
 
 @triton.jit
 def _fold_blocks(za, zb, ma, sa, mb, sb, t, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Fold one block of each row into each lane's KL(a || b): running maxima ma, mb, sums of exponentials sa, sb and
-    t = sum e^(za - ma) ((za - ma) - (zb - mb)). Differences of shifted logits keep KL exact to its own size,
-    however large the logits."""
+    """Fold one block of each row into each lane's KL(a || b).
+
+    A lane has running maxima ma and mb, sums of exponentials sa and sb, and
+    t = sum e^(za - ma) ((za - ma) - (zb - mb)). Differences of shifted logits keep the KL exact to its own size,
+    however large the logits are.
+    """
     za = as_lanes(za, LANES, VECTOR)
     zb = as_lanes(zb, LANES, VECTOR)
     ma_new = tl.maximum(ma, lane_max(za))
@@ -99,8 +106,10 @@ def _label_logprob(
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     HAS_TARGET: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The label's log-prob from a finished sweep; with a target, as in row_logprob, its fp32 logit replaces the
-    rounded one inside the sum too."""
+    """The label's log-prob from a finished sweep.
+
+    With a target its fp32 logit replaces the rounded one, inside the sum too, as in `row_logprob`.
+    """
     in_range = (label >= 0) & (label < V)
     z = tl.load(logits_ptr + label, mask=in_range, other=float("nan")).to(ACC)
     z = transform_logit(z, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
@@ -243,12 +252,12 @@ def token_kl(
     labels: torch.Tensor | None = None, target_logits: torch.Tensor | None = None,
     ref_target_logits: torch.Tensor | None = None, write_k: bool = False,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """One launch over the rows of both logits (each [N, V] or [B, T, V], any strides and float dtypes).
+    """`kl`, `lse` and `ref_lse`, each `[N]` in fp32 (fp64 if either input is), in one launch.
 
-    Returns `kl`, `lse` and `ref_lse`, each `[N]` in fp32 (fp64 if either input is); with `labels` `[N]` also
-    `logps` and `ref_logps`, for which `target_logits` and `ref_target_logits` `[N]` are the labels' head outputs in
-    fp32. Rows whose `mask` `[N]` is False give 0. With `write_k` the policy's logits, whose columns then lie side by
-    side, are overwritten by K.
+    Both logits are `[N, V]` or `[B, T, V]`, with any strides and float dtypes. With `labels` `[N]` there are also
+    `logps` and `ref_logps`; for those `target_logits` and `ref_target_logits` `[N]`, if given, are the labels' head
+    outputs in fp32. Rows whose `mask` `[N]` is False give 0. With `write_k` the policy's logits are overwritten by K;
+    their columns must then lie side by side.
     """
     n, vocab = policy.shape[:-1].numel(), policy.shape[-1]
     wide = torch.float64 if torch.float64 in (policy.dtype, ref.dtype) else torch.float32
@@ -279,8 +288,10 @@ def token_kl_gradient(
     out: torch.Tensor, *, direction: str, transform, mask: torch.Tensor | None = None,
     grad: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out `[N, V]` = grad * K, row by row (K alone without `grad`); `out` may be the policy's logits themselves, and
-    all three a slice of the vocabulary."""
+    """Write grad * K to `out` `[N, V]`, row by row. Without `grad` its factor is 1.
+
+    `out` may be the policy's logits themselves. All three may be a slice of the vocabulary.
+    """
     n, vocab = kl.numel(), policy.shape[-1]
     if n == 0 or vocab == 0:
         return

@@ -1,7 +1,8 @@
-"""Token log-probs of S sequences, each desirable or not -> sequence sums, loss, metrics, coefficients: one launch.
+"""KTO, APO-zero, BCO: token log-probs of S sequences -> loss, metrics and coefficients, in one launch.
 
-As in `paired_loss`, one program does it all in a fixed order. Formulas and their sources:
-`fastpref/reference/unpaired.py`. The branches here add the derivatives.
+Each sequence is desirable or not. As in `paired_loss`, one program does it all in a fixed order.
+
+Formulas and their sources: `fastpref/reference/unpaired.py`. The branches here add the derivatives.
 """
 
 import torch
@@ -28,7 +29,7 @@ def _count_desirable(desirable_ptr, total, ACC: tl.constexpr, BLOCK: tl.constexp
 def _sequence_loss(log_ratio, desirable, shift, KIND: tl.constexpr, BETA: tl.constexpr):
     """Loss of each sequence and its derivative with respect to the log-ratio.
 
-    All are functions of x for a desirable and of -x for an undesirable sequence.
+    All are functions of y, which is x for a desirable sequence and -x for an undesirable one.
     """
     if KIND == 0:  # kto
         x = BETA * (log_ratio - shift)
@@ -106,9 +107,9 @@ def unpaired_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(loss, metrics `[2, S]`, d loss / d token_logps `[N]`) of a group of `num_sequences` sequences, in one launch.
 
-    Sequences are `cu_seqlens[s]:cu_seqlens[s + 1]`, or N / S rows each. `desirable` is the whole batch's, of which the
-    group begins at `first_sequence`: the means are over the batch. `objective` has the fields of
-    `fastpref.reference.UnpairedObjective`; `shift` (0-d) is KTO's z0 or BCO's delta; metrics are log-probs and rewards.
+    Sequences are `cu_seqlens[s]:cu_seqlens[s + 1]`, or N / S rows each. `desirable` is the whole batch's, since means
+    are over the batch. In it the group begins at `first_sequence`. `objective` has the fields of
+    `fastpref.reference.UnpairedObjective`. `shift` (0-d) is KTO's z0 or BCO's delta. Metrics are log-probs and rewards.
     """
     o, n, dtype = objective, token_logps.numel(), token_logps.dtype
     inputs = dense(token_logps, labels, cu_seqlens, ref_logps, desirable, shift)
