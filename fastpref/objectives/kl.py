@@ -289,7 +289,7 @@ class FixedKLController:
 class AdaptiveKLController:
     """Steers the KL towards `target` by changing `beta`, the weight of the penalty, in proportion to the error.
 
-    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2, in the form of their code (lm-human-preferences):
+    As in Ziegler et al. 2019, arXiv 1909.08593, section 2.2, in the form of their code (lm-human-preferences):
 
         beta *= 1 + clip(kl / target - 1, -0.2, 0.2) * n_steps / horizon
 
