@@ -16,7 +16,7 @@ from typing import Any
 from fastpref.common import terminal
 
 QUICK_STEPS = 12
-COMPARED_STEPS = 3  # the first of them warms up
+COMPARED_STEPS = 2  # the first of them warms up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
