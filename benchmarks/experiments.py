@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -289,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"got {', '.join(sorted(unknown))}, want of {', '.join(EXPERIMENTS)}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     save = functools.partial(record.write, path=args.json) if args.json else None
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without one
+    suite.take_interrupts()
     found = run(names, QUICK if args.quick else FULL, device, dtype, args.repeats, save)
     print(record.table(found))
     if args.json:

@@ -19,7 +19,6 @@ import importlib
 import itertools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -332,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=Path, help="file or folder for the record")
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without one
+    suite.take_interrupts()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("CI", "1")  # TRL: no telemetry
     if args.child:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import multiprocessing
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -120,6 +121,11 @@ class Suite(NamedTuple):
     cases: Mapping[str, Sequence[Any]]  # by device; "quick" for seconds on a CPU. NamedTuples with a `label`
     memory: bool = True  # is the peak worth a fresh process
     judge: Callable[[Sequence[record.Row]], list[dict[str, Any]]] | None = None
+
+
+def take_interrupts() -> None:
+    """SIGINT is a KeyboardInterrupt, also in the background, where a shell starts processes that ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def load(name: str) -> Suite:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.measure import MIB, quantile
-from benchmarks.suite import INTERRUPTED
+from benchmarks.suite import INTERRUPTED, take_interrupts
 from fastpref.commands.demo.comparison import LIBRARIES, LOSS_TOLERANCE, Failed, Result, Run, train_in_process
 
 CASES = {"online reference": False, "precomputed reference": True}
@@ -178,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--checkpointing", action="store_true", help="recompute activations in the backward (TRL's default)")
     add("--json", type=Path, help="file or folder for the record")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without one
+    take_interrupts()
     found = measure(args, None if args.json is None else functools.partial(record.write, path=args.json))
     print("\n" + table(found))
     if args.json is not None:
