@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "PairRules": "fastpref.online.pairing",
-    "Response": "fastpref.online.sampling",
-    "Sampling": "fastpref.online.sampling",
+    "Response": "fastpref.data.sampling",
+    "Sampling": "fastpref.data.sampling",
     "evaluate_policy": "fastpref.online.evaluation",
     "evaluate_reward_model": "fastpref.online.evaluation",
     "function_scorer": "fastpref.online.judges",
@@ -22,13 +22,16 @@ _HOMES = {
     "pairs_file": "fastpref.online.pairs",
     "read_records": "fastpref.online.records",
     "reward_model_scorer": "fastpref.online.judges",
-    "sample_responses": "fastpref.online.sampling",
+    "sample_responses": "fastpref.data.sampling",
     "score_file": "fastpref.online.score",
     "score_records": "fastpref.online.score",
 }
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
+    from fastpref.data.sampling import Response as Response
+    from fastpref.data.sampling import Sampling as Sampling
+    from fastpref.data.sampling import sample_responses as sample_responses
     from fastpref.online.evaluation import evaluate_policy as evaluate_policy
     from fastpref.online.evaluation import evaluate_reward_model as evaluate_reward_model
     from fastpref.online.generate import generate_file as generate_file
@@ -41,9 +44,6 @@ if TYPE_CHECKING:
     from fastpref.online.pairing import make_pairs as make_pairs
     from fastpref.online.pairs import pairs_file as pairs_file
     from fastpref.online.records import read_records as read_records
-    from fastpref.online.sampling import Response as Response
-    from fastpref.online.sampling import Sampling as Sampling
-    from fastpref.online.sampling import sample_responses as sample_responses
     from fastpref.online.score import score_file as score_file
     from fastpref.online.score import score_records as score_records
 

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from fastpref.common.files import check_writable
+from fastpref.data.sampling import Sampling, all_prompt_ids, end_tokens, sample_responses
 from fastpref.online import loading
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.prompts import read_prompts
 from fastpref.online.records import Journal, Record
-from fastpref.online.sampling import Sampling, all_prompt_ids, end_tokens, sample_responses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,16 +15,10 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from fastpref.common import checks
+from fastpref.data.batches import WINDOW_BATCHES, in_windows
+from fastpref.data.sampling import Prompt
 from fastpref.objectives.reward import RewardHead
-from fastpref.online.sequences import (
-    WINDOW_BATCHES,
-    Prompt,
-    TokenSequence,
-    in_windows,
-    policy_scores,
-    rewards,
-    sequences_of,
-)
+from fastpref.online.sequences import TokenSequence, policy_scores, rewards, sequences_of
 
 Records = Sequence[Mapping[str, Any]]
 Scores = Sequence[float | None]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastpref.data.sampling import Prompt
 from fastpref.online.records import Record, read_records
-from fastpref.online.sequences import Prompt
 
 CONSUMED = {"prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "instruction", "input"}
 

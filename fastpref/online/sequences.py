@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +10,10 @@ from torch import Tensor
 
 from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs
 from fastpref.data import encode
+from fastpref.data.batches import batches_by_length, pad_id, padded
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.models import hidden_states, output_head
 from fastpref.objectives.reward import RewardHead
-
-Message = dict[str, Any]
-Prompt = str | list[Message]
-WINDOW_BATCHES = 8  # batches that are sorted by length together; what is at most lost when a job is stopped
 
 
 class TokenSequence(NamedTuple):
@@ -66,42 +63,6 @@ def sequences_of(
         sequences.append(TokenSequence(parted.prompt, *parted.responses[0]))
         found |= parted.remarks
     return sequences, found
-
-
-def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), both `[S, T]`, padded on the `"left"` or the `"right"`."""
-    length = max(map(len, rows))
-    ids, mask = torch.full((len(rows), length), pad_token_id), torch.zeros(len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        ids[i, place] = torch.tensor(row, dtype=torch.long)
-        mask[i, place] = 1
-    return ids, mask
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The token that fills up a batch."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Batches of indices of similar length. The longest come first, so that a lack of memory shows early."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for i in range(0, len(order), batch_size):
-        yield order[i : i + batch_size]
-
-
-def in_windows(
-    run: Callable[[list[Any]], list[Any]], items: Sequence[Any], size: int, start: int = 0
-) -> Iterator[list[Any]]:
-    """Runs `run` on windows of `size` consecutive items. Yields what it returns for those from `start` on, a window at
-    a time.
-
-    The windows do not depend on `start`. One that is entered in its middle is run as a whole again.
-    """
-    for begin in range(start - start % size, len(items), size):
-        window = run(list(items[begin : begin + size]))
-        yield window[max(0, start - begin) :]
 
 
 class PolicyScores(NamedTuple):

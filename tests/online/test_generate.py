@@ -29,10 +29,10 @@ from transformers import (
 
 from fastpref.commands import cli
 from fastpref.data.encode import prompt_ids
+from fastpref.data.randomness import draw, keys, uniforms
+from fastpref.data.sampling import _response
 from fastpref.online import Sampling, generate_file, load_policy, sample_responses
 from fastpref.online.prompts import read_prompts
-from fastpref.online.randomness import draw, keys, uniforms
-from fastpref.online.sampling import _response
 
 HOW = Sampling(k=2, max_new_tokens=6, seed=3)
 TEXTS = [r["prompt"] for r in PROMPTS]
@@ -187,7 +187,7 @@ def test_prompts_are_run_once_for_all_their_responses(policy, monkeypatch) -> No
 
 
 def test_any_start_gives_the_rest(policy, monkeypatch) -> None:
-    monkeypatch.setattr("fastpref.online.sampling.WINDOW_BATCHES", 2)  # windows of 3 prompts
+    monkeypatch.setattr("fastpref.data.sampling.WINDOW_BATCHES", 2)  # windows of 3 prompts
     wanted = texts(policy, batch_size=3)
     for start in range(len(TEXTS) + 1):
         assert texts(policy, batch_size=3, start=start) == wanted[start:]

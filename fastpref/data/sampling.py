@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fastpref.common import checks
+from fastpref.data.batches import WINDOW_BATCHES, batches_by_length, in_windows, pad_id, padded
 from fastpref.data.encode import prompt_ids
-from fastpref.online.randomness import draw, keys
-from fastpref.online.sequences import WINDOW_BATCHES, Prompt, batches_by_length, in_windows, pad_id, padded
+from fastpref.data.randomness import draw, keys
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
@@ -38,6 +42,8 @@ class Sampling:
         checks.positive("repetition_penalty", self.repetition_penalty)
         checks.positive("top_p", self.top_p)
         checks.within("top_p", self.top_p, 0, 1, closed=True)
+        if self.min_p is not None:
+            checks.within("min_p", self.min_p, 0, 1, closed=True)
         if self.temperature == 0 and self.k > 1:
             raise ValueError(f"k: got {self.k} with temperature 0, want 1: greedy responses are all the same")
 
@@ -85,7 +91,7 @@ def sample_responses(
         found: dict[tuple[int, int], Response] = {}
         for chosen in batches_by_length([len(tokens[index]) for index, _ in items], batch_size):
             some = [items[i] for i in chosen]
-            found.update(zip(some, _generate(model, tokenizer, tokens, some, how), strict=True))
+            found.update(zip(some, sample_batch(model, tokenizer, tokens, some, how), strict=True))
             if progress:
                 progress(len(some))
         return [[found[index, response] for response in range(how.k)] for index in tokens]
@@ -120,10 +126,13 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 @torch.no_grad()
-def _generate(
-    model: Any, tokenizer: Any, tokens: dict[int, list[int]], items: Sequence[tuple[int, int]], how: Sampling
+def sample_batch(
+    model: Any, tokenizer: Any, tokens: Mapping[int, list[int]], items: Sequence[tuple[int, int]], how: Sampling
 ) -> list[Response]:
-    """Samples one batch. `items` are (prompt, response)."""
+    """Samples one batch, a response to each of the `items`, which are (prompt, response) numbers.
+
+    The numbers are the keys of a response's random numbers, with `how.seed`. `tokens` has each prompt's ids.
+    """
     from transformers import GenerationConfig, LogitsProcessorList
 
     prompts = list(dict.fromkeys(prompt for prompt, _ in items))
@@ -186,7 +195,7 @@ def _processors(how: Sampling, table: Tensor, prompt_length: int) -> list[Any]:
     Its own draw takes random numbers for the whole batch one after the other, so a response would depend on those
     beside it.
     """
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     def drawn(input_ids: Tensor, scores: Tensor) -> Tensor:
         token = draw(scores, table[:, input_ids.shape[1] - prompt_length].to(scores.device))
@@ -197,6 +206,8 @@ def _processors(how: Sampling, table: Tensor, prompt_length: int) -> list[Any]:
         processors.append(TopKLogitsWarper(how.top_k))
     if how.top_p < 1:
         processors.append(TopPLogitsWarper(float(how.top_p)))
+    if how.min_p is not None:
+        processors.append(MinPLogitsWarper(float(how.min_p)))
     processors.append(drawn)
     return processors
 
