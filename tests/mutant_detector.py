@@ -1,9 +1,10 @@
 """A compact check of every kernel against the specification in fp64, sharp enough to notice each mutant.
 
-    python tests/mutant_detector.py FOLDER BACKEND [FOLDER BACKEND ...]
+    python tests/mutant_detector.py FOLDER BACKEND CHECK [FOLDER BACKEND CHECK ...]
 
-Each FOLDER holds copies of both packages. Prints one JSON list for each: the names of the checks that fail. All
-folders share one process that has imported PyTorch, which takes longer than the checks; a fork of it checks each.
+Each FOLDER holds copies of both packages; CHECK is the name of one, or "all". Prints one JSON list for each: the names
+of the checks that fail. All folders share one process that has imported PyTorch, which takes longer than the checks; a
+fork of it checks each.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ class Checks:
         close(fastpref.token_logprobs(logits, labels), reference.token_logprobs(logits.double(), labels))
 
 
-def failing_checks(folder: str, backend: str) -> list[str]:
+def failing_checks(folder: str, backend: str, wanted: str) -> list[str]:
     sys.path.insert(0, folder)
     import fastpref
     from fastpref import reference
@@ -216,7 +217,8 @@ def failing_checks(folder: str, backend: str) -> list[str]:
     fastpref.set_backend(backend)
     torch.set_default_device(DEVICE)
     checks, failing = Checks(), []
-    for name in (name for name in vars(Checks) if not name.startswith("_")):
+    names = [name for name in vars(Checks) if not name.startswith("_")] if wanted == "all" else [wanted]
+    for name in names:
         torch.manual_seed(0)
         try:
             getattr(checks, name)(fastpref, reference)
@@ -227,7 +229,7 @@ def failing_checks(folder: str, backend: str) -> list[str]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    jobs = list(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+    jobs = list(zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True))
     context = multiprocessing.get_context("fork" if DEVICE == "cpu" else "spawn")  # CUDA does not survive a fork
     with context.Pool(min(8, os.cpu_count() or 1), maxtasksperchild=1) as pool:
         for found in pool.starmap(failing_checks, jobs, chunksize=1):

@@ -123,17 +123,17 @@ def mutate(folder: Path, mutant: Mutant | None) -> Path:
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory) -> dict[tuple[str, str], list[str]]:
-    """(bug, backend) -> the checks that fail; the bug "none" is the code as it is."""
-    jobs = [(None, "triton"), (None, "portable"), *((m, m.backend) for m in MUTANTS)]
-    folders = [mutate(tmp_path_factory.mktemp("mutant"), mutant) for mutant, _ in jobs]
-    arguments = [str(x) for folder, (_, backend) in zip(folders, jobs, strict=True) for x in (folder, backend)]
+    """(bug, backend) -> the checks that fail, of all for the bug "none", which is the code as it is, and of the one
+    that is meant for it for a mutant."""
+    jobs = [(None, "triton", "all"), (None, "portable", "all"), *((m, m.backend, m.check) for m in MUTANTS)]
+    arguments = [str(x) for m, *how in jobs for x in (mutate(tmp_path_factory.mktemp("mutant"), m), *how)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # conftest.py has set TRITON_INTERPRET where there is no GPU
     run = subprocess.run(
         [sys.executable, ROOT / "tests" / "mutant_detector.py", *arguments],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
-    names = [(mutant.bug if mutant else "none", backend) for mutant, backend in jobs]
+    names = [(mutant.bug if mutant else "none", backend) for mutant, backend, _ in jobs]
     return dict(zip(names, map(json.loads, run.stdout.splitlines()), strict=True))
 
 
