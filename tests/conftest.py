@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastpref_kernels is imported
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 
+import interpreter
 from support import BACKENDS, DEVICE
 
 import fastpref
@@ -25,6 +26,7 @@ from fastpref.common import memory
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process a core already
 
+interpreter.hasten()
 PACKAGES = ("fastpref", "fastpref_kernels")
 GARBAGE = 0x5A5A5A5A  # fits int32, and is no plausible index or count
 

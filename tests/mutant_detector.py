@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import interpreter
 import torch
 import torch._dynamo  # imported by the first operator call otherwise, once in each fork
 from torch import Tensor
@@ -229,6 +230,7 @@ def failing_checks(folder: str, backend: str, wanted: str) -> list[str]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    interpreter.hasten()
     jobs = list(zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True))
     context = multiprocessing.get_context("fork" if DEVICE == "cpu" else "spawn")  # CUDA does not survive a fork
     with context.Pool(min(8, os.cpu_count() or 1), maxtasksperchild=1) as pool:
