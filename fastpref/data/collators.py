@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastpref.data.packing import Scored, pack, scored_tokens, split_by_tokens
+from fastpref.data.vision import Vision
 from fastpref.models import Limits, attention
 
 Example = dict[str, Any]
@@ -36,24 +37,35 @@ class PackedCollator:
     keep_examples: bool = False  # beside the batch, as `kept`
     limits: Limits | None = None  # of the model
     count_copies: bool = False  # of each token: for what sums over tokens, such as a router's loss
+    vision: Vision | None = None  # for examples with images
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         """The sequences of each example."""
         raise NotImplementedError
 
+    def pictures(self) -> Vision | None:
+        """`vision`, if the data have images."""
+        return self.vision if self.vision is not None and self.vision.seen else None
+
     def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What a part holds besides its sequences."""
         return {}
 
-    def pack(self, groups: Sequence[Sequence[Scored]]) -> dict[str, Any]:
-        """Packs the sequences into one batch.
+    def pack(self, groups: Sequence[Sequence[Scored]], examples: Sequence[Example] = ()) -> dict[str, Any]:
+        """Packs the sequences into one batch, with the images of their examples beside them.
 
         Raises:
             ValueError: a sequence is beyond the model's limits.
         """
         if self.limits is not None:
             self.limits.check(s.ids for group in groups for s in group)
-        batch = pack(groups, self.layout, self.pad_token_id, count_copies=self.count_copies)
+        pictured = self.vision if examples and "pixels" in examples[0] else None
+        batch = pack(
+            groups, self.layout, self.pad_token_id, count_copies=self.count_copies, with_places=pictured is not None
+        )
+        if pictured is not None:
+            places, shape = batch.pop("places"), batch["input_ids"].shape
+            batch["vision"] = pictured.inputs(groups, examples, self.layout, places, shape)
         if not self.ours:
             batch.pop(attention.KWARG, None)
         return batch
@@ -62,7 +74,7 @@ class PackedCollator:
         """One part: the packed examples and what belongs to them."""
         groups = self.groups(examples)
         tokens = sum(len(s.ids) for group in groups for s in group)
-        return self.pack(groups) | self.extras(examples) | {"examples": len(examples), "tokens": tokens}
+        return self.pack(groups, examples) | self.extras(examples) | {"examples": len(examples), "tokens": tokens}
 
     def split(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
         """The examples of each part."""
@@ -158,7 +170,8 @@ class UnpairedCollator(PackedCollator):
 
     def kl_part(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The mismatched completions, as a part."""
-        part = self.pack([[_response(e, "kl_completion")] for e in examples]) | {"examples": len(examples)}
+        part = self.pack([[_response(e, "kl_completion")] for e in examples], examples)
+        part["examples"] = len(examples)
         if "ref_KL_logps" in examples[0]:
             part["ref_logps"] = torch.tensor([e["ref_KL_logps"] for e in examples], dtype=torch.float32)
         return part
@@ -166,7 +179,7 @@ class UnpairedCollator(PackedCollator):
     def reference_part(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Both completions of each prompt, for a pass without gradients: [B; B mismatched]."""
         groups = [[_response(e, side) for side in ("completion", "kl_completion")] for e in examples]
-        return self.pack(groups) | {"examples": len(examples)}
+        return self.pack(groups, examples) | {"examples": len(examples)}
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         batch = super().__call__(examples)

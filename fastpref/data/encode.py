@@ -234,9 +234,9 @@ def _mask_of(example: Record, side: str, tokenizer: Any) -> list[int]:
     return template.assistant_mask(tokenizer, messages, len(example["prompt"]), ids, **options)
 
 
-def template_texts(example: Record, tokenizer: Any) -> tuple[str, ...]:
-    """(prompt, chosen, rejected) as texts. A prompt that ends in an assistant's message is continued."""
-    names = ("prompt", *PAIR)
+def template_texts(example: Record, tokenizer: Any, sides: Sequence[str] = PAIR) -> tuple[str, ...]:
+    """(prompt, responses) as texts. A prompt that ends in an assistant's message is continued."""
+    names = ("prompt", *sides)
     if not is_conversational(example, names):
         return tuple(example[name] for name in names)
     options = template.template_options(example)
@@ -247,7 +247,7 @@ def template_texts(example: Record, tokenizer: Any) -> tuple[str, ...]:
     prompt = template.template_text(
         tokenizer, example["prompt"], add_generation_prompt=not going_on, continue_final_message=going_on, **options
     )
-    texts = [template.template_text(tokenizer, example["prompt"] + example[side], **options) for side in PAIR]
+    texts = [template.template_text(tokenizer, example["prompt"] + example[side], **options) for side in sides]
     prompt = os.path.commonprefix([prompt, *texts])  # noqa: RUF071 - of characters, as meant
     return prompt, *(text[len(prompt) :] for text in texts)
 

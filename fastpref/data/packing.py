@@ -61,8 +61,9 @@ class _Place(NamedTuple):
 
 
 def pack(
-    groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0, *, count_copies: bool = False
-) -> dict[str, Any]:
+    groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0, *, count_copies: bool = False,
+    with_places: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """A batch from groups of sequences.
 
     The sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs.
@@ -72,6 +73,7 @@ def pack(
         layout: one of `LAYOUTS`.
         pad_token_id: what fills up the rows of `padded`.
         count_copies: also return `copies`.
+        with_places: also return `places`: where the tokens of each sequence lie in the flattened input.
 
     Returns:
         `input_ids`, and what the layout needs beside it: `position_ids` and `fastpref_segments`, or `attention_mask`;
@@ -89,6 +91,8 @@ def pack(
         else:
             places = [place for (place,) in by_group]
     batch = inputs | scored_rows(sequences, places)
+    if with_places:
+        batch["places"] = places
     return batch | {"copies": _copies(sequences, places, inputs["input_ids"].numel())} if count_copies else batch
 
 

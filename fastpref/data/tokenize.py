@@ -26,6 +26,7 @@ from fastpref import __version__
 from fastpref.data.encode import PAIR, Response, in_context, part, solution, token_ids, wholes
 from fastpref.data.formats import column_names
 from fastpref.data.ids import IGNORE_INDEX, common_prefix_length
+from fastpref.data.images import prepared_columns
 from fastpref.data.remarks import LEFT_OUT, Remarks, remarks_of, with_remarks
 from fastpref.objectives.unpaired import mismatched_indices
 
@@ -76,7 +77,7 @@ def tokenize_unpaired(
     dataset = _tokenized(
         dataset, _unpaired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
     )
-    found = {**columns, **_present(dataset, numbers), "length": "int32"}
+    found = {**columns, **_present(dataset, numbers), **prepared_columns(dataset), "length": "int32"}
     if block_size is not None:
         found |= kl_columns
     # by one process, or blocks would end where its share does; blocks are whole in every batch
@@ -281,7 +282,7 @@ def _tokenized(
     dataset: Any, row: Callable[..., Record | None], columns: Mapping[str, Any], numbers: Sequence[str], name: str,
     num_proc: int | None, **options: Any,
 ) -> Any:  # fmt: skip
-    found = {**columns, **_present(dataset, numbers), "length": "int32"}
+    found = {**columns, **_present(dataset, numbers), **prepared_columns(dataset), "length": "int32"}
     sized = hasattr(dataset, "__len__")
     told = Remarks(name, options["max_length"], stream=not sized)
     if sized:
@@ -361,6 +362,5 @@ def _present(dataset: Any, numbers: Sequence[str]) -> dict[str, str]:
 def _features(columns: Mapping[str, Any]) -> Any:
     from datasets import Features, Value
 
-    return Features(
-        {name: [Value(kind[0])] if isinstance(kind, list) else Value(kind) for name, kind in columns.items()}
-    )
+    kinds = {name: [Value(kind[0])] if isinstance(kind, list) else kind for name, kind in columns.items()}
+    return Features({name: Value(kind) if isinstance(kind, str) else kind for name, kind in kinds.items()})

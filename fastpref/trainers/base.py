@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastpref.common.memory import keep_freed_memory
+from fastpref.data import images
 from fastpref.data.collators import PackedCollator
 from fastpref.models import compile_backbone, inner_model, keep_arithmetic, limits, run_inside
 from fastpref.trainers import card
@@ -31,6 +32,7 @@ from fastpref.trainers.loading import (
 )  # fmt: skip
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.streams import StreamRemarks
+from fastpref.trainers.vision import pictured, tokenizer_of, vision_of
 
 NLL_TERM = "loss/nll"  # of an evaluation's loss: a mean over tokens, where the rest is one over examples
 
@@ -89,7 +91,10 @@ class PreferenceTrainer(Trainer):
             dispatch.dispatch_batches = False
         if args.dataloader_pin_memory:  # the next batch is copied while the device works on this one
             dispatch.non_blocking = True
-        self.tokenizer_in_use = processing_class
+        tokenizer = self.tokenizer_in_use = tokenizer_of(processing_class)
+        self._vision = collator.vision = vision_of(model, processing_class)
+        if self._vision is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # a batch may have no images
         options = {name: value for name, value in options.items() if value is not None}
         super().__init__(
             model=model, args=args, data_collator=collator,
@@ -106,12 +111,12 @@ class PreferenceTrainer(Trainer):
             raise unsupported("token_budget", args.token_budget, reason)
         if args.n_gpu > 1:
             raise unsupported("nn.DataParallel", f"{args.n_gpu} GPUs in one process", "launch with torchrun")
-        collator.pad_token_id = processing_class.pad_token_id
+        collator.pad_token_id = tokenizer.pad_token_id
         collator.token_budget = args.token_budget
         collator.keep_examples = args.world_size > 1
         collator.limits = limits(self.inner)
-        check_limits(collator, len(processing_class), self.train_dataset, self.eval_dataset)
-        collator.layout, collator.ours = choose_layout(self.model, args.layout)
+        check_limits(collator, len(tokenizer), self.train_dataset, self.eval_dataset)
+        collator.layout, collator.ours = choose_layout(self.model, args.layout, collator.pictures())
         if args.torch_compile:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise unsupported("torch_compile", True, "want no FSDP or DeepSpeed with it")
@@ -131,7 +136,7 @@ class PreferenceTrainer(Trainer):
     # data
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["length", POSITION, *self.signature_columns]
+        self._signature_columns = ["length", POSITION, *images.PREPARED, *self.signature_columns]
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         """The data set tokenised, with the columns `signature_columns`."""
@@ -143,7 +148,11 @@ class PreferenceTrainer(Trainer):
         if isinstance(dataset, Mapping):
             return {key: self._prepared(value, args, key) for key, value in dataset.items()}
         with args.main_process_first(desc=f"preparing the {name} data"):
-            return self.prepare_dataset(dataset, name, args)
+            return self.prepare_dataset(images.undecoded(dataset), name, args)
+
+    def pictured(self, dataset: Any, sides: Sequence[str], args: Any, name: str, whole: bool = False) -> Any:
+        """The records with images as token ids, images beside them; others as they are."""
+        return pictured(dataset, self._vision, sides, args, name, whole, late=hasattr(self, "train_dataset"))
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):
         """As `Trainer.evaluate`. A data set given here is prepared like those given to the constructor."""
@@ -380,17 +389,3 @@ class PreferenceTrainer(Trainer):
     def inner(self) -> Any:
         """The transformers model, without wrappers and adapters around it."""
         return inner_model(self.accelerator.unwrap_model(self.model))
-
-
-def given_args(args: Any, config_class: type[PreferenceConfig], model: Any, method: str) -> Any:
-    """The configuration, by default one whose `output_dir` is named after model and method.
-
-    Raises:
-        TypeError: `args` is not a `config_class`.
-    """
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return config_class(output_dir=f"{str(name).rstrip('/').split('/')[-1] or 'model'}-{method}")
-    if not isinstance(args, config_class):
-        raise TypeError(f"args: got {type(args).__name__}, want {config_class.__module__}.{config_class.__name__}")
-    return args

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref.models import attention, backbone, for_head
+from fastpref.models.vision import packed_decoder
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", attention.KWARG)
 
@@ -18,6 +19,11 @@ def run_backbone(model: Any, batch: Mapping[str, Any], **options: Any) -> Any:
     """The backbone's output of a batch from `fastpref.data.packing.pack`."""
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     packed = attention.KWARG in inputs
+    if "vision" in batch:
+        inputs |= batch["vision"]
+        segments = inputs.pop(attention.KWARG, None)
+        with packed_decoder(model, segments) if packed else contextlib.nullcontext():
+            return backbone(model)(**inputs, use_cache=False, **options)
     if packed:
         inputs["attention_mask"] = attention.prepared_mask(inputs["input_ids"])
     with attention.packed_rows() if packed else contextlib.nullcontext():
@@ -36,4 +42,11 @@ def scored_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """The batch with all its tensors on a device."""
-    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+    return {
+        name: to_device(value, device)
+        if isinstance(value, dict)
+        else value.to(device)
+        if hasattr(value, "to")
+        else value
+        for name, value in batch.items()
+    }

@@ -6,11 +6,12 @@ import warnings
 from typing import Any
 
 from fastpref.data.packing import LAYOUTS
+from fastpref.data.vision import Vision
 from fastpref.models import attention, has_parameters, inner_model, other_mixers, uncompiled
 from fastpref.trainers.probe import batch_fault
 
 
-def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:
+def choose_layout(model: Any, wanted: str, vision: Vision | None = None) -> tuple[str, bool]:
     """The first layout in which this model gives each sequence the hidden states that it has alone.
 
     Layers that carry something from token to token in another way than attention (state spaces, convolutions) get
@@ -20,6 +21,7 @@ def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:
     Args:
         model: the model, with or without wrappers.
         wanted: a layout of `LAYOUTS` or `"auto"`. Other layouts are tried where it is not possible.
+        vision: for data with images: sequences with images are tried.
 
     Returns:
         (layout, whether fastpref's attention runs it).
@@ -38,7 +40,7 @@ def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:
     reason: str | None = None
     for layout in tried:
         for ours in (True, False) if layout == "packed" else (layout == "shared",):
-            reason = _fault(model, layout, ours)
+            reason = _fault(model, layout, ours, vision)
             if reason is None:
                 if wanted != layout and reasons and layout != "shared":
                     warnings.warn(f"layout: {name} runs {layout!r} batches ({'; '.join(reasons)})", stacklevel=3)
@@ -47,7 +49,7 @@ def choose_layout(model: Any, wanted: str) -> tuple[str, bool]:
     raise ValueError(f"model: got {name}, whose padded batches do not give each sequence what it has alone: {reason}")
 
 
-def _fault(model: Any, layout: str, ours: bool) -> str | None:
+def _fault(model: Any, layout: str, ours: bool, vision: Vision | None) -> str | None:
     """Why the model cannot run this layout, or None."""
     inner = inner_model(model)
     if getattr(inner.config, "is_encoder_decoder", False):
@@ -62,7 +64,7 @@ def _fault(model: Any, layout: str, ours: bool) -> str | None:
             return str(error).splitlines()[0]
     try:
         with uncompiled(inner):
-            fault = batch_fault(inner, layout, ours)
+            fault = batch_fault(inner, layout, ours, vision)
     except Exception as error:  # a model may refuse packed rows in any way
         fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if fault is not None and ours:

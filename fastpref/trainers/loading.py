@@ -11,7 +11,9 @@ from torch import nn
 
 from fastpref.data.collators import PackedCollator
 from fastpref.models import adapters, inner_model, is_peft
+from fastpref.models.vision import takes_images
 from fastpref.trainers.config import PreferenceConfig, unsupported
+from fastpref.trainers.vision import tokenizer_of
 
 FACTORS = re.compile(r"lora_(embedding_)?[AB]\.")
 NOISE = ("drop", "jitter")  # in the names of its rates
@@ -74,6 +76,20 @@ def refuse_options(options: dict[str, Any], gives_scores: bool) -> None:
             raise unsupported(name, "one", reason)
 
 
+def given_args(args: Any, config_class: type[PreferenceConfig], model: Any, method: str) -> Any:
+    """The configuration, by default one whose `output_dir` is named after model and method.
+
+    Raises:
+        TypeError: `args` is not a `config_class`.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return config_class(output_dir=f"{str(name).rstrip('/').split('/')[-1] or 'model'}-{method}")
+    if not isinstance(args, config_class):
+        raise TypeError(f"args: got {type(args).__name__}, want {config_class.__module__}.{config_class.__name__}")
+    return args
+
+
 def load_model(model: Any, args: PreferenceConfig, auto_class: Any, quantization_config: Any = None, **options: Any):
     """A model from a path or a hub id, or the model itself if it is one.
 
@@ -101,10 +117,10 @@ def load_model(model: Any, args: PreferenceConfig, auto_class: Any, quantization
 
 
 def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig, given: Any = None) -> Any:
-    """The tokenizer, with a pad token. By default that of the model.
+    """The tokenizer, with a pad token, or the processor that has it. By default that of the model.
 
     Args:
-        processing_class: a tokenizer, or None.
+        processing_class: a tokenizer, a processor, or None.
         model: the loaded model.
         args: the configuration, for `pad_token` and `trust_remote_code`.
         given: what the user gave the trainer as model: with a name, its tokenizer is read.
@@ -112,24 +128,26 @@ def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig, gi
     Raises:
         ValueError: no tokenizer can be found, it is not one, or `pad_token` is not in its vocabulary.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
     if processing_class is None:
         name = adapters.tokenizer_source(given) if isinstance(given, str) else model.config._name_or_path
         if not name:
             raise ValueError("processing_class: got None with a model that came from no folder, want its tokenizer")
-        processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise unsupported("processing_class", type(processing_class).__name__, "want a tokenizer (no images)")
+        auto = AutoProcessor if takes_images(model) else AutoTokenizer
+        processing_class = auto.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    tokenizer = tokenizer_of(processing_class)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise unsupported("processing_class", type(processing_class).__name__, "want a tokenizer or a processor")
     if args.pad_token is not None:
-        if args.pad_token not in processing_class.get_vocab():
+        if args.pad_token not in tokenizer.get_vocab():
             raise ValueError(f"pad_token: got {args.pad_token!r}, which is not in the tokenizer's vocabulary")
-        processing_class.pad_token = args.pad_token
-    if processing_class.pad_token is None:
-        processing_class.pad_token = processing_class.eos_token
-    model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        tokenizer.pad_token = args.pad_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = processing_class.pad_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     return processing_class
 
 

@@ -11,14 +11,16 @@ from torch.nn import functional as F
 
 from fastpref.data import formats, tokenize
 from fastpref.data.collators import PairCollator
+from fastpref.data.encode import PAIR
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.objectives.paired import DPOLoss, IPOLoss, PairedLoss, PreferenceOutput
 from fastpref.objectives.reference_free import CPOLoss, ORPOLoss, SimPOLoss
 from fastpref.ops.paired import SEPARABLE_EXCEPT
 from fastpref.reference import TokenStatistics
 from fastpref.reference.paired import log_odds
-from fastpref.trainers.base import NLL_TERM, Items, given_args
+from fastpref.trainers.base import NLL_TERM, Items
 from fastpref.trainers.config import CPOConfig, DPOConfig, IPOConfig, ORPOConfig, SimPOConfig
+from fastpref.trainers.loading import given_args
 from fastpref.trainers.policy import PolicyTrainer, ReferencedTrainer
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -131,8 +133,9 @@ class _ReferencedPairs(PairTraining, ReferencedTrainer):
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_paired(
-            formats.paired(dataset), self.tokenizer_in_use, max_length=args.max_length, num_proc=args.dataset_num_proc,
-            name=name, responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
+            self.pictured(formats.paired(dataset), PAIR, args, name), self.tokenizer_in_use,
+            max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
+            responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
         )  # fmt: skip
 
     def reference_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
@@ -242,8 +245,9 @@ class _ReferenceFree(PairTraining):
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_reference_free(
-            formats.paired(dataset), self.tokenizer_in_use, max_length=args.max_length, num_proc=args.dataset_num_proc,
-            name=name, responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
+            self.pictured(formats.paired(dataset), PAIR, args, name), self.tokenizer_in_use,
+            max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
+            responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
         )  # fmt: skip
 
 

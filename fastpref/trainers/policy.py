@@ -270,7 +270,7 @@ class ReferencedTrainer(PolicyTrainer):
         if set(self.reference_columns) <= set(dataset.column_names):
             return dataset
         settings = [self.accelerator.mixed_precision, *self.reference_settings()]
-        columns = [name for name in self.hashed_columns if name in dataset.column_names]
+        columns = [name for name in (*self.hashed_columns, "pixels") if name in dataset.column_names]
         key = fingerprint(self.reference, dataset, columns, settings)
         folder = self.args.reference_cache or models.cache_folder() / "reference"
         cache = ReferenceCache(folder, key, len(dataset), len(self.reference_columns))

@@ -16,28 +16,47 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpref.data.packing import Scored, pack
-from fastpref.models import attention, evaluating
+from fastpref.data import images
+from fastpref.data.collators import PackedCollator
+from fastpref.data.packing import Scored
+from fastpref.data.vision import Vision
+from fastpref.models import evaluating
 from fastpref.trainers.forward import hidden_rows, to_device
 
 TOKENS = 24
+RESPONSES = {"chosen": "yes", "rejected": "none"}
 
 
 class _Trial(NamedTuple):
-    sequences: list[Scored]
-    batch: dict[str, Any]
+    alone: list[dict[str, Any]]  # a batch of each sequence
+    batch: dict[str, Any]  # of all of them
     rows: list[Tensor]  # of each sequence, where its tokens lie in the batch
 
 
-def batch_fault(inner: Any, layout: str, ours: bool) -> str | None:
+def batch_fault(inner: Any, layout: str, ours: bool, vision: Vision | None = None) -> str | None:
     """Why a batch's sequences are not as they are alone, or None. Runs in evaluation mode and leaves the model as it
-    was."""
+    was. With `vision`, their prompts have images."""
     with evaluating(inner):
-        trial = _trial(inner, layout, ours)
+        trial = _trial(inner, layout, ours, vision)
         return _leak(inner, trial) or _difference(inner, trial)
 
 
-def _trial(inner: Any, layout: str, ours: bool) -> _Trial:
+def _trial(inner: Any, layout: str, ours: bool, vision: Vision | None) -> _Trial:
+    groups, examples = _texts(inner) if vision is None else _pictures(vision)
+    device = next(inner.parameters()).device
+
+    def made(some: list[list[Scored]], layout: str, of: list[dict[str, Any]]) -> dict[str, Any]:
+        collator = PackedCollator(layout=layout, ours=ours, vision=vision)
+        return to_device(collator.pack(some, of), device)
+
+    batch = made(groups, layout, examples)
+    rows = batch["rows"].tensor_split(batch["cu_seqlens"][1:-1].tolist())  # all tokens but each sequence's last
+    whole = [torch.cat([r, last[None]]) for r, last in zip(rows, batch["last_rows"], strict=True)]
+    pairs = [(group[branch], i) for branch in range(2) for i, group in enumerate(groups)]
+    return _Trial([made([[s]], "padded", examples[i : i + 1]) for s, i in pairs], batch, whole)
+
+
+def _texts(inner: Any) -> tuple[list[list[Scored]], list[dict[str, Any]]]:
     vocab = inner.config.get_text_config().vocab_size
     ids = (torch.arange(TOKENS) * 7 + 3).remainder(vocab).tolist()
     prompt, other = ids[:5], ids[5:8]
@@ -45,12 +64,20 @@ def _trial(inner: Any, layout: str, ours: bool) -> _Trial:
         [Scored(prompt + ids[8:12], 1), Scored(prompt + ids[12:18], 1)],
         [Scored(other + ids[18:20], 1), Scored(other + ids[20:24], 1)],
     ]
-    batch = to_device(pack(groups, layout), next(inner.parameters()).device)
-    if not ours:
-        batch.pop(attention.KWARG, None)
-    rows = batch["rows"].tensor_split(batch["cu_seqlens"][1:-1].tolist())  # all tokens but each sequence's last
-    whole = [torch.cat([r, last[None]]) for r, last in zip(rows, batch["last_rows"], strict=True)]
-    return _Trial([s for branch in zip(*groups, strict=True) for s in branch], batch, whole)
+    return groups, []
+
+
+def _pictures(vision: Vision) -> tuple[list[list[Scored]], list[dict[str, Any]]]:
+    """Two pairs about one picture each, of different sizes."""
+    groups, examples = [], []
+    for number, size in enumerate(((40, 32), (32, 48))):
+        example = images.encode(
+            {"images": [images.gradient(size, number)], "prompt": images.question(vision.processor), **RESPONSES},
+            vision.processor, ("chosen", "rejected"),
+        )  # fmt: skip
+        groups.append([Scored(example["prompt_ids"] + example[f"{side}_ids"], 1) for side in ("chosen", "rejected")])
+        examples.append(example)
+    return groups, examples
 
 
 def _leak(inner: Any, trial: _Trial) -> str | None:
@@ -83,11 +110,8 @@ def _leak(inner: Any, trial: _Trial) -> str | None:
 
 @torch.no_grad()
 def _difference(inner: Any, trial: _Trial) -> str | None:
-    device = next(inner.parameters()).device
-
     def alone() -> Tensor:
-        batches = (to_device(pack([[s]], "padded"), device) for s in trial.sequences)
-        return torch.cat([hidden_rows(inner, batch) for batch in batches]).float()
+        return torch.cat([hidden_rows(inner, batch) for batch in trial.alone]).float()
 
     quantized = any(not p.is_floating_point() for p in inner.parameters())
     eps = torch.finfo(torch.bfloat16 if quantized else torch.float32).eps

@@ -94,7 +94,7 @@ def ready_reference(model: Any, collator: PackedCollator, disable: bool) -> None
     if disable:
         disable_dropout(model)
     models.keep_arithmetic(model, for_good=True)
-    if choose_layout(model, collator.layout) != (collator.layout, collator.ours):
+    if choose_layout(model, collator.layout, collator.pictures()) != (collator.layout, collator.ours):
         collator.layout, collator.ours = "padded", False
     models.output_head(inner_model(model))
 

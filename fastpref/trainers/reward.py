@@ -13,10 +13,10 @@ from fastpref.data.collators import PackedCollator, RewardCollator, StepCollator
 from fastpref.models.adapters import active_module
 from fastpref.objectives.process_reward import ProcessRewardLoss
 from fastpref.objectives.reward import BradleyTerryLoss, RewardOutput
-from fastpref.trainers.base import Items, PreferenceTrainer, given_args
+from fastpref.trainers.base import Items, PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig, PRMConfig, RewardConfig, unsupported
 from fastpref.trainers.forward import hidden_rows
-from fastpref.trainers.loading import load_model, load_tokenizer, wrap_peft
+from fastpref.trainers.loading import given_args, load_model, load_tokenizer, wrap_peft
 from fastpref.trainers.metrics import HIGHEST, LOWEST
 
 
@@ -110,7 +110,8 @@ class RewardTrainer(_HeadTrainer):
         if args.chat_template_path is not None:
             tokenizer.chat_template = _chat_template(args.chat_template_path)
         return tokenize.tokenize_reward(
-            formats.paired(dataset), tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
+            self.pictured(formats.paired(dataset), formats.PAIR, args, name, whole=True), tokenizer,
+            max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
             responses_as_written=args.responses_as_written,
         )  # fmt: skip
 

@@ -14,8 +14,9 @@ from fastpref.data import formats, tokenize
 from fastpref.data.collators import UnpairedCollator
 from fastpref.objectives.tokens import sequence_logprobs
 from fastpref.objectives.unpaired import KTOLoss, UnpairedOutput
-from fastpref.trainers.base import Items, given_args
+from fastpref.trainers.base import Items
 from fastpref.trainers.config import KTOConfig
+from fastpref.trainers.loading import given_args
 from fastpref.trainers.policy import ReferencedTrainer
 
 
@@ -70,8 +71,8 @@ class KTOTrainer(ReferencedTrainer):
 
     def _tokenized(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_unpaired(
-            formats.unpaired(dataset), self.tokenizer_in_use, max_length=args.max_length,
-            num_proc=args.dataset_num_proc, name=name,
+            self.pictured(formats.unpaired(dataset), ("completion",), args, name), self.tokenizer_in_use,
+            max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
             block_size=args.per_device_train_batch_size if self.with_kl else None,
             responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
         )  # fmt: skip

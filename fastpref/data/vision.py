@@ -1,0 +1,106 @@
+"""From a batch's images to what a vision-language model takes beside its token ids: pixels, their grids, positions.
+
+An image runs once for all sequences of a group where their beginning runs once (`shared`), else once for each sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.data import images
+from fastpref.data.packing import Scored
+
+GRID = "image_grid_thw"  # of models whose positions have three axes
+BY_TOKEN = ("mm_token_type_ids", "token_type_ids")
+
+
+@dataclass
+class Vision:
+    """Makes a batch's images ready. `positions` gives a sequence's positions `[3, 1, T]`, of models that have such."""
+
+    processor: Any
+    positions: Callable[..., Tensor] | None = None
+    seen: bool = False  # images, in the data
+
+    def inputs(
+        self, groups: Sequence[Sequence[Scored]], examples: Sequence[Mapping[str, Any]], layout: str,
+        places: Sequence[Any], shape: Sequence[int],
+    ) -> dict[str, Any]:  # fmt: skip
+        """What the model takes beside the token ids of a batch.
+
+        Args:
+            groups: the sequences of each example.
+            examples: with `images` and `prompt_text`.
+            layout: of the batch.
+            places: where the tokens of each sequence lie in the batch, first by their place in the group.
+            shape: of the batch's token ids.
+
+        Returns:
+            The processor's tensors of all images that run, in the order of their tokens; what it says of each token, in
+                the batch's shape; and perhaps `position_ids`, `[3, 1, N]`.
+        """
+        runs = list(examples) if layout == "shared" else list(examples) * len(groups[0])
+        found = self._processed(runs)
+        mask = found.pop("attention_mask")
+        ids = found.pop("input_ids")
+        del ids
+        prompts = {name: found.pop(name) for name in BY_TOKEN if name in found}
+        sequences = [group[branch] for branch in range(len(groups[0])) for group in groups]
+        kinds: dict[str, list[Tensor]] = {}
+        for name, values in prompts.items():
+            own = [row[: int(m.sum())] for row, m in zip(values, mask, strict=True)]
+            own = own * (len(sequences) // len(own))
+            kinds[name] = [_filled(row, len(s.ids)) for row, s in zip(own, sequences, strict=True)]
+            found[name] = _laid_out(kinds[name], places, shape)
+        if self.positions is not None and layout != "padded" and GRID in found:
+            own = self._positions(sequences, kinds[BY_TOKEN[0]], runs, found[GRID])
+            found["position_ids"] = _laid_out(own, places, shape)
+        return found
+
+    def _processed(self, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Of prompts with images together; those without have zeros wherever something is said of tokens."""
+        pictures = [[images.opened(source) for source in run["images"]] for run in runs]
+        texts = [run["prompt_text"] for run in runs]
+        some = [i for i, own in enumerate(pictures) if own] or list(range(len(runs)))
+        found = dict(images.process(self.processor, [pictures[i] for i in some], [texts[i] for i in some]))
+        for name in ("input_ids", "attention_mask", *BY_TOKEN):
+            if name in found:
+                rows = found[name].new_zeros(len(runs), found[name].shape[1])
+                rows[some] = found[name]
+                found[name] = rows
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def _positions(
+        self, sequences: Sequence[Scored], kinds: Sequence[Tensor], runs: Sequence[Mapping[str, Any]], grids: Tensor
+    ) -> list[Tensor]:
+        """The positions `[3, T]` of each sequence, as if it were alone."""
+        assert self.positions is not None
+        by_run = grids.split([len(run["images"]) for run in runs])
+        by_sequence = list(by_run) * (len(sequences) // len(by_run))
+        found = []
+        for sequence, kind, grid in zip(sequences, kinds, by_sequence, strict=True):
+            if len(grid):
+                found.append(self.positions(torch.tensor([list(sequence.ids)]), kind[None], grid)[:, 0])
+            else:
+                found.append(torch.arange(len(sequence.ids)).expand(3, -1))
+        return found
+
+
+def _filled(values: Tensor, length: int) -> Tensor:
+    """Values of a prompt's tokens, and zeros for those of the response."""
+    return torch.cat([values, values.new_zeros(max(0, length - len(values)))])[:length]
+
+
+def _laid_out(values: Sequence[Tensor], places: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """Values `[..., T]` of each sequence's tokens in the shape `[..., *shape]` of a batch; 0 where it is padded."""
+    leading = values[0].shape[:-1]
+    found = values[0].new_zeros(*leading, shape[0] * shape[1])
+    for value, place in zip(values, places, strict=True):
+        at = torch.from_numpy(place.positions(torch.arange(value.shape[-1]).numpy()))
+        found[..., at] = value
+    return found.view(*leading, *shape)

@@ -1,0 +1,55 @@
+"""What trainers do about images: the processor, the records' images, and models that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastpref.data import images
+from fastpref.data.vision import Vision
+from fastpref.models.vision import axis_positions, takes_images
+from fastpref.trainers.config import PreferenceConfig, unsupported
+
+TEXT_ONLY = ("responses_as_written", "assistant_only_loss", "torch_compile", "activation_offloading")
+
+
+def is_processor(processing_class: Any) -> bool:
+    """Whether it is a processor of texts and images, with a tokenizer inside."""
+    from transformers import ProcessorMixin
+
+    return isinstance(processing_class, ProcessorMixin) and hasattr(processing_class, "tokenizer")
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer in a processor, or the tokenizer itself."""
+    return processing_class.tokenizer if is_processor(processing_class) else processing_class
+
+
+def vision_of(model: Any, processing_class: Any) -> Vision | None:
+    """What makes images ready for the model, or None if model or processor know of none."""
+    if not is_processor(processing_class) or not takes_images(model):
+        return None
+    return Vision(processing_class, axis_positions(model))
+
+
+def pictured(
+    dataset: Any, vision: Vision | None, sides: Sequence[str], args: PreferenceConfig, name: str, whole: bool = False,
+    late: bool = False,
+) -> Any:  # fmt: skip
+    """The data set with images and token ids if it has a column of images (see `fastpref.data.images.encoded`).
+
+    Raises:
+        ValueError: an option does not go with images, or a record is wrong. Or the images come `late`: the batches'
+            layout was chosen for data without any.
+    """
+    if not images.has_images(dataset):
+        return dataset
+    if vision is None:
+        return images.without(dataset)
+    if late and not vision.seen:
+        raise ValueError(f"{name}: got images, want some in the constructor's data too: its batches are for texts only")
+    vision.seen = True
+    for option in TEXT_ONLY:
+        if getattr(args, option, False):
+            raise unsupported(option, True, "the data have images")
+    return images.encoded(dataset, vision.processor, sides, whole=whole, num_proc=args.dataset_num_proc, name=name)

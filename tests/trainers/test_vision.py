@@ -1,0 +1,180 @@
+"""Pairs about images: the losses of TRL 1.16, what runs once, and bad images that name their record."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from support_vision import FAMILIES, picture, records
+
+from fastpref.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+STEPS = 3
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return {
+        "per_device_train_batch_size": 2, "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1,
+        "use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False, "disable_tqdm": True,
+        "gradient_checkpointing": True,
+        "train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", **more,
+    }  # fmt: skip
+
+
+def logs(trainer: Any) -> list[dict[str, float]]:
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def check_against(wanted: list[dict[str, float]], found: list[dict[str, float]], tolerance: float = 1e-4) -> None:
+    assert len(wanted) == len(found) == STEPS
+    for theirs, ours in zip(wanted, found, strict=True):
+        assert set(theirs) <= set(ours)
+        for name in ("loss", "logps/chosen", "logps/rejected", "entropy", "num_tokens"):
+            assert ours[name] == pytest.approx(theirs[name], abs=tolerance, rel=1e-5), name
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_dpo_has_the_losses_of_trl(family, tmp_path):
+    model, processor = FAMILIES[family]()
+    dataset = Dataset.from_list(records())
+    theirs = trl.DPOTrainer(
+        copy.deepcopy(model), copy.deepcopy(model), trl.DPOConfig(str(tmp_path / "trl"), **options()),
+        train_dataset=dataset, processing_class=processor,
+    )  # fmt: skip
+    ours = DPOTrainer(
+        model, args=DPOConfig(str(tmp_path / "ours"), reference_cache=str(tmp_path / "cache"), **options()),
+        train_dataset=dataset, processing_class=processor,
+    )  # fmt: skip
+    assert ours.data_collator.layout == "shared"
+    check_against(logs(theirs), logs(ours))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_kto_has_the_losses_of_trl(family, tmp_path):
+    model, processor = FAMILIES[family]()
+    rows = [
+        {
+            "images": r["images"],
+            "prompt": r["prompt"],
+            "completion": r["chosen" if i % 2 else "rejected"],
+            "label": i % 2,
+        }
+        for i, r in enumerate(records())
+    ]
+    dataset = Dataset.from_list([row | {"label": bool(row["label"])} for row in rows])
+    more = options(per_device_train_batch_size=2)
+    theirs = trl.KTOTrainer(
+        copy.deepcopy(model), copy.deepcopy(model), trl.KTOConfig(str(tmp_path / "trl"), **more),
+        train_dataset=dataset, processing_class=processor,
+    )  # fmt: skip
+    ours = KTOTrainer(
+        model, args=KTOConfig(str(tmp_path / "ours"), precompute_ref_log_probs=False, **more),
+        train_dataset=dataset, processing_class=processor,
+    )  # fmt: skip
+    wanted, found = logs(theirs), logs(ours)
+    check_against(wanted, found)
+    assert [e["kl"] for e in found] == pytest.approx([e["kl"] for e in wanted], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_an_image_and_a_prompt_run_once_for_a_pair(family, tmp_path):
+    model, processor = FAMILIES[family]()
+    images = 1 + 1 + 2 + 0 + 1 + 2
+    counts = {"images": 0, "tokens": 0}
+    tower = model.model.visual if family == "qwen2_vl" else model.model.vision_tower
+
+    def pixels(module: Any, args: Any, kwargs: Any) -> None:
+        counts["images"] += len(kwargs["grid_thw"]) if family == "qwen2_vl" else len(args[0])
+
+    def tokens(module: Any, args: Any, kwargs: Any) -> None:
+        counts["tokens"] += kwargs["inputs_embeds"].shape[:2].numel()
+
+    trainer = DPOTrainer(
+        model, args=DPOConfig(str(tmp_path), reference_cache=str(tmp_path / "cache"), **options()),
+        train_dataset=Dataset.from_list(records()), processing_class=processor,
+    )  # fmt: skip
+    rows = list(trainer.train_dataset)
+    hooks = [
+        tower.register_forward_pre_hook(pixels, with_kwargs=True),
+        model.model.language_model.register_forward_pre_hook(tokens, with_kwargs=True),
+    ]
+    trainer.train()
+    for hook in hooks:
+        hook.remove()
+    separate = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+    assert counts["images"] == images  # of 2 * images in separate sequences
+    assert counts["tokens"] <= sum(r["length"] for r in rows)  # responses may begin alike, too
+    assert counts["tokens"] < 0.8 * separate
+
+
+def broken(change: str) -> tuple[list[dict[str, Any]], str]:
+    rows = records(2)
+    for row in rows:  # as a data file has them
+        row["images"] = [{"bytes": None, "path": path} for path in ("there.png",)]
+    match change:
+        case "missing":
+            rows[1]["images"][0]["path"] = "not-there.png"
+            return rows, "record 2: images: got '.*not-there.png', want a file that exists"
+        case "broken":
+            rows[1]["images"][0]["path"] = "broken.png"
+            return rows, "record 2: images: got '.*broken.png', want an image that can be read"
+        case "fewer":
+            rows[1]["prompt"][0]["content"] = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
+            rows[0]["prompt"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "?"}]
+            return rows, "record 2: images: got 1 for 2 image parts in the messages of prompt"
+        case "more":
+            rows[1]["images"] *= 2
+            rows[1]["prompt"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "?"}]
+            rows[0]["prompt"][0]["content"] = [{"type": "image"}, {"type": "text", "text": "?"}]
+            return rows, "record 2: images: got 2 for 1 image part in the messages"
+        case _:
+            for row in rows:
+                row |= {"prompt": "<image>?" if row is rows[0] else "?", "chosen": "a", "rejected": "b"}
+            return rows, "record 2: images: got 1 for 0 times '<image>' in the prompt"
+
+
+@pytest.mark.parametrize("change", ["missing", "broken", "fewer", "more", "text"])
+def test_a_bad_image_is_named_with_its_record(change, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(1).save("there.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "there.png").read_bytes()[:60])
+    model, processor = FAMILIES["llava"]()
+    rows, message = broken(change)
+    with pytest.raises(ValueError, match=message):
+        DPOTrainer(
+            model, args=DPOConfig("out", **options()), train_dataset=Dataset.from_list(rows), processing_class=processor
+        )
+
+
+def test_images_in_a_text_model_are_named_with_their_record(tmp_path):
+    from fastpref.models import tiny
+
+    model, tokenizer = tiny(["a b"])
+    rows = [{"images": [], "prompt": "a", "chosen": "b", "rejected": "c"}]
+    rows.append(rows[0] | {"images": [picture(1)]})
+    with pytest.raises(ValueError, match="record 2: images: got 1, want none: the model reads texts only"):
+        DPOTrainer(
+            model, args=DPOConfig(str(tmp_path), **options()), train_dataset=Dataset.from_list(rows[::1]),
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+
+def test_the_reference_cache_knows_the_pixels(tmp_path):
+    model, processor = FAMILIES["llava"]()
+    found = []
+    for number in (1, 1, 2):
+        picture(number).save(tmp_path / "one.png")
+        rows = [r | {"images": [str(tmp_path / "one.png")]} for r in records(2)]
+        trainer = DPOTrainer(
+            copy.deepcopy(model), args=DPOConfig(str(tmp_path), reference_cache=str(tmp_path / "cache"), **options()),
+            train_dataset=Dataset.from_list(rows), processing_class=processor,
+        )  # fmt: skip
+        found.append(torch.tensor(trainer.train_dataset["ref_chosen_logps"][:]))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert (found[0] - found[2]).abs().max() > 1e-3
