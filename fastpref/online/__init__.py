@@ -11,10 +11,14 @@ _HOMES = {
     "PairRules": "fastpref.online.pairing",
     "Response": "fastpref.data.sampling",
     "Sampling": "fastpref.data.sampling",
+    "Server": "fastpref.online.servers",
+    "ServerError": "fastpref.online.servers",
+    "ServerSampler": "fastpref.online.served",
     "evaluate_policy": "fastpref.online.evaluation",
     "evaluate_reward_model": "fastpref.online.evaluation",
     "function_scorer": "fastpref.online.judges",
     "generate_file": "fastpref.online.generate",
+    "generate_from_server": "fastpref.online.served",
     "implicit_reward_scorer": "fastpref.online.judges",
     "load_policy": "fastpref.online.loading",
     "load_reward_model": "fastpref.online.loading",
@@ -46,6 +50,10 @@ if TYPE_CHECKING:
     from fastpref.online.records import read_records as read_records
     from fastpref.online.score import score_file as score_file
     from fastpref.online.score import score_records as score_records
+    from fastpref.online.served import ServerSampler as ServerSampler
+    from fastpref.online.served import generate_from_server as generate_from_server
+    from fastpref.online.servers import Server as Server
+    from fastpref.online.servers import ServerError as ServerError
 
 
 def __getattr__(name: str) -> Any:

@@ -10,15 +10,17 @@ from typing import Any
 
 from fastpref.common.files import check_writable
 from fastpref.data.sampling import Sampling, all_prompt_ids, end_tokens, sample_responses
-from fastpref.online import loading
+from fastpref.online import loading, served, servers
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.prompts import read_prompts
 from fastpref.online.records import Journal, Record
 
+BATCH_SIZE = 16
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, Sampling()
-    add("--model", required=True, metavar="PATH", help="a transformers checkpoint or adapter, a hub id, or smollm2")
+    add("--model", metavar="PATH", help="a transformers checkpoint or adapter, a hub id, or smollm2")
     add("--prompts", required=True, metavar="FILE", help="prompts in any format that `fastpref train` reads")
     add("--output", required=True, metavar="OUT.jsonl", help="prompts with their responses; continued if it exists")
     add("-k", type=at_least(int, 1), default=default.k, help="responses per prompt (default: %(default)s)")
@@ -30,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=at_least(int, 0), default=default.top_k, help="(default: %(default)s, everything)")
     add("--repetition-penalty", type=float, default=default.repetition_penalty, help="(default: %(default)s, none)")
     add("--seed", type=at_least(int, 0), default=default.seed, help="(default: %(default)s)")
-    add("--batch-size", type=at_least(int, 1), default=16, help="responses at once (default: %(default)s)")
+    add("--batch-size", type=at_least(int, 1), help=f"responses at once (default: {BATCH_SIZE})")
     add("--limit", type=at_least(int, 1), metavar="N", help="the first N prompts only")
     add("--chat", action="store_true", help="prompts of text are a user's message, not the beginning of a text")
     add("--save-ids", action="store_true", help="keep the sampled tokens, for training with responses_as_written")
     add("--overwrite", action="store_true", help="begin anew where OUT.jsonl exists")
     loading.add_machine_arguments(parser)
+    servers.add_server_arguments(parser)
 
 
 @command("generate")
@@ -44,18 +47,23 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(**{name: getattr(args, name) for name in names})
     check_writable("--output", args.output)
     prompts = read_prompts(args.prompts, chat=args.chat)[: args.limit]
-    model, tokenizer = loading.load_policy(args.model, args.device, args.dtype)
-    done = generate_file(
-        model, tokenizer, prompts, args.output, sampling, batch_size=args.batch_size, overwrite=args.overwrite,
-        save_ids=args.save_ids, progress=True,
-    )  # fmt: skip
+    if args.server is not None:
+        done = served.run(args, prompts, sampling)
+    elif args.model is None:
+        raise ValueError("--model: got none, want one, or a --server")
+    else:
+        model, tokenizer = loading.load_policy(args.model, args.device, args.dtype)
+        done = generate_file(
+            model, tokenizer, prompts, args.output, sampling, batch_size=args.batch_size or BATCH_SIZE,
+            overwrite=args.overwrite, save_ids=args.save_ids, progress=True,
+        )  # fmt: skip
     print(f"{args.output}: {done} prompts done now, {len(prompts)} in all, {sampling.k} responses each")
     return 0
 
 
 def generate_file(
     model: Any, tokenizer: Any, prompts: Sequence[Mapping[str, Any]], output: str | os.PathLike[str],
-    sampling: Sampling | None = None, *, batch_size: int = 16, overwrite: bool = False, save_ids: bool = False,
+    sampling: Sampling | None = None, *, batch_size: int = BATCH_SIZE, overwrite: bool = False, save_ids: bool = False,
     progress: bool = False,
 ) -> int:  # fmt: skip
     """Samples responses to each record's `prompt` into JSON lines. Returns how many prompts this call did.

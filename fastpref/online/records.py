@@ -86,7 +86,7 @@ class Journal:
     """A file of `total` records, written in order. `PATH.meta.json` says what it was begun with.
 
     A record is in the file when `append` returns. If a crash left part of a last record, it is cut off when the file is
-    opened again. `done` is the number of whole records.
+    opened again. `done` is the number of whole records. Settings without a record bind nobody.
 
     Args:
         path: the file.
@@ -109,7 +109,7 @@ class Journal:
         if overwrite:
             self.path.unlink(missing_ok=True)
             meta.unlink(missing_ok=True)
-        if meta.exists():
+        if meta.exists() and self.path.exists():
             self._compare(json.loads(meta.read_text(encoding="utf-8")))
         elif self.path.exists():
             raise ValueError(

@@ -10,7 +10,18 @@ from fastpref import models
 from fastpref.data.collate import collate_pairs, tokenize_pairs
 from fastpref.data.pairs import sample_pairs
 from fastpref.integrations.transformers import batch_loss, pair_batch, reference_logps
-from fastpref.online import PairRules, Sampling, evaluate_policy, function_scorer, make_pairs, sample_responses
+from fastpref.online import (
+    PairRules,
+    Sampling,
+    Server,
+    ServerError,
+    ServerSampler,
+    evaluate_policy,
+    function_scorer,
+    generate_from_server,
+    make_pairs,
+    sample_responses,
+)
 from fastpref.trainers import (
     CPOConfig,
     CPOTrainer,
@@ -107,6 +118,16 @@ def online() -> None:
         [{"prompt": "Once", "responses": [r.text for r in found[0]], "scores": [1.0, 2.0]}], PairRules(how="best-worst")
     )
     print(evaluate_policy(model, tokenizer, pairs)["accuracy"], report, scorer)
+
+
+def served() -> list[str]:
+    server = Server("http://localhost:8000", model="mine", kind="vllm", concurrency=8)
+    try:
+        done: int = generate_from_server(server, [{"prompt": "Once"}], "out.jsonl", Sampling(k=2))
+        answers = ServerSampler(server, ids=True, logps=True)(["Once"], Sampling(k=2), start=done)
+    except ServerError:
+        return []
+    return [answer.text for row in answers for answer in row if answer.ids and answer.logps]
 
 
 def train(folder: str) -> None:
