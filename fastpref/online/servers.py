@@ -144,11 +144,8 @@ def sampling_fields(kind: str, how: Sampling) -> dict[str, Any]:
             config |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p}
             return {"max_tokens": how.max_new_tokens, "generation_config": json.dumps(config)}
         return {"max_tokens": how.max_new_tokens, "temperature": 0.0, "generation_config": json.dumps(config)}
-    if kind in ("vllm", "sglang"):
-        return fields | {
-            "top_k": how.top_k or -1,
-            "min_p": how.min_p or 0.0,
-            "repetition_penalty": how.repetition_penalty,
-        }
     beyond = {"top_k": how.top_k, "min_p": how.min_p or 0.0, "repetition_penalty": how.repetition_penalty}
-    return fields | {name: value for name, value in beyond.items() if value != getattr(Sampling, name)}
+    if kind in ("vllm", "sglang"):
+        return fields | beyond | {"top_k": how.top_k or -1}
+    nothing = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    return fields | {name: value for name, value in beyond.items() if value != nothing[name]}
