@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import gc
 import os
 import sys
 import warnings
@@ -399,6 +400,7 @@ def main(folder: str, batch: str, *cases: str) -> None:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of C++ to make gloo faster
+    gc.freeze()  # as in conftest.py
     torch.distributed.init_process_group("gloo")
     found = {}
     for entry in cases:

@@ -7,6 +7,7 @@ what it found in `FOLDER/found.pt`.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as the tests' conftest doe
 from tests.matrix import models, run
 from tests.matrix.table import Cell
 
-PATIENCE = 60  # seconds a cell
+PATIENCE = 240  # seconds a cell
 
 
 def launch(cells: list[Cell]) -> dict[Cell, run.Found]:
@@ -39,6 +40,7 @@ def launch(cells: list[Cell]) -> dict[Cell, run.Found]:
 
 
 def main(folder: str) -> None:
+    gc.freeze()  # as in conftest.py
     torch.distributed.init_process_group("gloo")
     found = {}
     for i, cell in enumerate(Cell(*values) for values in torch.load(Path(folder) / "cells.pt", weights_only=False)):
