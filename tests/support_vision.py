@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 TEMPLATE = (
@@ -90,10 +90,10 @@ def _qwen(name: str, vision: dict[str, Any], **text_options: Any) -> tuple[Any, 
     from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
     class Processor(Qwen2VLProcessor):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            return None if argument_name == "video_processor" else super().check_argument_for_proper_class(
-                argument_name, argument
-            )  # fmt: skip
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str) -> None:
+            self.image_token, self.video_token = QWEN[2:]
+            self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(QWEN[2:])
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     text = tokenizer("<|vision_start|><|image_pad|><|vision_end|>", QWEN)
     images = Qwen2VLImageProcessorPil(
@@ -106,7 +106,7 @@ def _qwen(name: str, vision: dict[str, Any], **text_options: Any) -> tuple[Any, 
         name, text_config={**TEXT, "rope_parameters": rope, **text_options}, vision_config={**vision, **patches},
         image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
     )  # fmt: skip
-    return model, Processor(images, text, None, chat_template=text.chat_template)
+    return model, Processor(images, text, text.chat_template)
 
 
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {"llava": llava, "qwen2_vl": qwen2_vl}
@@ -133,3 +133,32 @@ def records(number: int = 6) -> list[dict[str, Any]]:
             "rejected": [{"role": "assistant", "content": "Nothing" if i % 2 else "A red square, I think"}],
         })  # fmt: skip
     return found
+
+
+def one_sequence(processor: Any, record: dict[str, Any], side: str) -> tuple[dict[str, Any], int]:
+    """(a model's inputs of one response after its prompt, the prompt's tokens), by the processor alone."""
+    images = record["images"]
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": record["prompt"][0]["content"]}]
+    asked = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    options = {"return_tensors": "pt", "add_special_tokens": False}
+    inputs = dict(processor(text=[asked], **({"images": [images]} if images else {}), **options))
+    told = f"{record[side][0]['content']}</s>"
+    response = processor.tokenizer(told, **options)["input_ids"]
+    prompt = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = ids = torch.cat([inputs["input_ids"], response], 1)
+    inputs["attention_mask"] = torch.ones_like(ids)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(response)], 1)
+    return inputs, prompt
+
+
+@torch.no_grad()
+def own_logps(model: Any, processor: Any, record: dict[str, Any], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probs of the prompt's text tokens, of the response's), from the model's own logits of one sequence alone."""
+    inputs, prompt = one_sequence(processor, record, side)
+    ids = inputs["input_ids"]
+    logps = model(**inputs, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    logps = logps.gather(1, ids[0, 1:, None])[:, 0]
+    image = torch.isin(ids[0, 1:prompt], torch.tensor([processor.image_token_id]))
+    return logps[: prompt - 1][~image], logps[prompt - 1 :]

@@ -101,7 +101,15 @@ class PairCollator(PackedCollator):
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         sides = (("chosen", 1 if self.score_prompts else None), ("rejected", None))
-        return [[_response(e, side, e.get(f"{side}_skip", 0), kept) for side, kept in sides] for e in examples]
+        vision = self.pictures() if self.score_prompts else None
+        without = frozenset() if vision is None else vision.image_tokens
+        return [
+            [
+                _response(e, side, e.get(f"{side}_skip", 0), kept, without if kept else frozenset())
+                for side, kept in sides
+            ]
+            for e in examples
+        ]
 
     def part(self, examples: Sequence[Example]) -> dict[str, Any]:
         batch = super().part(examples)
@@ -188,7 +196,9 @@ class UnpairedCollator(PackedCollator):
         return batch
 
 
-def _response(example: Example, side: str, skip: int = 0, kept: int | None = None) -> Scored:
+def _response(
+    example: Example, side: str, skip: int = 0, kept: int | None = None, without: frozenset[int] = frozenset()
+) -> Scored:
     """A response after its prompt. Its first `skip` tokens still count as context."""
     prompt, ids, mask = example["prompt_ids"], example[f"{side}_ids"], example.get(f"{side}_mask")
-    return Scored(prompt + ids, len(prompt) + skip, kept, None if mask is None else mask[skip:])
+    return Scored(prompt + ids, len(prompt) + skip, kept, None if mask is None else mask[skip:], without)

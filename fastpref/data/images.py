@@ -54,8 +54,8 @@ def _undecoded(feature: Any) -> Any:
     return type(feature)(_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
 
-def listed(example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A record's images as `{"bytes", "path"}`, none of them opened.
+def listed(example: Mapping[str, Any]) -> list[Any]:
+    """A record's images as `{"bytes", "path"}`, none of them opened; those that are PIL images stay so.
 
     Raises:
         ValueError: one is neither a path nor an image.
@@ -68,21 +68,32 @@ def listed(example: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [_source(one) for one in (value if isinstance(value, list | tuple) else [value])]
 
 
-def _source(value: Any) -> dict[str, Any]:
+def _source(value: Any) -> Any:
     if isinstance(value, str | os.PathLike):
         return {"bytes": None, "path": os.fspath(value)}
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
     if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
-    if hasattr(value, "save") and hasattr(value, "mode"):  # PIL's
-        data = io.BytesIO()
-        value.save(data, format="PNG" if value.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF")
-        return {"bytes": data.getvalue(), "path": None}
+    if _is_picture(value):
+        return value
     raise ValueError(f"images: got {type(value).__name__}, want paths, bytes or PIL images")
 
 
-def opened(source: Mapping[str, Any]) -> Any:
+def _is_picture(value: Any) -> bool:
+    return hasattr(value, "save") and hasattr(value, "mode")  # PIL's
+
+
+def _stored(source: Any) -> dict[str, Any]:
+    """An image as bytes, without loss, or as its path."""
+    if not _is_picture(source):
+        return source
+    data = io.BytesIO()
+    source.save(data, format="PNG" if source.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF")
+    return {"bytes": data.getvalue(), "path": None}
+
+
+def opened(source: Any) -> Any:
     """A PIL image, turned upright as its EXIF data say.
 
     Raises:
@@ -90,6 +101,8 @@ def opened(source: Mapping[str, Any]) -> Any:
     """
     from PIL import Image, ImageOps
 
+    if _is_picture(source):
+        return ImageOps.exif_transpose(source)
     data, path = source["bytes"], source["path"]
     try:
         image = Image.open(path if data is None else io.BytesIO(data))
@@ -184,7 +197,8 @@ def _files(dataset: Any) -> list[tuple[str, int, int]]:
     names = [name for name in COLUMNS if name in dataset.column_names]
     found = set()
     for example in dataset.select_columns(names):
-        found |= {source["path"] for source in listed(example) if source["bytes"] is None and source["path"]}
+        stored = (source for source in listed(example) if not _is_picture(source))
+        found |= {source["path"] for source in stored if source["bytes"] is None and source["path"]}
     stats = [(path, os.stat(path)) for path in sorted(found) if os.path.exists(path)]
     return [(path, stat.st_mtime_ns, stat.st_size) for path, stat in stats]
 
@@ -193,7 +207,8 @@ def _encoded(
     example: Record, index: int, processor: Any, sides: Sequence[str], whole: bool, version: str, files: Any = None
 ) -> Record:
     try:
-        return encode(dict(example), processor, sides, whole)
+        found = encode(dict(example), processor, sides, whole)
+        return found | {"images": [_stored(source) for source in found["images"]]}
     except ValueError as error:
         raise ValueError(f"dataset, record {index + 1}: {error}") from error
 

@@ -35,14 +35,18 @@ class Scored(NamedTuple):
     first: int
     kept: int | None = None
     mask: Sequence[int] | None = None  # of ids[first:]
+    without: frozenset[int] = frozenset()  # ids before `first` that have no row, such as an image's
 
     def tokens(self) -> np.ndarray:
         """Indices of the tokens that have a row. The first token of a sequence has none: nothing comes before it."""
         at = np.arange(max(1, self.first if self.kept is None else self.kept), len(self.ids))
-        if self.mask is None:
+        if self.mask is None and not self.without:
             return at
         has_row = np.ones(len(self.ids), dtype=bool)
-        has_row[self.first :] = np.asarray(self.mask, dtype=bool)
+        if self.without:
+            has_row[: self.first] = ~np.isin(self.ids[: self.first], list(self.without))
+        if self.mask is not None:
+            has_row[self.first :] = np.asarray(self.mask, dtype=bool)
         return at[has_row[at]]
 
 

@@ -5,6 +5,7 @@ An image runs once for all sequences of a group where their beginning runs once 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,11 @@ class Vision:
     processor: Any
     positions: Callable[..., Tensor] | None = None
     seen: bool = False  # images, in the data
+
+    @functools.cached_property
+    def image_tokens(self) -> frozenset[int]:
+        """The ids of the tokens in whose place an image's features stand."""
+        return frozenset(images.image_token_ids(self.processor))
 
     def inputs(
         self, groups: Sequence[Sequence[Scored]], examples: Sequence[Mapping[str, Any]], layout: str,

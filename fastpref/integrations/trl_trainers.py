@@ -27,7 +27,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from fastpref import models
+from fastpref.data.vision import Vision
 from fastpref.integrations.trl_batches import KEY, PackingCollator, PackingUnpaired
+from fastpref.integrations.trl_vision import COLLATORS, PackingPictures, PackingUnpairedPictures
 from fastpref.models import evaluating, is_peft, run_inside
 from fastpref.objectives.paired import DPOLoss
 from fastpref.objectives.unpaired import KTOLoss, kto_kl
@@ -38,6 +40,7 @@ from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.policy import PolicyTrainer
 from fastpref.trainers.reference import ready_reference
+from fastpref.trainers.vision import tokenizer_of, vision_of
 
 SMOOTHED = frozenset(("exo_pair", "robust", "aot", "aot_unpaired"))  # by TRL; it leaves `sigmoid` as it is
 REPLACED = ("_compute_loss", "compute_ref_log_probs")
@@ -54,6 +57,7 @@ class _Packed(_Trainer):
     # of one more product, for means over the steps between two logs as in TRL. 'never': not at all.
     statistics: str = "logging"
     collator_class: type[PackingCollator] = PackingCollator
+    pictures_class: type[PackingCollator] = PackingPictures
     count_tokens: Any = PreferenceTrainer.count_tokens
     inner: Any = PreferenceTrainer.inner
     derived_metrics: Any = PreferenceTrainer.derived_metrics
@@ -86,12 +90,14 @@ class _Packed(_Trainer):
         try:
             self._refuse()
             self._prepare_loss()
-            layout, ours = choose_layout(self.inner, "auto")
+            vision = self._vision()
+            layout, ours = choose_layout(self.inner, "auto", vision)
         except ValueError as error:
             warnings.warn(f"{type(self).__name__} computes losses as TRL does, without fastpref: {error}", stacklevel=4)
             return None
-        pad = self.processing_class.pad_token_id
-        packing = self.collator_class(pad, layout, ours, collator=self.data_collator)
+        pad = tokenizer_of(self.processing_class).pad_token_id
+        cls = self.collator_class if vision is None else self.pictures_class
+        packing = cls(pad, layout, ours, collator=self.data_collator, vision=vision)
         packing.limits = models.limits(self.inner)
         packing.count_copies = getattr(self, "aux_loss_enabled", False)
         if getattr(self, "ref_model", None) is not None:
@@ -102,13 +108,33 @@ class _Packed(_Trainer):
         return packing
 
     def _refuse(self: Any) -> None:
-        for name in ("_is_vlm", "is_fsdp_enabled", "is_deepspeed_enabled", "use_liger_kernel"):
+        for name in ("is_fsdp_enabled", "is_deepspeed_enabled", "use_liger_kernel"):
             if getattr(self, name, False):
                 raise ValueError(f"{name.removeprefix('_')}: got True, want False")
         if getattr(self, "aux_loss_enabled", False) and not hasattr(self, "router_aux_loss_coef"):
             raise ValueError("aux_loss_enabled: got True from an older TRL, want at least 1.16")
         if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:
             raise ValueError("device_map: got several devices, want the whole model on one")
+
+    def _vision(self: Any) -> Vision | None:
+        """What makes images ready, if the data have any.
+
+        Raises:
+            ValueError: another collator than TRL's own makes the batches, or something wants their logits.
+        """
+        if not getattr(self, "_is_vision_dataset", False):
+            return None
+        if trl.__version__.startswith("1.8."):
+            raise ValueError("images: got some under TRL 1.8, whose collators differ; want TRL 1.16")
+        if type(self.data_collator).__name__ not in COLLATORS:
+            raise ValueError(f"data_collator: got {type(self.data_collator).__name__} with images, want TRL's own")
+        if self.compute_metrics is not None:
+            raise ValueError("compute_metrics: got one with images, want None: it takes logits of TRL's batches")
+        found = vision_of(self.inner, self.processing_class)
+        if found is None:
+            raise ValueError(f"model: got {type(self.inner).__name__}, which takes no images")
+        found.seen = True
+        return found
 
     def _prepare_loss(self: Any) -> None:
         """Sets `loss_fn`.
@@ -248,6 +274,7 @@ class PackedKTO(_Policy):
     """KTO's part. The reference scores matched and mismatched completions at once."""
 
     collator_class = PackingUnpaired
+    pictures_class = PackingUnpairedPictures
     part_loss: Any = unpaired.KTOTrainer.part_loss
     reference_logps: Any = unpaired.KTOTrainer.reference_logps
     _add_class_metrics: Any = unpaired.KTOTrainer._add_class_metrics

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpref.models.vision import with_images
 from fastpref.models.wrappers import is_peft, reshard, sharded_like
 
 TASKS = {
@@ -62,7 +63,7 @@ def load(auto_class: Any, name: str | os.PathLike[str], *, trainable: bool = Fal
     """
     config = adapter_config(name)
     if config is None:
-        return auto_class.from_pretrained(name, **kwargs)
+        return with_images(auto_class, name, **kwargs).from_pretrained(name, **kwargs)
     from peft import PeftModel
 
     base, task = config.base_model_name_or_path, TASKS[auto_class.__name__]
@@ -79,7 +80,7 @@ def load(auto_class: Any, name: str | os.PathLike[str], *, trainable: bool = Fal
     if config.revision is not None:
         kwargs.setdefault("revision", config.revision)
     with _quiet(bool(getattr(config, "modules_to_save", None))):
-        model = auto_class.from_pretrained(base, **kwargs)
+        model = with_images(auto_class, base, **kwargs).from_pretrained(base, **kwargs)
     # for inference in the model's dtype; what trains is kept in fp32
     return PeftModel.from_pretrained(model, os.fspath(name), is_trainable=trainable, autocast_adapter_dtype=trainable)
 

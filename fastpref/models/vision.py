@@ -19,10 +19,62 @@ from fastpref.models import attention
 from fastpref.models.layers import base, decoder
 from fastpref.models.wrappers import inner_model
 
+WHERE = ("cache_dir", "revision", "subfolder", "token", "trust_remote_code")  # to find a config
+
+
+def with_images(auto_class: Any, name: Any, **options: Any) -> Any:
+    """`auto_class`, or in its place the class that reads a vision-language model's checkpoint.
+
+    `AutoModelForCausalLM` does not know most of them. `AutoModelForSequenceClassification` knows fewer: such a class is
+    made here, in transformers' own layout, with a head `score` on the backbone.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    if options.get("gguf_file"):
+        return auto_class
+    loading = {key: value for key, value in options.items() if key in WHERE}
+    config = options.get("config") or AutoConfig.from_pretrained(name, **loading)
+    kinds = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind: Any = type(config)
+    if kind not in kinds:
+        return auto_class
+    if auto_class.__name__ == "AutoModelForCausalLM":
+        own: Any = kinds[kind]
+        known = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and own.__name__ not in (config.architectures or ())
+        return auto_class if known else AutoModelForImageTextToText
+    if auto_class.__name__ == "AutoModelForSequenceClassification":
+        known = kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        return auto_class if known else sequence_classifier(kind)
+    return auto_class
+
+
+@functools.cache
+def sequence_classifier(config_class: type) -> Any:
+    """A class of models for sequence classification on the backbone of a vision-language model.
+
+    Args:
+        config_class: of the vision-language model, such as `Qwen2VLConfig`.
+
+    Raises:
+        ValueError: transformers has no backbone for it.
+    """
+    from transformers.modeling_layers import GenericForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if config_class not in MODEL_MAPPING:
+        raise ValueError(f"model: got {config_class.__name__}, which has no backbone of its own; want another model")
+    body: Any = MODEL_MAPPING[config_class]
+    name = config_class.__name__.removesuffix("Config") + "ForSequenceClassification"
+    found: Any = type(name, (GenericForSequenceClassification, body.__mro__[1]), {"__module__": __name__})
+    found.from_config = found._from_config  # as the auto classes have it
+    return found
+
 
 def takes_images(model: Any) -> bool:
     """Whether the model's forward has an argument for pixels."""
-    return "pixel_values" in inspect.signature(type(inner_model(model)).forward).parameters
+    inner = inner_model(model)
+    return any("pixel_values" in inspect.signature(type(m).forward).parameters for m in (inner, base(inner)))
 
 
 def axis_positions(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:

@@ -12,6 +12,7 @@ from fastpref import ops, reference
 from fastpref.common import checks
 from fastpref.common.precision import widened
 from fastpref.models import adapters, inner_model
+from fastpref.models.vision import with_images
 
 RANKING_METHODS = ("pairs", "plackett_luce")
 
@@ -276,7 +277,7 @@ class RewardHead(nn.Module):
                 f"{type(self).__name__}: got adapters in its layers, want them merged by PEFT before saving"
             )
         with torch.device("meta"):  # its class and its layout, with our parameters
-            model = AutoModelForSequenceClassification.from_config(self.config)
+            model = with_images(AutoModelForSequenceClassification, None, config=self.config).from_config(self.config)
         setattr(model, self._backbone_name, self.backbone)
         model.score = self.score
         model.save_pretrained(path, **kwargs)

@@ -9,9 +9,24 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from support_vision import FAMILIES, picture, records
+from support_vision import FAMILIES, one_sequence, own_logps, picture, records
 
-from fastpref.trainers import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from fastpref import RewardHead
+from fastpref.integrations import trl_trainers
+from fastpref.trainers import (
+    CPOConfig,
+    CPOTrainer,
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    ORPOConfig,
+    ORPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SimPOConfig,
+    SimPOTrainer,
+)
 
 STEPS = 3
 
@@ -46,12 +61,19 @@ def test_dpo_has_the_losses_of_trl(family, tmp_path):
         copy.deepcopy(model), copy.deepcopy(model), trl.DPOConfig(str(tmp_path / "trl"), **options()),
         train_dataset=dataset, processing_class=processor,
     )  # fmt: skip
+    patched = trl_trainers.DPOTrainer(
+        copy.deepcopy(model), copy.deepcopy(model), trl.DPOConfig(str(tmp_path / "patched"), **options()),
+        train_dataset=dataset, processing_class=processor,
+    )  # fmt: skip
+    patched.statistics = "every"
     ours = DPOTrainer(
         model, args=DPOConfig(str(tmp_path / "ours"), reference_cache=str(tmp_path / "cache"), **options()),
         train_dataset=dataset, processing_class=processor,
     )  # fmt: skip
-    assert ours.data_collator.layout == "shared"
-    check_against(logs(theirs), logs(ours))
+    assert ours.data_collator.layout == patched.data_collator.layout == "shared"
+    wanted = logs(theirs)
+    check_against(wanted, logs(ours))
+    check_against(wanted, logs(patched))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
@@ -76,8 +98,13 @@ def test_kto_has_the_losses_of_trl(family, tmp_path):
         model, args=KTOConfig(str(tmp_path / "ours"), precompute_ref_log_probs=False, **more),
         train_dataset=dataset, processing_class=processor,
     )  # fmt: skip
+    patched = trl_trainers.KTOTrainer(
+        copy.deepcopy(model), copy.deepcopy(model), trl.KTOConfig(str(tmp_path / "patched"), **more),
+        train_dataset=dataset, processing_class=processor,
+    )  # fmt: skip
     wanted, found = logs(theirs), logs(ours)
     check_against(wanted, found)
+    check_against(wanted, logs(patched))
     assert [e["kl"] for e in found] == pytest.approx([e["kl"] for e in wanted], abs=1e-4)
 
 
@@ -110,6 +137,68 @@ def test_an_image_and_a_prompt_run_once_for_a_pair(family, tmp_path):
     assert counts["images"] == images  # of 2 * images in separate sequences
     assert counts["tokens"] <= sum(r["length"] for r in rows)  # responses may begin alike, too
     assert counts["tokens"] < 0.8 * separate
+
+
+def expected(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What the methods without a reference take of each pair, from the model's own logits."""
+    found = {side: [own_logps(model, processor, r, side) for r in rows] for side in ("chosen", "rejected")}
+    sums = {side: torch.stack([response.sum() for _, response in both]) for side, both in found.items()}
+    means = {f"{side}_mean": torch.stack([response.mean() for _, response in both]) for side, both in found.items()}
+    chosen = [torch.cat(both) for both in found["chosen"]]
+    return sums | means | {"nll": -torch.cat(chosen).mean()}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_methods_without_a_reference_have_the_losses_of_the_models_own_logits(family, tmp_path):
+    model, processor = FAMILIES[family]()
+    rows = records(2) if family == "llava" else [records()[i] for i in (2, 3)]
+    own = expected(model, processor, rows)
+    config = {
+        "output_dir": str(tmp_path), "processing_class": processor, "train_dataset": Dataset.from_list(rows),
+    }  # fmt: skip
+
+    def first(trainer: Any, config_class: Any, **more: Any) -> dict[str, float]:
+        args = config_class(config["output_dir"], **options(max_steps=1, **more))
+        return logs(
+            trainer(copy.deepcopy(model), args=args, train_dataset=config["train_dataset"], processing_class=processor)
+        )[0]
+
+    margin = own["chosen_mean"] - own["rejected_mean"]
+    odds = margin - (torch.log1p(-own["chosen_mean"].exp()) - torch.log1p(-own["rejected_mean"].exp()))
+    wanted = own["nll"] - 0.1 * torch.nn.functional.logsigmoid(odds).mean()
+    assert first(ORPOTrainer, ORPOConfig, beta=0.1)["loss"] == pytest.approx(float(wanted), abs=1e-4)
+    wanted = -torch.nn.functional.logsigmoid(2.0 * margin - 0.5).mean()
+    assert first(SimPOTrainer, SimPOConfig, beta=2.0, simpo_gamma=0.5)["loss"] == pytest.approx(float(wanted), abs=1e-4)
+    found = first(CPOTrainer, CPOConfig)
+    assert found["logps/chosen"] == pytest.approx(float(own["chosen"].mean()), abs=1e-3)
+    assert found["logps/rejected"] == pytest.approx(float(own["rejected"].mean()), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl"])
+def test_rewards_are_those_of_transformers_own_forward(family, tmp_path):
+    model, processor = FAMILIES[family]()
+    model.save_pretrained(tmp_path / "policy")
+    processor.tokenizer.save_pretrained(tmp_path / "policy")
+    rows = records(2)
+    trainer = RewardTrainer(
+        str(tmp_path / "policy"), args=RewardConfig(str(tmp_path / "out"), **options(max_steps=1)),
+        train_dataset=Dataset.from_list(rows), processing_class=processor,
+    )  # fmt: skip
+    assert trainer.data_collator.layout == "shared"
+    scores = []
+    whole = trainer.model
+    for side in ("chosen", "rejected"):
+        for row in rows:
+            inputs = one_sequence(processor, row, side)[0]
+            with torch.no_grad():
+                scores.append(whole.eval()(**inputs).logits[0, 0])
+    chosen, rejected = torch.stack(scores).view(2, -1)
+    found = logs(trainer)[0]
+    assert found["loss"] == pytest.approx(float(-torch.nn.functional.logsigmoid(chosen - rejected).mean()), abs=1e-5)
+    assert found["mean_reward"] == pytest.approx(float(torch.cat([chosen, rejected]).mean()), abs=1e-5)
+    trainer.save_model(str(tmp_path / "reward"))
+    again = RewardHead.from_pretrained(tmp_path / "reward")
+    torch.testing.assert_close(again.score.weight, whole.score.weight)
 
 
 def broken(change: str) -> tuple[list[dict[str, Any]], str]:
