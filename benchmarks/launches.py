@@ -12,9 +12,11 @@ from triton.backends.compiler import GPUTarget
 from fastpref.common.precision import wide
 from fastpref.reference import (
     F_DIVERGENCES,
+    LIST_LOSSES,
     PAIR_LOSSES,
     STATISTICS,
     UNPAIRED_LOSSES,
+    ListObjective,
     LogitTransform,
     PairedObjective,
     PolicyObjective,
@@ -101,6 +103,13 @@ def _unpaired_loss(dtype: torch.dtype, **objective: Any) -> None:
     )  # fmt: skip
 
 
+def _list_loss(dtype: torch.dtype, **objective: Any) -> None:
+    fastpref_kernels.list_loss(
+        _meta(TOKENS, dtype=dtype), _indices(TOKENS), _indices(2 * PAIRS + 1), _meta(2 * PAIRS, dtype=dtype),
+        _indices(2 * PAIRS), _indices(2 * PAIRS), None, ListObjective(**({"nu": 2.0} | objective)), ignore_index=-100,
+    )  # fmt: skip
+
+
 def _policy_loss(dtype: torch.dtype) -> None:
     objective = PolicyObjective(beta=0.04, entropy_coef=0.01)
     x = _meta(TOKENS, dtype=dtype)
@@ -183,6 +192,7 @@ VARIANTS = [
     Variant(_penalized_rewards_backward, "k3", WIDE, {"estimator": "k3"}),
     Variant(_policy_loss, "clipped, KL, entropy", WIDE),
     Variant(_unpaired_loss, "kto, class means", WIDE, {"mean": "class"}),
+    Variant(_list_loss, "plackett_luce", WIDE),
     Variant(_paired_loss, "sigmoid", WIDE),
     Variant(_paired_loss, "sigmoid, padded", WIDE, {"packed": False}),
     Variant(_paired_loss, "sigmoid + bco_pair + sft, weighted", WIDE,
@@ -207,9 +217,11 @@ SM90_VARIANTS = [
     Variant(_penalized_rewards_backward, "k3", FP64, {"estimator": "k3"}),
     Variant(_policy_loss, "clipped, KL, entropy", FP64),
     Variant(_unpaired_loss, "kto, class means", FP64, {"mean": "class"}),
+    Variant(_list_loss, "davidson", FP64, {"loss": "davidson"}),
     Variant(_paired_loss, "sigmoid", FP64),
     *(Variant(_paired_loss, name, WIDE, {"losses": (name,)}) for name in PAIR_LOSSES if name != "sigmoid"),
     Variant(_paired_loss, "sft", WIDE, {"losses": ("sft",)}),
+    *(Variant(_list_loss, name, WIDE, {"loss": name}) for name in LIST_LOSSES if name != "plackett_luce"),
     *(Variant(_unpaired_loss, name, WIDE, {"loss": name}) for name in UNPAIRED_LOSSES),
     *(Variant(_paired_loss, f"sigmoid, {f}", WIDE, {"f_divergence": f}) for f in F_DIVERGENCES if f != "reverse_kl"),
 ]

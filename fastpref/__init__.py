@@ -14,6 +14,8 @@ _HOMES = {
     "FixedKLController": "fastpref.objectives.kl",
     "IPOLoss": "fastpref.objectives.paired",
     "KTOLoss": "fastpref.objectives.unpaired",
+    "ListDPOLoss": "fastpref.objectives.lists",
+    "ListOutput": "fastpref.objectives.lists",
     "ORPOLoss": "fastpref.objectives.reference_free",
     "PairedLoss": "fastpref.objectives.paired",
     "PenalizedRewards": "fastpref.objectives.kl",
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
     from fastpref.objectives.kl import kl_penalized_rewards as kl_penalized_rewards
     from fastpref.objectives.kl import linear_token_kl as linear_token_kl
     from fastpref.objectives.kl import token_kl as token_kl
+    from fastpref.objectives.lists import ListDPOLoss as ListDPOLoss
+    from fastpref.objectives.lists import ListOutput as ListOutput
     from fastpref.objectives.normalize import RewardNormalizer as RewardNormalizer
     from fastpref.objectives.paired import DPOLoss as DPOLoss
     from fastpref.objectives.paired import IPOLoss as IPOLoss

@@ -193,6 +193,19 @@ class Checks:
                 close(metrics, reference.paired_metrics(*sequences, objective).detach())
                 close(coefs, *torch.autograd.grad(truth, exact))
 
+    def lists(self, fastpref, reference):
+        """Groups of three, one and two, with ties."""
+        logps, refs = torch.randn(20) * 3 - 30, torch.randn(20) * 3 - 30
+        ranks, group = torch.randint(0, 3, (20,)), torch.tensor([0, 1, 0, 3, 0, 1, 4, 1, 5, 5] * 2) * 2
+        group[-1] = 99
+        for name in reference.LIST_LOSSES:
+            (exact,) = in_fp64(logps.requires_grad_())
+            loss_fn = fastpref.ListDPOLoss(0.3, name)
+            out = loss_fn(logps, refs, ranks, group)
+            truth = reference.list_loss(0.3 * (exact - refs.double()), ranks, group, loss_fn.objective)
+            close_loss(out.loss, truth.detach(), terms=20)
+            close(*torch.autograd.grad(out.loss, logps), *torch.autograd.grad(truth, exact))
+
     def rows_far_apart(self, fastpref, reference):
         """The third row begins 2^31 elements behind the first. Memory that nobody touches takes no space, and what
         precedes the first row is where an offset that has wrapped around would look."""

@@ -18,6 +18,7 @@ from fastpref.backends.portable_kl import penalized_rewards as penalized_rewards
 from fastpref.backends.portable_kl import penalized_rewards_backward as penalized_rewards_backward
 from fastpref.backends.portable_kl import token_kl as token_kl
 from fastpref.backends.portable_kl import token_kl_gradient as token_kl_gradient
+from fastpref.backends.portable_lists import list_loss as list_loss
 from fastpref.backends.portable_policy import policy_loss as policy_loss
 from fastpref.backends.portable_reward import bradley_terry as bradley_terry
 from fastpref.backends.portable_reward import row_scores as row_scores

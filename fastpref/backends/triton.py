@@ -3,6 +3,7 @@
 from fastpref_kernels import (
     bradley_terry,
     kl_estimate,
+    list_loss,
     paired_loss,
     penalized_rewards,
     penalized_rewards_backward,
@@ -29,6 +30,7 @@ def row_stride(columns: int, element_size: int) -> int:
 __all__ = [
     "bradley_terry",
     "kl_estimate",
+    "list_loss",
     "paired_loss",
     "penalized_rewards",
     "penalized_rewards_backward",

@@ -13,8 +13,11 @@ from fastpref.common import checks
 from fastpref.common.precision import widened
 from fastpref.models import adapters, inner_model
 from fastpref.models.vision import with_images
+from fastpref.objectives.lists import check_ranks, list_objective
+from fastpref.ops.lists import encode
 
-RANKING_METHODS = ("pairs", "plackett_luce")
+# method of `from_rankings` -> name in the specification
+RANKING_METHODS = {"pairs": "all_pairs"} | {name: name for name in ("plackett_luce", "rao_kupper", "davidson")}
 
 
 class RewardOutput(NamedTuple):
@@ -149,36 +152,36 @@ class BradleyTerryLoss(nn.Module):
         )
         return RewardOutput(loss, *metrics.unbind(0))
 
-    def from_rankings(self, rewards: Tensor, ranks: Tensor, group: Tensor, method: str = "pairs") -> RewardOutput:
+    def from_rankings(
+        self, rewards: Tensor, ranks: Tensor, group: Tensor, method: str = "pairs", nu: float | None = None
+    ) -> RewardOutput:
         """From several responses to each prompt. All tensors are `[n]`, in any order.
 
         Args:
-            ranks: lower is better. Only their order within a group counts.
+            ranks: lower is better, equal is a tie. Only their order within a group counts.
             group: which prompt a response answers: integers, not necessarily consecutive.
             method: `"pairs"` takes all pairs of a group with weight 1 / C(k, 2) each, as InstructGPT does (arXiv
-                2203.02155, eq. 1). Responses of equal rank are not compared. `"plackett_luce"` is the likelihood of
-                the whole ranking (arXiv 2305.18290, appendix A.3), and allows no ties.
+                2203.02155, eq. 1). Responses of equal rank are not compared. `"plackett_luce"`, `"rao_kupper"` and
+                `"davidson"` are as in `ListDPOLoss`, with rewards in place of its scores.
+            nu: of the last two, as in `ListDPOLoss`.
 
         The loss is the mean over groups. A group with nothing to compare does not count. The rewards, margins and
-        accuracies of the output are those of all compared pairs. One host sync finds the sizes of the groups.
+        accuracies of the output are those of all pairs of different ranks. One host sync finds them.
         """
-        checks.choice("method", method, RANKING_METHODS)
+        checks.choice("method", method, tuple(RANKING_METHODS))
+        objective = list_objective(RANKING_METHODS[method], 1.0, nu)
         checks.tensor("rewards", rewards, dtypes=checks.FLOATS, ndim=(1,))
-        checks.tensor("ranks", ranks, dtypes=(*checks.INTEGERS, *checks.FLOATS))
-        checks.tensor("group", group, dtypes=checks.INTEGERS)
         if rewards.shape[0] == 0:
             raise ValueError("rewards: got no responses, want at least 1")
-        for name, value in (("ranks", ranks), ("group", group)):
-            checks.shape(name, value, tuple(rewards.shape), "one per response")
-            checks.same_device(name, value, "rewards", rewards)
+        check_ranks(ranks, rewards.shape[0], "rewards", rewards)
+        checks.tensor("group", group, dtypes=checks.INTEGERS)
+        checks.shape("group", group, tuple(rewards.shape), "one per response")
+        checks.same_device("group", group, "rewards", rewards)
         rewards = widened(rewards)
+        loss, *_ = torch.ops.fastpref.list_loss(rewards, None, None, None, ranks, group, encode(objective), -100)
         compared = reference.comparisons(ranks, group)
-        if method == "pairs":
-            loss = reference.ranking_loss(rewards, compared, self.center_coefficient)
-        else:
-            loss = reference.plackett_luce(rewards, ranks, group)
-            if self.center_coefficient:
-                loss = loss + reference.ranking_center(rewards, compared, self.center_coefficient)
+        if self.center_coefficient:
+            loss = loss + reference.ranking_center(rewards, compared, self.center_coefficient)
         values = rewards.detach()
         return RewardOutput(loss, *reference.reward_metrics(values[compared.winners], values[compared.losers]))
 

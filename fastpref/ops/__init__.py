@@ -9,6 +9,6 @@ answer.
 Results named `d loss / d ...` are the coefficients that the backward scales by the upstream gradient.
 """
 
-from fastpref.ops import kl, linear, paired, policy, reward, tokens, unpaired
+from fastpref.ops import kl, linear, lists, paired, policy, reward, tokens, unpaired
 
-__all__ = ["kl", "linear", "paired", "policy", "reward", "tokens", "unpaired"]
+__all__ = ["kl", "linear", "lists", "paired", "policy", "reward", "tokens", "unpaired"]

@@ -46,7 +46,7 @@ class _HiddenGradients:
 def forward_units(
     hidden: Tensor, head: Head, labels: Tensor, cu_seqlens: Tensor | None, sequences: int, sides: int, needs: Needs,
     workspace_bytes: int | None, separable: bool, group_loss: Callable, statistics: Sequence[str] = (),
-    edges: Sequence[int] | None = None,
+    edges: Sequence[int] | None = None, bounds: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
     """(loss, metrics `[k, units]`, gradients), one group of whole units (pairs or sequences) at a time.
 
@@ -54,10 +54,11 @@ def forward_units(
     first..last-1. `logps` are their token log-probs, and `rows` where those lie in the flattened batch.
 
     A group that outgrows the workspace is recomputed slice by slice instead of kept. That may be one huge unit, or a
-    loss that couples the whole batch (`separable` false), for which there is one group. `edges`: see `unit_rows`.
+    loss that couples the whole batch (`separable` false), for which there is one group. `edges` and `bounds`: see
+    `unit_rows`.
     """
     dtype = wide(hidden.dtype)
-    units = unit_rows(labels, cu_seqlens, sequences, sides, head.ignore_index, edges)
+    units = unit_rows(labels, cu_seqlens, sequences, sides, head.ignore_index, edges, bounds)
     labels = compact_labels(labels, units.rows, head.ignore_index, units.edges[-1])
     limits = memory.workspace(hidden.device, workspace_bytes)
     rows_wanted, max_rows = (size // (head.vocab * hidden.element_size()) for size in limits)

@@ -1,4 +1,4 @@
-"""Units, which are pairs or single sequences, as places among the scored rows: what a loss needs whole."""
+"""Units, which are pairs, groups or single sequences, as places among the scored rows: what a loss needs whole."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ class UnitRows(NamedTuple):
     """Where the scored rows of each sequence lie among the compacted rows: `edges[s]:edges[s + 1]`.
 
     A unit is what a loss needs whole. With `sides` 2 it is a pair: sequence u and sequence U + u of
-    `[U chosen; U rejected]`. With `sides` 1 it is one sequence.
+    `[U chosen; U rejected]`. With `sides` 1 it is one sequence, or with `bounds` the sequences
+    `bounds[u]:bounds[u + 1]`.
     """
 
     rows: Tensor  # [n]
     edges: Sequence[int]  # sides * U + 1
     sides: int
     offsets: Tensor  # the edges on the device
+    bounds: Sequence[int] | None = None  # U + 1
 
     @property
     def number(self) -> int:
         """How many units there are."""
-        return (len(self.edges) - 1) // self.sides
+        return (len(self.edges) - 1) // self.sides if self.bounds is None else len(self.bounds) - 1
 
     def _spans(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The sequences of units first..last-1, side after side."""
         if last - first == self.number:
             return [(0, len(self.edges) - 1)]
+        if self.bounds is not None:
+            return [(self.bounds[first], self.bounds[last])]
         return [(side * self.number + first, side * self.number + last) for side in range(self.sides)]
 
     def places(self, first: int, last: int) -> list[slice]:
@@ -77,9 +82,9 @@ def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, sequences: int, 
 
 def unit_rows(
     labels: Tensor, cu_seqlens: Tensor | None, sequences: int, sides: int, ignore_index: int,
-    edges: Sequence[int] | None = None,
+    edges: Sequence[int] | None = None, bounds: Sequence[int] | None = None,
 ) -> UnitRows:  # fmt: skip
-    """The units of a batch of `sequences`, padded or packed.
+    """The units of a batch of `sequences`, padded or packed. `bounds` as in `UnitRows`.
 
     `edges` are the offsets of each sequence's scored rows, if the host knows them. Else one host sync finds out.
 
@@ -93,4 +98,15 @@ def unit_rows(
         edges = offsets.tolist()
     elif checks.free_to_read(labels) and (found := sequence_offsets(*layout).tolist()) != list(edges):
         raise ValueError(f"scored_rows: got offsets {list(edges)}, want those of the labels, {found}")
-    return UnitRows(compact(labels, ignore_index, edges[-1]), edges, sides, offsets)
+    return UnitRows(compact(labels, ignore_index, edges[-1]), edges, sides, offsets, bounds)
+
+
+def whole_groups(group: Sequence[int]) -> list[int]:
+    """Where to cut sequences so that no group is in two pieces: the bounds of the smallest such pieces."""
+    last = {name: i for i, name in enumerate(group)}
+    bounds, reach = [0], -1
+    for i, name in enumerate(group):
+        reach = max(reach, last[name])
+        if i == reach:
+            bounds.append(i + 1)
+    return bounds

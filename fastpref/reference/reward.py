@@ -1,4 +1,4 @@
-"""Reward models: scores of sequences, Bradley-Terry and Plackett-Luce losses, and losses on reasoning steps."""
+"""Reward models: scores of sequences, the Bradley-Terry loss, and losses on reasoning steps. Rankings: `lists`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastpref.reference.lists import mates_of
 
 
 def row_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, layout: str) -> Tensor:
@@ -48,19 +50,6 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> Tensor:
     return torch.stack([chosen, rejected, margins, (margins > 0).to(margins.dtype)])
 
 
-def _group_mates(group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mates `[n, K]`, real `[n, K]`, group number `[n]`, sizes `[G]`), where K is the largest group's size.
-
-    `mates` are the members of each response's group. `real` tells them from what fills up smaller groups.
-    """
-    _, ids, sizes = torch.unique(group, return_inverse=True, return_counts=True)
-    order = ids.argsort(stable=True)
-    starts = sizes.cumsum(0) - sizes
-    slot = torch.arange(int(sizes.max()), device=group.device)
-    real = slot < sizes[ids][:, None]
-    return order[(starts[ids][:, None] + slot).where(real, 0)], real, ids, sizes
-
-
 class Comparisons(NamedTuple):
     """Pairs of responses of one group with different ranks: indices of responses and weights, each `[P]`."""
 
@@ -74,41 +63,17 @@ def comparisons(ranks: Tensor, group: Tensor) -> Comparisons:
 
     In a group of k responses each pair weighs 1 / C(k, 2), divided by the number of groups that compare anything.
     """
-    mates, real, ids, sizes = _group_mates(group)
-    wins = real & (ranks[:, None] < ranks[mates])
-    winners, slots = wins.nonzero(as_tuple=True)
-    compares = torch.zeros_like(sizes).index_put_((ids,), wins.sum(1), accumulate=True) > 0
-    k = sizes[ids[winners]].double()
-    return Comparisons(winners, mates[winners, slots], 2 / (k * (k - 1)) / compares.sum().clamp(min=1))
-
-
-def ranking_loss(rewards: Tensor, compared: Comparisons, center_coefficient: float = 0.0) -> Tensor:
-    """All pairs of each group, 0-d: -1/C(K,2) E log sigma(r_w - r_l), eq. 1 of 2203.02155. `rewards` are `[n]`."""
-    winners, losers, weights = compared
-    losses = pair_losses(rewards[winners], rewards[losers], None, center_coefficient)
-    return (losses * weights.to(losses.dtype)).sum()
+    mates = mates_of(ranks, group)
+    winners, slots = mates.worse.nonzero(as_tuple=True)
+    k = mates.sizes[winners].double()
+    groups = mates.group[winners].unique().numel()
+    return Comparisons(winners, mates.who[winners, slots], 2 / (k * (k - 1)) / max(1, groups))
 
 
 def ranking_center(rewards: Tensor, compared: Comparisons, center_coefficient: float) -> Tensor:
-    """The regulariser of 2312.09244 on the same pairs, for a loss that is not a sum over pairs."""
+    """The regulariser of 2312.09244 on all pairs of different ranks, 0-d. `rewards` are `[n]`."""
     totals = rewards[compared.winners] + rewards[compared.losers]
     return center_coefficient * (totals**2 * compared.weights.to(totals.dtype)).sum()
-
-
-def plackett_luce(rewards: Tensor, ranks: Tensor, group: Tensor) -> Tensor:
-    """-log prod_i exp(r_i) / sum_{j ranked no better than i} exp(r_j), the mean over groups of two or more, 0-d.
-
-    Sources: Plackett 1975, Luce 1959; arXiv 2305.18290, appendix A.3.
-
-    Raises:
-        ValueError: two responses of a group have the same rank.
-    """
-    mates, real, _, sizes = _group_mates(group)
-    if bool((real & (ranks[mates] == ranks[:, None])).sum() > len(ranks)):
-        raise ValueError("ranks: got a tie within a group, want distinct ranks for method 'plackett_luce'")
-    remaining = real & (ranks[mates] >= ranks[:, None])
-    losses = rewards[mates].masked_fill(~remaining, float("-inf")).logsumexp(1) - rewards
-    return losses.sum() / (sizes > 1).sum().clamp(min=1)
 
 
 def soft_step_losses(scores: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Rows of the table for unpaired and policy-gradient losses, together with those of `rewards` and `divergences`."""
+"""Rows of the table for unpaired and policy-gradient losses, together with those of `lists`, `rewards` and
+`divergences`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from fastpref.plans.compact import compact
 from fastpref.plans.head import tile_rows
 from fastpref.plans.units import UnitRows, unit_rows
 from fastpref.reference import LogitTransform
-from fastpref.validate import divergences, inputs, rewards
+from fastpref.validate import divergences, inputs, lists, rewards
 from fastpref.validate.ideal import Exact, Partition
 from fastpref.validate.inputs import IGNORE, Draw, Inputs
 from fastpref.validate.operator import Operator, Results, hidden_logps
@@ -29,6 +30,7 @@ HEAD = ("hidden", "weight", "bias")
 def operators() -> tuple[Operator, ...]:
     return (
         *(row for name, loss in UNPAIRED.items() for row in _unpaired(name, loss)),
+        *lists.operators(),
         *rewards.operators(),
         *divergences.operators(),
         *(row for name, loss in POLICY.items() for row in _policy(name, loss)),

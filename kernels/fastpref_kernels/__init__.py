@@ -6,6 +6,7 @@ fp64 for fp64 inputs. Every sum has a fixed order and nothing is atomic, so resu
 """
 
 from .bradley_terry import bradley_terry, row_scores, row_scores_gradient
+from .list_loss import list_loss
 from .paired_loss import paired_loss
 from .policy_loss import policy_loss
 from .row_logprob import row_gradient, row_logprob, target_logits
@@ -16,6 +17,7 @@ from .unpaired_loss import unpaired_loss
 __all__ = [
     "bradley_terry",
     "kl_estimate",
+    "list_loss",
     "paired_loss",
     "penalized_rewards",
     "penalized_rewards_backward",

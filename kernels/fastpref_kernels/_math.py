@@ -27,7 +27,7 @@ def expm1(x):
     near = tl.minimum(x, 1.0)
     u = exp(near)
     exact = u == 1.0
-    tiny = u <= 0.0
+    tiny = u < 1e-30  # to the last bit -1; the logarithm of a subnormal u would have few
     y = (u - 1.0) * near / tl.where(exact | tiny, 1.0, tl.log(tl.where(tiny, 1.0, u)))
     y = tl.where(exact, near, tl.where(tiny, -1.0, y))
     return tl.where(x > 1.0, exp(x) - 1.0, y)

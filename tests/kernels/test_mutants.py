@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"fastpref": ROOT / "fastpref", "fastpref_kernels": ROOT / "kernels" / "fastpref_kernels"}
 ROW, PAIRED = "fastpref_kernels/row_logprob.py", "fastpref_kernels/paired_loss.py"
+LISTS = "fastpref_kernels/list_loss.py"
 KL = "fastpref_kernels/token_kl.py"
 MATH, SEQUENCES = "fastpref_kernels/_math.py", "fastpref_kernels/_sequences.py"
 PORTABLE, PLANS = "fastpref/backends/portable.py", "fastpref/plans/plans.py"
@@ -87,6 +88,13 @@ MUTANTS = [
            "(before & (j < B)[None, :])", "(before & (j < B - 1)[None, :])", "objectives"),
     Mutant("loss of the padding", PAIRED,
            "tl.where(real, loss * scale + sft_loss, 0.0)", "loss * scale + sft_loss", "objectives"),
+    Mutant("tied responses in each other's denominator", LISTS, "return same & (rank < other)",
+           "return same & (rank <= other)", "lists"),
+    Mutant("a better mate's score left out of its denominator", LISTS,
+           "score[:, None] - other + log_sigmoid(-behind)", "score[:, None] - other", "lists"),
+    Mutant("pairs weighed by k^2", LISTS, "size * (size - 1.0)", "size * size", "lists"),
+    Mutant("half a tie", LISTS, "tl.where(tied, 0.5 * slope, 0.0)", "tl.where(tied, 0.25 * slope, 0.0)", "lists"),
+    Mutant("lone responses counted", LISTS, "real & (compared > 0) & (before == 0)", "real & (before == 0)", "lists"),
     Mutant("label's column not corrected", PORTABLE,
            "gradient.scatter_(1, columns, d_label)", "pass", "log_probs"),
     Mutant("gradient times 1.003 in place", PORTABLE, "gradient.mul_(grad_logps[where, None])",

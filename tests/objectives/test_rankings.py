@@ -86,16 +86,12 @@ def _index(*values):
 TWO = torch.zeros(2, device=DEVICE)
 ERRORS = [
     (
-        lambda f: f.from_rankings(TWO, _index(0, 0), _index(1, 1), "plackett_luce"), ValueError,
-        "ranks: got a tie within a group, want distinct ranks for method 'plackett_luce'",
-    ),
-    (
         lambda f: f.from_rankings(TWO, _index(0, 1), _index(1)), ValueError,
         "group: got shape (1,), want (2,) (one per response)",
     ),
     (
         lambda f: f.from_rankings(TWO, _index(0, 1), _index(1, 1), "best"), ValueError,
-        "method: got 'best', want one of pairs, plackett_luce",
+        "method: got 'best', want one of pairs, plackett_luce, rao_kupper, davidson",
     ),
     (
         lambda f: f.from_rankings(TWO[:0], TWO[:0], _index(0)[:0]), ValueError,

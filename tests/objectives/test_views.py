@@ -97,6 +97,12 @@ def _rewards(**more: Tensor) -> dict[str, Tensor]:
 
 PADDED, PACKED = (SEQUENCES, TOKENS), (ROWS,)
 MIXTURE = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+
+
+def _ranked() -> dict[str, Tensor]:
+    return {"ranks": torch.tensor([1, 0, 1, 2], device=DEVICE), "group": torch.tensor([4, 4, 4, 6], device=DEVICE)}
+
+
 CASES = [
     Case("token_logprobs", fastpref.token_logprobs, lambda: _logits(*PADDED)),
     Case("token_statistics", fastpref.token_statistics, lambda: _logits(*PADDED), {"softcap": 5.0}),
@@ -142,6 +148,11 @@ CASES = [
          {"plan": "pair"}, fixed=("cu_seqlens",)),
     Case("BCOLoss.from_hidden", lambda **t: fastpref.BCOLoss().from_hidden(**t),
          lambda: _hidden(*PADDED, desirable=_desirable(), ref_logps=_refs())),
+    Case("ListDPOLoss", lambda **t: fastpref.ListDPOLoss()(**t),
+         lambda: {"logps": _floats(SEQUENCES, leaf=True), "ref_logps": _floats(SEQUENCES), **_ranked()}),
+    Case("ListDPOLoss.from_hidden", lambda **t: fastpref.ListDPOLoss(loss_type="davidson").from_hidden(**t),
+         lambda: _hidden(*PACKED, ref_logps=_refs(), cu_seqlens=_edges(), **_ranked()),
+         {"plan": "pair"}, fixed=("cu_seqlens",)),
     Case("kto_kl", fastpref.kto_kl, lambda: {"logps": _floats(SEQUENCES, shift=3), "ref_logps": _floats(SEQUENCES)}),
     Case("mismatched_kl_from_hidden", fastpref.mismatched_kl_from_hidden,
          lambda: _hidden(*PADDED, ref_logps=_floats(SEQUENCES, shift=-40))),

@@ -8,8 +8,9 @@ from support import IGNORE
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref import DPOLoss
+from fastpref.ops.lists import encode as encode_list
 from fastpref.ops.paired import encode
-from fastpref.reference import PairedObjective
+from fastpref.reference import ListObjective, PairedObjective
 
 B, T, D, V = 2, 3, 4, 11
 N = 2 * B * T
@@ -147,6 +148,17 @@ def test_linear_paired_loss(backend, make, objective, packed, with_bias, head):
         "need_bias": trainable and with_bias,
     }
     check("linear_paired_loss", *(inputs[name] for name in names_of("linear_paired_loss") if name in inputs))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_list_losses(backend, make, packed):
+    ranks, group = (torch.tensor(x, device=make(1).device) for x in ([0, 1, 0, 0], [0, 0, 1, 1]))
+    encoded, edges = encode_list(ListObjective("davidson")), make.edges() if packed else None
+    given = (make.labels(), edges, make(2 * B), ranks, group, encoded, IGNORE)
+    check("list_loss", make(N, grad=True), *given)
+    head = (make(N, D, grad=True), make(V, D, grad=True), make.labels(), make(V, grad=True) if packed else None)
+    options = (edges, IGNORE, *PLAIN, encoded, 7 * V * 4, True, True, packed)
+    check("linear_list_loss", *head, make(2 * B), ranks, group, [0, 2, 4], *options)
 
 
 @pytest.mark.parametrize("coefs", [(), (N,)])

@@ -67,6 +67,14 @@ def unpaired(hidden: Tensor, weight: Tensor, labels: Tensor, desirable: Tensor, 
     return out.loss + fastpref.BCOLoss().from_hidden(hidden, weight, labels, desirable, ref_logps=ref_logps).loss
 
 
+def lists(hidden: Tensor, weight: Tensor, labels: Tensor, ranks: Tensor, ref_logps: Tensor) -> Tensor:
+    loss = fastpref.ListDPOLoss(beta=0.1, loss_type="davidson", nu=1.0)
+    out: fastpref.ListOutput = loss.from_hidden(hidden, weight, labels, ranks, ref_logps=ref_logps, sizes=[4, 3])
+    called: fastpref.ListOutput = loss(ref_logps, ref_logps, ranks, ranks // 4)
+    total = called.loss + out.margins + out.accuracies
+    return total + loss.from_logits(hidden @ weight.T, labels, ranks, ref_logps, sizes=[7]).loss
+
+
 def rewards(hidden: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     head = fastpref.RewardHead(models.tiny(["a few words"])[0].model)
     out: fastpref.RewardOutput = fastpref.BradleyTerryLoss(0.01).from_hidden(hidden, weight, ends)
