@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastpref.data.packing import Scored, pack, scored_tokens, split_by_tokens
-from fastpref.data.vision import Vision
+from fastpref.data.packing import Scored, in_order, pack, scored_tokens, split_by_tokens
+from fastpref.data.vision import Vision, in_context
 from fastpref.models import Limits, attention
 
 Example = dict[str, Any]
@@ -60,6 +60,8 @@ class PackedCollator:
         if self.limits is not None:
             self.limits.check(s.ids for group in groups for s in group)
         pictured = self.vision if examples and "pixels" in examples[0] else None
+        if pictured is not None:
+            groups = in_context(groups, examples)
         batch = pack(
             groups, self.layout, self.pad_token_id, count_copies=self.count_copies, with_places=pictured is not None
         )
@@ -80,7 +82,10 @@ class PackedCollator:
         """The examples of each part."""
         if self.token_budget is None:
             return [examples]
-        ranges = split_by_tokens(self.groups(examples), self.layout, self.token_budget)
+        groups = self.groups(examples)
+        if "pixels" in examples[0]:
+            groups = in_context(groups, examples)
+        ranges = split_by_tokens(groups, self.layout, self.token_budget)
         return [examples[r.start : r.stop] for r in ranges]
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -121,9 +126,7 @@ class PairCollator(PackedCollator):
             sides = [[e[f"ref_{side}_logps"] for e in examples] for side in ("chosen", "rejected")]
             found["ref_logps"] = torch.tensor(sides[0] + sides[1], dtype=torch.float32)
         if self.score_prompts:
-            found["prompt_labels"] = scored_tokens(
-                [s for branch in zip(*self.groups(examples), strict=True) for s in branch]
-            )
+            found["prompt_labels"] = scored_tokens(in_order(self.groups(examples)))
         return found
 
 

@@ -2,24 +2,27 @@
 
 There are three layouts of the same sequences, with the same meaning:
 
-    shared   one row [1, N]; the sequences of a group begin with the same tokens, which are there once
+    shared   one row [1, N], a tree: what sequences begin with in common is there once (`fastpref.data.tree`)
     packed   one row [1, N], the sequences one after the other
     padded   [S, T], padded on the right
 
 `rows` picks from the flattened hidden states those that score a token, in the order of the sequences. Nothing else
-reaches the head. The last row of a shared beginning scores the first token of every sequence that follows it.
+reaches the head. The last row of a common beginning scores the first token of every sequence that follows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fastpref.data.ids import IGNORE_INDEX, common_prefix_length
-from fastpref.models.attention import Segment, Segments
+from fastpref.data.ids import IGNORE_INDEX
+from fastpref.data.tree import Beginnings, Branch, Tree, tree
+from fastpref.models.segments import Segments
 
 LAYOUTS = ("shared", "packed", "padded")
 
@@ -36,6 +39,7 @@ class Scored(NamedTuple):
     kept: int | None = None
     mask: Sequence[int] | None = None  # of ids[first:]
     without: frozenset[int] = frozenset()  # ids before `first` that have no row, such as an image's
+    context: bytes = b""  # what its tokens mean beside their ids: only sequences of one context share
 
     def tokens(self) -> np.ndarray:
         """Indices of the tokens that have a row. The first token of a sequence has none: nothing comes before it."""
@@ -50,27 +54,13 @@ class Scored(NamedTuple):
         return at[has_row[at]]
 
 
-class _Place(NamedTuple):
-    """Where a sequence's tokens lie in the flattened input.
-
-    The first `shared` of them begin at `prefix`, the rest begin at `own`.
-    """
-
-    prefix: int
-    shared: int
-    own: int
-
-    def positions(self, at: np.ndarray) -> np.ndarray:
-        return np.where(at < self.shared, self.prefix + at, self.own + at - self.shared)
-
-
 def pack(
     groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0, *, count_copies: bool = False,
     with_places: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """A batch from groups of sequences.
 
-    The sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs.
+    The sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs. See `pack_sequences`.
 
     Args:
         groups: the sequences, in groups that all have one size.
@@ -78,42 +68,70 @@ def pack(
         pad_token_id: what fills up the rows of `padded`.
         count_copies: also return `copies`.
         with_places: also return `places`: where the tokens of each sequence lie in the flattened input.
+    """
+    sequences = in_order(groups)
+    return pack_sequences(sequences, layout, pad_token_id, count_copies=count_copies, with_places=with_places)
+
+
+def in_order(groups: Sequence[Sequence[Scored]]) -> list[Scored]:
+    """The sequences of groups of one size: the first of each group, then the second of each, and so on."""
+    return [group[branch] for branch in range(len(groups[0])) for group in groups]
+
+
+def pack_sequences(
+    sequences: Sequence[Scored], layout: str, pad_token_id: int = 0, *, count_copies: bool = False,
+    with_places: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """A batch from sequences. Arguments as in `pack`.
 
     Returns:
         `input_ids`, and what the layout needs beside it: `position_ids` and `fastpref_segments`, or `attention_mask`;
             `rows` and `labels` `[M]`; `cu_seqlens` `[S + 1]` of these, and `sizes`, the number that each sequence has,
-            as a tuple on the host; `last_rows` `[S]` of each sequence's last token; and perhaps `copies`: for each
-            input token, the number of sequences that it is in.
+            as a tuple on the host; `last_rows` `[S]` of each sequence's last token; where many rows score the same
+            token twice, `head_rows`, `head_labels` and `head_index` (see `distinct_rows`); and perhaps `copies`: for
+            each input token, the number of sequences that it is in.
     """
-    sequences = [group[branch] for branch in range(len(groups[0])) for group in groups]
     if layout == "padded":
         inputs, places = _padded(sequences, pad_token_id)
     else:
-        inputs, by_group = _packed(groups if layout == "shared" else [[s] for s in sequences])
-        if layout == "shared":
-            places = [group[branch] for branch in range(len(groups[0])) for group in by_group]
-        else:
-            places = [place for (place,) in by_group]
+        found = _tree(sequences, layout)
+        places = found.rows
+        inputs = {
+            "input_ids": torch.from_numpy(found.ids)[None],
+            "position_ids": torch.from_numpy(found.positions)[None],
+            "fastpref_segments": Segments.of(found.segments),
+        }
     batch = inputs | scored_rows(sequences, places)
+    if layout == "shared":
+        batch |= distinct_rows(batch["rows"].numpy(), scored_tokens(sequences).numpy())
+    if count_copies:
+        copies = np.bincount(np.concatenate(places), minlength=inputs["input_ids"].numel())
+        batch["copies"] = torch.from_numpy(copies)
     if with_places:
         batch["places"] = places
-    return batch | {"copies": _copies(sequences, places, inputs["input_ids"].numel())} if count_copies else batch
+    return batch
 
 
-def _copies(sequences: Sequence[Scored], places: Sequence[_Place], tokens: int) -> torch.Tensor:
-    at = [place.positions(np.arange(len(s.ids))) for s, place in zip(sequences, places, strict=True)]
-    return torch.from_numpy(np.bincount(np.concatenate(at), minlength=tokens))
+def _tree(sequences: Sequence[Scored], layout: str) -> Tree:
+    if layout == "shared":
+        beginnings = Beginnings([s.ids for s in sequences], [s.context for s in sequences])
+        return tree(beginnings.ids, beginnings.branches(range(len(sequences))))
+    alone = [Branch(i, None, 0) for i in range(len(sequences))]
+    return tree([np.asarray(s.ids, dtype=np.int64) for s in sequences], alone)
 
 
-def scored_rows(sequences: Sequence[Scored], places: Sequence[_Place]) -> dict[str, Any]:
-    """`rows`, `labels` and what says which sequence they belong to; see `pack`."""
+def scored_rows(sequences: Sequence[Scored], places: Sequence[np.ndarray]) -> dict[str, Any]:
+    """`rows`, `labels` and what says which sequence they belong to; see `pack_sequences`.
+
+    `places` has, for each sequence, where its tokens are in the flattened input.
+    """
     rows, labels, sizes, last = [], [], [], []
     for sequence, place in zip(sequences, places, strict=True):
         tokens = sequence.tokens()
-        rows.append(place.positions(tokens - 1))
+        rows.append(place[tokens - 1])
         labels.append(np.where(tokens < sequence.first, IGNORE_INDEX, _ids_at(sequence, tokens)))
         sizes.append(len(tokens))
-        last.append(place.positions(np.array([len(sequence.ids) - 1])))
+        last.append(place[-1:])
     return {
         "rows": torch.from_numpy(np.concatenate(rows)),
         "labels": torch.from_numpy(np.concatenate(labels)),
@@ -132,67 +150,68 @@ def _ids_at(sequence: Scored, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(sequence.ids, dtype=np.int64)[tokens]
 
 
-def _padded(sequences: Sequence[Scored], pad_token_id: int) -> tuple[dict[str, Any], list[_Place]]:
+def distinct_rows(rows: np.ndarray, tokens: np.ndarray) -> dict[str, torch.Tensor]:
+    """The head's work where sequences share responses: each pair of a row and the token that it scores once.
+
+    Returns:
+        `head_rows` and `head_labels` `[U]`, and `head_index` `[M]`, which of these each row of `rows` is. Nothing where
+            they would save less than 1 row of 16: a loss straight from hidden states needs the least memory.
+    """
+    vocabulary = int(tokens.max(initial=0)) + 1
+    distinct, index = np.unique(rows * vocabulary + tokens, return_inverse=True)
+    if 16 * len(distinct) > 15 * len(rows):
+        return {}
+    found = {"head_rows": distinct // vocabulary, "head_labels": distinct % vocabulary, "head_index": index}
+    return {name: torch.from_numpy(values) for name, values in found.items()}
+
+
+def _padded(sequences: Sequence[Scored], pad_token_id: int) -> tuple[dict[str, Any], list[np.ndarray]]:
     length = max(len(s.ids) for s in sequences)
     input_ids = torch.full((len(sequences), length), pad_token_id)
     attention_mask = torch.zeros(len(sequences), length, dtype=torch.long)
     for row, sequence in enumerate(sequences):
         input_ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
         attention_mask[row, : len(sequence.ids)] = 1
-    places = [_Place(row * length, length, 0) for row in range(len(sequences))]
+    places = [row * length + np.arange(len(s.ids)) for row, s in enumerate(sequences)]
     return {"input_ids": input_ids, "attention_mask": attention_mask}, places
-
-
-def _packed(groups: Sequence[Sequence[Scored]]) -> tuple[dict[str, Any], list[list[_Place]]]:
-    ids: list[int] = []
-    positions: list[np.ndarray] = []
-    segments: list[Segment] = []
-    places: list[list[_Place]] = []
-    for group in groups:
-        shared = _shared_length(group)
-        begin = len(ids)
-        placed = []
-        for branch, sequence in enumerate(group):
-            start = len(ids)
-            own = list(sequence.ids[shared if branch else 0 :])
-            ids += own
-            positions.append(np.arange(len(sequence.ids) - len(own), len(sequence.ids)))
-            placed.append(_Place(begin, shared, start if branch else begin + shared))
-            if own:
-                segments.append(Segment(start, len(ids), begin, begin + shared) if branch else Segment(start, len(ids)))
-        places.append(placed)
-    inputs = {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-        "fastpref_segments": Segments.of(segments),
-    }
-    return inputs, places
-
-
-def _shared_length(group: Sequence[Scored]) -> int:
-    """How many tokens all sequences of a group begin with: the prompt, and what the responses have in common."""
-    first = group[0].ids
-    return min((common_prefix_length(first, other.ids) for other in group[1:]), default=0)
 
 
 def packed_tokens(groups: Sequence[Sequence[Scored]], layout: str) -> int:
     """How many tokens the backbone will run over."""
-    sequences = [s for group in groups for s in group]
-    if layout == "padded":
-        return len(sequences) * max(len(s.ids) for s in sequences)
-    total = sum(len(s.ids) for s in sequences)
-    if layout == "packed":
-        return total
-    return total - sum((len(group) - 1) * _shared_length(group) for group in groups)
+    return _Counter(groups, layout)(0, len(groups))
+
+
+class _Counter:
+    """How many tokens the backbone runs over for groups `start` to `end - 1`."""
+
+    def __init__(self, groups: Sequence[Sequence[Scored]], layout: str) -> None:
+        sequences = [s for group in groups for s in group]
+        ids, contexts = [s.ids for s in sequences], [s.context for s in sequences]
+        self._layout = layout
+        self._starts = np.cumsum([0, *map(len, groups)])
+        self._lengths = np.array([*map(len, ids)])
+        self._beginnings = Beginnings(ids, contexts) if layout == "shared" else None
+
+    def __call__(self, start: int, end: int) -> int:
+        first, last = int(self._starts[start]), int(self._starts[end])
+        if self._beginnings is not None:
+            return self._beginnings.nodes(range(first, last))
+        lengths = self._lengths[first:last]
+        return int(len(lengths) * lengths.max() if self._layout == "padded" else lengths.sum())
 
 
 def split_by_tokens(groups: Sequence[Sequence[Scored]], layout: str, budget: int | None) -> list[range]:
     """Ranges of consecutive groups with at most `budget` tokens each. A group with more is alone."""
     if budget is None:
         return [range(len(groups))]
-    parts, start = [], 0
-    for end in range(1, len(groups) + 1):
-        if end == len(groups) or packed_tokens(groups[start : end + 1], layout) > budget:
-            parts.append(range(start, end))
-            start = end
+    count, parts, start = _Counter(groups, layout), [], 0
+    while start < len(groups):
+        too_many = functools.partial(_exceeds, count, start, budget)
+        end = bisect.bisect_left(range(start + 2, len(groups) + 1), True, key=too_many) + start + 1
+        parts.append(range(start, end))
+        start = end
     return parts
+
+
+def _exceeds(count: Callable[[int, int], int], start: int, budget: int, end: int) -> bool:
+    return count(start, end) > budget

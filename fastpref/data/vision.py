@@ -1,20 +1,22 @@
 """From a batch's images to what a vision-language model takes beside its token ids: pixels, their grids, positions.
 
-An image runs once for all sequences of a group where their beginning runs once (`shared`), else once for each sequence.
+An image runs once for all sequences with its prompt where their beginning runs once (`shared`), else once for each.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastpref.data import images
-from fastpref.data.packing import Scored
+from fastpref.data.packing import Scored, in_order
 
 GRID = "image_grid_thw"  # of models whose positions have three axes
 BY_TOKEN = ("mm_token_type_ids", "token_type_ids")
@@ -35,7 +37,7 @@ class Vision:
 
     def inputs(
         self, groups: Sequence[Sequence[Scored]], examples: Sequence[Mapping[str, Any]], layout: str,
-        places: Sequence[Any], shape: Sequence[int],
+        places: Sequence[np.ndarray], shape: Sequence[int],
     ) -> dict[str, Any]:  # fmt: skip
         """What the model takes beside the token ids of a batch.
 
@@ -50,21 +52,25 @@ class Vision:
             The processor's tensors of all images that run, in the order of their tokens; what it says of each token, in
                 the batch's shape; and perhaps `position_ids`, `[3, 1, N]`.
         """
-        runs = list(examples) if layout == "shared" else list(examples) * len(groups[0])
+        sequences = in_order(groups)
+        which = list(range(len(sequences)))  # of the runs each sequence belongs to
+        if layout == "shared":
+            contexts = list(dict.fromkeys(s.context for s in sequences))  # in the order in which their trees are
+            which = [contexts.index(s.context) for s in sequences]
+        runs = [examples[which.index(run) % len(examples)] for run in range(max(which) + 1)]
         found = self._processed(runs)
         mask = found.pop("attention_mask")
         ids = found.pop("input_ids")
         del ids
         prompts = {name: found.pop(name) for name in BY_TOKEN if name in found}
-        sequences = [group[branch] for branch in range(len(groups[0])) for group in groups]
         kinds: dict[str, list[Tensor]] = {}
         for name, values in prompts.items():
             own = [row[: int(m.sum())] for row, m in zip(values, mask, strict=True)]
-            own = own * (len(sequences) // len(own))
-            kinds[name] = [_filled(row, len(s.ids)) for row, s in zip(own, sequences, strict=True)]
+            kinds[name] = [_filled(own[run], len(s.ids)) for run, s in zip(which, sequences, strict=True)]
             found[name] = _laid_out(kinds[name], places, shape)
         if self.positions is not None and layout != "padded" and GRID in found:
-            own = self._positions(sequences, kinds[BY_TOKEN[0]], runs, found[GRID])
+            by_run = found[GRID].split([len(run["images"]) for run in runs])
+            own = self._positions(sequences, kinds[BY_TOKEN[0]], [by_run[run] for run in which])
             found["position_ids"] = _laid_out(own, places, shape)
         return found
 
@@ -81,15 +87,11 @@ class Vision:
                 found[name] = rows
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
-    def _positions(
-        self, sequences: Sequence[Scored], kinds: Sequence[Tensor], runs: Sequence[Mapping[str, Any]], grids: Tensor
-    ) -> list[Tensor]:
+    def _positions(self, sequences: Sequence[Scored], kinds: Sequence[Tensor], grids: Sequence[Tensor]) -> list[Tensor]:
         """The positions `[3, T]` of each sequence, as if it were alone."""
         assert self.positions is not None
-        by_run = grids.split([len(run["images"]) for run in runs])
-        by_sequence = list(by_run) * (len(sequences) // len(by_run))
         found = []
-        for sequence, kind, grid in zip(sequences, kinds, by_sequence, strict=True):
+        for sequence, kind, grid in zip(sequences, kinds, grids, strict=True):
             if len(grid):
                 found.append(self.positions(torch.tensor([list(sequence.ids)]), kind[None], grid)[:, 0])
             else:
@@ -97,16 +99,23 @@ class Vision:
         return found
 
 
+def in_context(groups: Sequence[Sequence[Scored]], examples: Sequence[Mapping[str, Any]]) -> list[list[Scored]]:
+    """The sequences of examples with images, whose common beginnings have the same images, too."""
+    contexts = [
+        hashlib.blake2b(f"{e['pixels']} {e['prompt_text']}".encode(), digest_size=16).digest() for e in examples
+    ]
+    return [[s._replace(context=c) for s in group] for group, c in zip(groups, contexts, strict=True)]
+
+
 def _filled(values: Tensor, length: int) -> Tensor:
     """Values of a prompt's tokens, and zeros for those of the response."""
     return torch.cat([values, values.new_zeros(max(0, length - len(values)))])[:length]
 
 
-def _laid_out(values: Sequence[Tensor], places: Sequence[Any], shape: Sequence[int]) -> Tensor:
+def _laid_out(values: Sequence[Tensor], places: Sequence[np.ndarray], shape: Sequence[int]) -> Tensor:
     """Values `[..., T]` of each sequence's tokens in the shape `[..., *shape]` of a batch; 0 where it is padded."""
     leading = values[0].shape[:-1]
     found = values[0].new_zeros(*leading, shape[0] * shape[1])
     for value, place in zip(values, places, strict=True):
-        at = torch.from_numpy(place.positions(torch.arange(value.shape[-1]).numpy()))
-        found[..., at] = value
+        found[..., torch.from_numpy(place)] = value
     return found.view(*leading, *shape)

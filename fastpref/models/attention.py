@@ -1,12 +1,13 @@
-"""Attention over packed rows whose sequences may share a prefix, registered with transformers.
+"""Attention over packed rows whose sequences form trees, registered with transformers.
 
 A pair is packed as `[prompt | chosen | rejected]`. The prompt runs once. The rejected tokens see the prompt and
-themselves, and their positions restart at the prompt's length.
+themselves, and their positions restart at the prompt's length. A tree of any depth is the same: a segment of
+consecutive rows sees its path of ancestors, which are ranges of earlier rows, and itself.
 
-As variable-length attention that is two blocks of queries: `[prompt; chosen]` over the same keys, and `[rejected]`
-over the keys `[prompt; rejected]`, causal from the bottom right. Sequences that share nothing have no prefixes.
+As variable-length attention a segment is a block of queries over the gathered keys `[ancestors; itself]`, causal from
+the bottom right. Sequences that share nothing have no ancestors.
 
-Shapes: `N` rows (tokens), `H` attention heads, `D` a head's width, `G` segments.
+Shapes: `N` rows (tokens), `H` attention heads, `D` a head's width, `G` segments, `M` gathered keys.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import contextvars
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastpref.models.segments import QUERIES, Segment, Segments, gathered
 
 KWARG = "fastpref_segments"  # the argument of a model's forward that reaches its attention layers
 _PREFIX = "fastpref_"  # + the implementation that calls without segments go to
@@ -30,120 +32,39 @@ _DELEGATES = ("sdpa", "eager")
 _packed: contextvars.ContextVar[bool] = contextvars.ContextVar("fastpref_packed", default=False)
 
 
-class Segment(NamedTuple):
-    """The query rows start..end-1 of a packed row, and the earlier rows prefix_start..prefix_end-1 that all of them
-    see."""
-
-    start: int
-    end: int
-    prefix_start: int = 0
-    prefix_end: int = 0
-
-
-@dataclass
-class Segments:
-    """The segments of one packed row, which cover it without gaps. Built on the CPU, and moved with its batch."""
-
-    table: tuple[Segment, ...]
-    cu_queries: Tensor  # [G + 1] int32
-    cu_keys: Tensor  # [G + 1] int32, offsets into key_rows
-    key_rows: Tensor  # [M] the packed rows whose keys the segments see, one segment after the other
-    max_queries: int
-    max_keys: int
-    _masks: dict[tuple, Any] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(cls, table: Sequence[Segment]) -> Segments:
-        """From the segments in the order of their rows."""
-        queries = [s.end - s.start for s in table]
-        keys = [s.prefix_end - s.prefix_start + n for s, n in zip(table, queries, strict=True)]
-        rows = [torch.arange(a, b) for s in table for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
-        offsets = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys)]
-        return cls(tuple(table), offsets[0], offsets[1], torch.cat(rows), max(queries), max(keys))
-
-    @property
-    def shared(self) -> bool:
-        """Does any segment see a prefix?"""
-        return any(s.prefix_end > s.prefix_start for s in self.table)
-
-    def to(self, device: torch.device | str, **kwargs: Any) -> Segments:
-        """A copy whose tensors are on `device`; `kwargs` as in `Tensor.to`."""
-        return self._with(lambda x: x.to(device, **kwargs))
-
-    def pin_memory(self) -> Segments:
-        """A copy whose tensors are in pinned memory."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Segments:
-        queries, keys, rows = (change(x) for x in (self.cu_queries, self.cu_keys, self.key_rows))
-        return Segments(self.table, queries, keys, rows, self.max_queries, self.max_keys)
-
-    def mask(self, segment: Segment, window: int | None, like: Tensor) -> Tensor | None:
-        """The segment's additive mask `[queries, keys]`, of the dtype and device of `like`.
-
-        None where a plain causal mask (`is_causal`) says the same. It is kept for the other layers.
-        """
-        queries = segment.end - segment.start
-        keys = queries + segment.prefix_end - segment.prefix_start
-        if queries == keys and (window is None or window >= keys):
-            return None
-        key = (queries, keys, window, like.dtype)
-        if key not in self._masks:
-            at = torch.arange(keys - queries, keys, device=like.device)[:, None]
-            seen = torch.arange(keys, device=like.device)
-            hidden = (seen > at) if window is None else (seen > at) | (seen <= at - window)
-            self._masks[key] = torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill(
-                hidden, float("-inf")
-            )
-        return self._masks[key]
-
-    @torch.compiler.disable
-    def block_mask(self, window: int | None) -> Any:
-        """FlexAttention's mask over the gathered keys, of which each query sees one range. Kept for other layers."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        if ("flex", window) not in self._masks:
-            queries, keys = self.table[-1].end, len(self.key_rows)
-            at = torch.arange(queries, device=self.key_rows.device)
-            segment = torch.bucketize(at, self.cu_queries[1:], right=True)
-            last = self.cu_keys[segment + 1] - self.cu_queries[segment + 1] + at
-            first = self.cu_keys[segment] if window is None else torch.maximum(self.cu_keys[segment], last - window + 1)
-
-            def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                return (key >= first[query]) & (key <= last[query])
-
-            self._masks["flex", window] = create_block_mask(seen, None, None, queries, keys, self.key_rows.device)
-        return self._masks["flex", window]
-
-
 @torch.compiler.disable
 def by_segment(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None = None,
     softcap: float | None = None, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Attention `[1, H, N, D]` by one `scaled_dot_product_attention` for each segment: any device, any dtype."""
-    sizes = [s.end - s.start for s in segments.table]
-    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))  # one gradient buffer, not G
-    starts = {s.start: i for i, s in enumerate(segments.table)}
+    """Attention `[1, H, N, D]` by calls of `scaled_dot_product_attention` for each segment: any device, any dtype.
+
+    A segment takes one call, or where it needs a mask one for every `QUERIES` queries: a mask of all would be
+    quadratic in its length, and half of it would be masked.
+    """
+    key, value = gathered(key, segments, 2), gathered(value, segments, 2)
+    rows, sizes = ([f(s) for s in segments.table] for f in (Segment.queries, Segment.keys))
+    parts = (x.split(n, dim=2) for x, n in ((query, rows), (key, sizes), (value, sizes)))  # one gradient buffer, not G
     outputs = []
-    for i, segment in enumerate(segments.table):
-        k, v = keys[i], values[i]
-        length = segment.prefix_end - segment.prefix_start
-        if length:
-            owner = starts[segment.prefix_start]
-            k = torch.cat([keys[owner][:, :, :length], k], dim=2)
-            v = torch.cat([values[owner][:, :, :length], v], dim=2)
-        mask = segments.mask(segment, window, query)
-        if softcap is None:
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    queries[i], k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
-                    enable_gqa=k.shape[1] != query.shape[1],
-                )
-            )  # fmt: skip
-        else:
-            outputs.append(_softcapped(queries[i], k, v, mask, scale, softcap, dropout))
+    for q, k, v in zip(*parts, strict=True):
+        own, keys = q.shape[2], k.shape[2]
+        plain = own == keys and (window is None or window >= keys)
+        for some in [q] if plain else q.split(QUERIES, dim=2):
+            seen = keys - own + some.shape[2]
+            own -= some.shape[2]
+            first = 0 if window is None else max(0, seen - some.shape[2] - window + 1)
+            mask = segments.mask(some.shape[2], seen - first, window, query)
+            outputs.append(_attend(some, k[:, :, first:seen], v[:, :, first:seen], mask, scale, softcap, dropout))
     return torch.cat(outputs, dim=2)
+
+
+def _attend(query, key, value, mask: Tensor | None, scale: float | None, softcap: float | None, dropout: float):
+    if softcap is not None:
+        return _softcapped(query, key, value, mask, scale, softcap, dropout)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
 
 
 def _softcapped(query, key, value, mask: Tensor | None, scale: float | None, softcap: float, dropout: float) -> Tensor:
@@ -174,15 +95,13 @@ def by_varlen(
 ) -> Tensor:
     """The same by torch's variable-length attention, in one launch, for half precision on a GPU.
 
-    The keys of a shared prefix are read through a gather. For two responses its backward adds two numbers in each row,
-    which is deterministic.
+    The keys of ancestors are read through a gather.
     """
     found = _varlen()
     assert found is not None
     varlen_attn, names = found
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
-    if segments.shared:
-        k, v = k.index_select(0, segments.key_rows), v.index_select(0, segments.key_rows)
+    k, v = gathered(k, segments, 0), gathered(v, segments, 0)
     options: dict[str, Any] = {"scale": scale} if scale is not None else {}
     if "enable_gqa" in names:  # until 2.12 fewer key heads need no permission
         options["enable_gqa"] = k.shape[1] != q.shape[1]
@@ -206,8 +125,7 @@ def by_flex(
 
     On a GPU it is compiled once for all lengths. Elsewhere it forms the whole score matrix, for tests.
     """
-    if segments.shared:
-        key, value = key.index_select(2, segments.key_rows), value.index_select(2, segments.key_rows)
+    key, value = gathered(key, segments, 2), gathered(value, segments, 2)
     call = _flex(query.device.type)
 
     cap: Any = softcap

@@ -11,7 +11,7 @@ from fastpref.common import checks
 from fastpref.common.segments import segment_sums
 from fastpref.objectives.head_inputs import HeadOptions, ScoredRows
 from fastpref.objectives.paired import PairedLoss, PreferenceOutput
-from fastpref.reference import LogitTransform, PairedObjective
+from fastpref.reference import LogitTransform, PairedObjective, TokenStatistics
 
 CPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo")
 INFINITY = float("inf")
@@ -87,8 +87,8 @@ class ORPOLoss(PairedLoss):
 
     L_OR compares the odds of the length-normalised likelihoods. It stays finite as a probability goes to 1.
 
-    The NLL is the token mean over the chosen completions. If `from_hidden` or `from_logits` is given `prompt_labels`,
-    it is over the chosen prompts and completions, as in the paper's code and TRL.
+    The NLL is the token mean over the chosen completions. If `from_hidden`, `from_logits` or `from_tokens` is given
+    `prompt_labels`, it is over the chosen prompts and completions, as in the paper's code and TRL.
 
     Args:
         beta: weight of the odds-ratio term (lambda in the paper), > 0.
@@ -119,6 +119,27 @@ class ORPOLoss(PairedLoss):
         pairs = checks.num_pairs(labels, cu_seqlens)
         labels, lengths, weights = _with_prompts(labels, prompt_labels, cu_seqlens, pairs, ignore_index)
         tokens = self._token_statistics(logits, labels, ignore_index, LogitTransform(temperature, logit_scale, softcap))
+        return self._from_tokens(
+            tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, lengths, weights, nll_tokens
+        )
+
+    def from_tokens(
+        self,
+        tokens: TokenStatistics,
+        labels: Tensor,
+        ref_logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        nll_tokens: Tensor | None = None,
+        prompt_labels: Tensor | None = None,
+    ) -> PreferenceOutput:
+        """As `PairedLoss.from_tokens`. `prompt_labels`, shaped like labels, add the chosen prompts to the NLL.
+
+        The prompts' tokens are then among those that the `tokens` are of.
+        """
+        pairs = checks.num_pairs(labels, cu_seqlens)
+        labels, lengths, weights = _with_prompts(labels, prompt_labels, cu_seqlens, pairs, ignore_index)
         return self._from_tokens(
             tokens, labels, ref_logps, cu_seqlens, pairs, ignore_index, lengths, weights, nll_tokens
         )

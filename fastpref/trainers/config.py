@@ -70,9 +70,9 @@ class PreferenceConfig(TrainingArguments):
     activation_offloading: bool = option(False, "Keep activations in CPU memory between forward and backward.")
     layout: str = option(
         "auto",
-        "How sequences are packed: 'shared' runs a common prompt once, 'packed' has no padding, 'padded' is as in TRL. "
-        "'auto' is the first of them that gives this model's own hidden states.",
-        choices=["auto", *LAYOUTS],
+        "How sequences are packed: 'shared' (or 'tree') runs what sequences begin with in common once, 'packed' has no "
+        "padding, 'padded' is as in TRL. 'auto' is the first of them that gives this model's own hidden states.",
+        choices=["auto", "tree", *LAYOUTS],
     )
     token_budget: int | None = option(
         None, "Most tokens of one forward and backward. A batch that has more is run in parts, with the same result."
@@ -92,7 +92,8 @@ class PreferenceConfig(TrainingArguments):
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
         super().__post_init__()
-        checks.choice("layout", self.layout, ("auto", *LAYOUTS))
+        checks.choice("layout", self.layout, ("auto", "tree", *LAYOUTS))
+        self.layout = "shared" if self.layout == "tree" else self.layout
         checks.choice("statistics", self.statistics, STATISTICS_WHEN)
         checks.choice("truncation_mode", self.truncation_mode, ("keep_start",))
         for name in ("max_length", "token_budget"):

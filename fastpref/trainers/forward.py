@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.common.gather import take_rows
 from fastpref.models import attention, backbone, for_head
 from fastpref.models.vision import packed_decoder
 
@@ -38,6 +39,23 @@ def hidden_rows(model: Any, batch: Mapping[str, Any]) -> Tensor:
 def scored_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """The hidden states `[M, d]` of the rows that score a token, in the order of `labels`."""
     return hidden_rows(model, batch).index_select(0, batch["rows"])
+
+
+def head_rows(batch: Mapping[str, Any]) -> Tensor:
+    """The rows of a batch whose hidden states the head multiplies, once each: see `packing.distinct_rows`."""
+    return batch.get("head_rows", batch["rows"])
+
+
+def head_labels(batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """(the token that each of `head_rows` scores, how many of them are scored as `scored_rows` takes it)."""
+    if "head_labels" not in batch:
+        return batch["labels"], batch["sizes"]
+    return batch["head_labels"], len(batch["head_labels"])
+
+
+def by_sequence(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Values of `head_rows` as values of `rows` `[M]`, in the order of the sequences."""
+    return take_rows(values, batch["head_index"]) if "head_index" in batch else values
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

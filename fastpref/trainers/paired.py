@@ -36,15 +36,16 @@ class PairTraining(PolicyTrainer):
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         (hidden, balance), head = self.scored(part), self.head()
         denominator, options = self._denominator(part, items), self.loss_options(part)
-        tokens = self.measured(hidden, head, part, differentiable=not options)
+        fused = bool(options) and "head_index" not in part
+        tokens = self.measured(hidden, head, part, differentiable=not fused)
         labels, ref_logps, edges = part["labels"], part.get("ref_logps"), part["cu_seqlens"]
-        if tokens is None or options:
+        if tokens is None or fused:
             out = self.loss_fn.from_hidden(
                 hidden, head.weight, labels, head.bias, ref_logps, edges, nll_tokens=denominator,
                 scored_rows=part["sizes"], **head.options(), **options,
             )  # fmt: skip
         else:
-            out = self.loss_fn.from_tokens(tokens, labels, ref_logps, edges, nll_tokens=denominator)
+            out = self.loss_fn.from_tokens(tokens, labels, ref_logps, edges, nll_tokens=denominator, **options)
         chosen = torch.arange(len(part["rows"]), device=hidden.device) < part["cu_seqlens"][part["examples"]]
         self.add_token_metrics(tokens, part, chosen)
         self.add_pair_metrics(out)

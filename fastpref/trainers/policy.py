@@ -20,7 +20,7 @@ from fastpref.reference import TokenStatistics
 from fastpref.trainers import experts, loading
 from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig, unsupported
-from fastpref.trainers.forward import run_backbone, scored_hidden, to_device
+from fastpref.trainers.forward import by_sequence, head_labels, head_rows, hidden_rows, run_backbone, to_device
 from fastpref.trainers.loading import load_tokenizer, wrap_peft
 from fastpref.trainers.reference import Reference, SyncReference, fill_cache, fingerprint, ready_reference
 
@@ -61,11 +61,10 @@ class PolicyTrainer(PreferenceTrainer):
         """Runs the backbone on a part.
 
         Returns:
-            (hidden states `[M, d]` of the rows that score a token, weighted load-balancing loss of a mixture of experts
-                or None).
+            (hidden states of the `head_rows`, weighted load-balancing loss of a mixture of experts or None).
         """
         if not self.aux_loss_enabled:
-            return scored_hidden(self.inner, part), None
+            return hidden_rows(self.inner, part).index_select(0, head_rows(part)), None
         output = run_backbone(self.inner, part, output_router_logits=True)
         if not output.get("router_logits"):
             name = type(self.inner).__name__
@@ -75,7 +74,7 @@ class PolicyTrainer(PreferenceTrainer):
         self.metrics.add("aux_loss", loss * part["examples"], part["examples"])
         self.keep_routes(sums, tokens)
         hidden = models.for_head(self.inner, output.last_hidden_state).flatten(0, 1)
-        return hidden.index_select(0, part["rows"]), self.router_aux_loss_coef * loss
+        return hidden.index_select(0, head_rows(part)), self.router_aux_loss_coef * loss
 
     def keep_routes(self, sums: Tensor, tokens: Tensor) -> None:
         """In an evaluation, adds up how tokens were routed: its load-balancing loss is that of all its tokens."""
@@ -93,18 +92,23 @@ class PolicyTrainer(PreferenceTrainer):
     def measured(
         self, hidden: Tensor, head: models.Head, part: Mapping[str, Any], differentiable: bool = True
     ) -> TokenStatistics | None:
-        """Log-probs and statistics of the scored tokens, on the steps that measure; else None.
+        """Log-probs of the scored tokens, with statistics on the steps that measure; None where nobody needs them.
 
-        All come from one product with the head. A loss can be taken of the log-probs. The product's logits are kept for
-        its backward if they fit the memory.
+        They are needed where sequences share scored tokens, of which each enters the head once. All come from one
+        product with the head. A loss can be taken of the log-probs. The product's logits are kept for its backward if
+        they fit the memory.
         """
-        if not self.measuring():
+        measuring = self.measuring()
+        if not measuring and "head_index" not in part:
             return None
-        wanted = (*MEASURED, *getattr(self.loss_fn, "statistics", ()))
+        wanted = (*(MEASURED if measuring else ()), *getattr(self.loss_fn, "statistics", ()))
+        labels, scored = head_labels(part)
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            return linear_token_statistics(
-                hidden, head.weight, part["labels"], head.bias, wanted, scored_rows=part["sizes"], **head.options()
+            found = linear_token_statistics(
+                hidden, head.weight, labels, head.bias, wanted, scored_rows=scored, **head.options()
             )
+        known = {name: value for name, value in found._asdict().items() if value is not None}
+        return TokenStatistics(**{name: by_sequence(value, part) for name, value in known.items()})
 
     def add_token_metrics(self, tokens: TokenStatistics | None, part: Mapping[str, Any], chosen: Tensor) -> None:
         """Adds the entropy over all scored tokens, the mean logits of chosen and rejected ones, and the accuracy on the
@@ -112,11 +116,11 @@ class PolicyTrainer(PreferenceTrainer):
 
         `chosen` `[M]` marks the rows of desirable responses.
         """
-        if tokens is None:
+        if tokens is None or tokens.entropy is None:
             return
         scored = part["labels"] != IGNORE_INDEX
-        assert tokens.entropy is not None and tokens.mean_logit is not None and tokens.is_top1 is not None
-        self.metrics.add("entropy", tokens.entropy.detach().sum(), scored.sum())
+        assert tokens.mean_logit is not None and tokens.is_top1 is not None
+        self.metrics.add("entropy", (tokens.entropy.detach() * scored).sum(), scored.sum())
         for name, rows in (("chosen", scored & chosen), ("rejected", scored & ~chosen)):
             self.metrics.add(f"logits/{name}", (tokens.mean_logit * rows).sum(), rows.sum())
         rows = scored & chosen
@@ -124,11 +128,10 @@ class PolicyTrainer(PreferenceTrainer):
 
     def token_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
         """The log-prob of every scored row `[M]`, by any model. For passes without gradients."""
-        inner = inner_model(model)
-        hidden, head = scored_hidden(model, part), models.read_head(inner)
-        return linear_token_logprobs(
-            hidden, head.weight, part["labels"], head.bias, scored_rows=part["sizes"], **head.options()
-        )
+        hidden, head = hidden_rows(model, part).index_select(0, head_rows(part)), models.read_head(inner_model(model))
+        labels, scored = head_labels(part)
+        found = linear_token_logprobs(hidden, head.weight, labels, head.bias, scored_rows=scored, **head.options())
+        return by_sequence(found, part)
 
 
 class ReferencedTrainer(PolicyTrainer):

@@ -59,12 +59,10 @@ def _trial(inner: Any, layout: str, ours: bool, vision: Vision | None) -> _Trial
 def _texts(inner: Any) -> tuple[list[list[Scored]], list[dict[str, Any]]]:
     vocab = inner.config.get_text_config().vocab_size
     ids = (torch.arange(TOKENS) * 7 + 3).remainder(vocab).tolist()
-    prompt, other = ids[:5], ids[5:8]
-    groups = [
-        [Scored(prompt + ids[8:12], 1), Scored(prompt + ids[12:18], 1)],
-        [Scored(other + ids[18:20], 1), Scored(other + ids[20:24], 1)],
-    ]
-    return groups, []
+    prompt, turn = ids[:4], ids[4:7]
+    branches = [prompt + turn + ids[7:10], prompt + turn + ids[10:15], prompt + ids[15:18], ids[18:24]]
+    sequences = [Scored(branch, 1) for branch in branches]
+    return [sequences[:2], sequences[2:]], []
 
 
 def _pictures(vision: Vision) -> tuple[list[list[Scored]], list[dict[str, Any]]]:

@@ -123,7 +123,7 @@ class KTOTrainer(ReferencedTrainer):
         else:
             out = self.loss_fn.from_tokens(tokens.logps, labels, desirable, *given)
         sizes = part["cu_seqlens"].diff()
-        chosen = desirable.repeat_interleave(sizes, output_size=hidden.shape[0])
+        chosen = desirable.repeat_interleave(sizes, output_size=len(labels))
         self.add_token_metrics(tokens, part, chosen)
         self._add_class_metrics(out)
         self.keep_responses(out, part)

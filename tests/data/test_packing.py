@@ -3,7 +3,7 @@ import torch
 
 from fastpref.data.collators import PairCollator, RewardCollator, StepCollator, UnpairedCollator
 from fastpref.data.packing import LAYOUTS, Scored, pack, packed_tokens, split_by_tokens
-from fastpref.models.attention import Segment
+from fastpref.models.segments import Segment
 
 PAIR = [Scored([3, 4, 5, 6, 7], 3), Scored([3, 4, 5, 8, 9, 2], 3)]
 
@@ -16,7 +16,7 @@ def test_a_pair_runs_its_prompt_once():
     batch = pack([PAIR], "shared")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7, 8, 9, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
-    assert batch["fastpref_segments"].table == (Segment(0, 5), Segment(5, 8, 0, 3))
+    assert batch["fastpref_segments"].table == (Segment(0, 5), Segment(5, 8, ((0, 3),)))
     assert batch["rows"].tolist() == [2, 3, 2, 5, 6]  # the last prompt row scores both first tokens
     assert batch["labels"].tolist() == [6, 7, 8, 9, 2]
     assert batch["cu_seqlens"].tolist() == [0, 2, 5]

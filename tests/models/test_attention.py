@@ -9,9 +9,11 @@ from support_zoo import tiny_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from fastpref.common.gather import add_by_row
 from fastpref.data.packing import Scored, pack
 from fastpref.models import attention
-from fastpref.models.attention import Segment, Segments
+from fastpref.models import segments as segments_module
+from fastpref.models.segments import Segment, Segments
 from fastpref.trainers.forward import hidden_rows, scored_hidden
 from fastpref.trainers.layout import choose_layout
 
@@ -103,8 +105,8 @@ def dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, window:
     rows = query.shape[2]
     seen = torch.zeros(rows, rows, dtype=torch.bool)
     for segment in segments.table:
-        keys = [*range(segment.prefix_start, segment.prefix_end), *range(segment.start, segment.end)]
-        length = segment.prefix_end - segment.prefix_start
+        keys = [row for start, end in segment.ranges for row in range(start, end)]
+        length = segment.keys() - segment.queries()
         for i in range(segment.end - segment.start):
             last = length + i + 1
             seen[segment.start + i, keys[0 if window is None else max(0, last - window) : last]] = True
@@ -113,7 +115,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, window:
     return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ value.repeat_interleave(groups, 1)
 
 
-SEGMENTS = Segments.of([Segment(0, 7), Segment(7, 11, 0, 4), Segment(11, 12, 0, 7), Segment(12, 15)])
+SEGMENTS = Segments.of([Segment(0, 7), Segment(7, 11, ((0, 4),)), Segment(11, 12, ((0, 4), (7, 9))), Segment(12, 15)])
 
 
 def tensors(requires_grad: bool = False) -> list[Tensor]:
@@ -121,8 +123,13 @@ def tensors(requires_grad: bool = False) -> list[Tensor]:
     return [torch.randn(1, h, 15, 8, dtype=torch.float64, requires_grad=requires_grad) for h in (4, 2, 2)]
 
 
+@pytest.mark.parametrize("queries", [256, 3])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_by_segment_is_the_definition(window):
+def test_by_segment_is_the_definition(window, queries, monkeypatch):
+    """Whether its masks are of all queries of a segment or of some."""
+    monkeypatch.setattr(attention, "QUERIES", queries)
+    monkeypatch.setattr(segments_module, "QUERIES", queries)
+    SEGMENTS._kept.clear()
     query, key, value = tensors()
     found = attention.by_segment(query, key, value, SEGMENTS, 0.3, window)
     torch.testing.assert_close(found, dense(query, key, value, SEGMENTS, window, 0.3))
@@ -133,6 +140,18 @@ def test_by_segment_gradients():
         return attention.by_segment(q, k, v, SEGMENTS, 0.3)
 
     assert torch.autograd.gradcheck(run, tensors(requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_keys_that_many_segments_see_add_up_their_gradients_alike_on_every_device(dtype):
+    table = [Segment(0, 4), *(Segment(4 + i, 5 + i, ((0, 3),)) for i in range(40))]
+    segments = Segments.of(table)
+    gradient = torch.ones(1, 2, len(segments.key_rows), 8, dtype=dtype) / 3
+    found = add_by_row(gradient.movedim(2, 0), *segments.by_row()).movedim(0, 2)
+    assert torch.equal(segments_module._add_ranges(gradient, segments, 2), found)
+    wanted = 41 * gradient[0, 0, 0, 0].double()  # rounded once
+    torch.testing.assert_close(found[0, 0, 0, 0], wanted.to(dtype), rtol=1e-14, atol=0)
+    assert found.shape == (1, 2, 44, 8)
 
 
 def varlen_like(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
@@ -183,7 +202,9 @@ def test_flex_attention_is_compiled_inside_of_a_model_that_is_not(monkeypatch):
     monkeypatch.setattr(attention, "_flex", lambda device: compiled)
     monkeypatch.setattr(attention, "_can_flex", lambda *_: True)
     for n in range(5):
-        segments = Segments.of([Segment(0, 7 + n), Segment(7 + n, 11 + 2 * n, 0, 4), Segment(11 + 2 * n, 15 + 3 * n)])
+        segments = Segments.of(
+            [Segment(0, 7 + n), Segment(7 + n, 11 + 2 * n, ((0, 4),)), Segment(11 + 2 * n, 15 + 3 * n)]
+        )
         given = [torch.randn(1, h, 15 + 3 * n, 16) for h in (4, 2, 2)]
         found = attention.packed_attention(*given, segments, 0.3, None, 0.7, 0.0)
         torch.testing.assert_close(found, attention.by_segment(*given, segments, 0.3, None, 0.7))

@@ -14,30 +14,26 @@ from support_zoo import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
 from fastpref import linear_token_logprobs, models
-from fastpref.data.packing import Scored, pack
+from fastpref.data.packing import Scored, pack_sequences
 from fastpref.models import attention
-from fastpref.trainers.forward import scored_hidden
+from fastpref.trainers.forward import by_sequence, head_labels, head_rows, hidden_rows
 from fastpref.trainers.layout import choose_layout
 
-PAIRS = [([5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17, 18, 19, 20]), ([20, 21], [22, 23, 24, 25], [26])]
-GROUPS = [[Scored(p + c, len(p)), Scored(p + r, len(p))] for p, c, r in PAIRS]
+PROMPT, TURN, OTHER = [5, 6, 7, 8, 9, 10], [27, 28, 29], [20, 21]
+SEQUENCES = [  # a tree of four levels, with equal branches and one that is the beginning of another, and a stranger
+    Scored([*PROMPT, 11, 12, 13], 6), Scored(PROMPT + TURN + [14, 15, 16, 17, 18], 6), Scored([*OTHER, 22, 23, 24], 2),
+    Scored(PROMPT + TURN + [14, 15, 19], 9), Scored(PROMPT + TURN, 6), Scored([*OTHER, 26], 2),
+    Scored(PROMPT + TURN + [14, 15, 19], 6),
+]  # fmt: skip
+NODES = 6 + 3 + (3 + 5 + 1) + 2 + (3 + 1)
 MIXING = [  # state spaces, linear attention, recurrences and short convolutions, some beside attention
     "bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba2", "minimax", "qwen3_next", "recurrent_gemma",
     "rwkv", "xlstm", "zamba",
 ]  # fmt: skip
 SHARED = [
-    "apertus",
-    "deepseek_v3",
-    "ernie4_5",
-    "exaone4",
-    "glm4",
-    "gpt2",
-    "gpt_bigcode",
-    "llama",
-    "olmoe",
-    "opt",
-    "phi",
-]
+    "apertus", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
+    "granite", "llama", "mistral", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
+]  # fmt: skip
 # heads of several layers, as masked language models have them, or logits of more than the head; CPM-Ant and XLNet put
 # tokens of their own beside those of the batch
 REFUSED = {
@@ -50,7 +46,7 @@ REFUSED = {
 def own_logps(model: nn.Module) -> Tensor:
     """From the model's own logits, one sequence at a time."""
     found = []
-    for sequence in (group[branch] for branch in range(2) for group in GROUPS):
+    for sequence in SEQUENCES:
         ids = torch.tensor(sequence.ids)
         logps = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
         found.append(logps.gather(1, ids[1:, None])[sequence.first - 1 :, 0])
@@ -62,19 +58,32 @@ def our_logps(model: nn.Module) -> tuple[Tensor, str]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="layout")
         layout, ours = choose_layout(model, "auto")
-    batch = pack(GROUPS, layout)
+    batch = pack_sequences(SEQUENCES, layout)
+    if layout == "shared":
+        assert batch["input_ids"].numel() == NODES
     if not ours:
         batch.pop(attention.KWARG, None)
-    hidden = scored_hidden(model, batch)
-    return linear_token_logprobs(hidden, head.weight, batch["labels"], head.bias, **head.options()), layout
+    hidden = hidden_rows(model, batch).index_select(0, head_rows(batch))
+    logps = linear_token_logprobs(hidden, head.weight, head_labels(batch)[0], head.bias, **head.options())
+    return by_sequence(logps, batch), layout
 
 
-@torch.no_grad()
-def check(model: nn.Module) -> str:
-    wanted = own_logps(model)
-    found, layout = our_logps(model)
-    scale = max(1.0, float(wanted.abs().max()))
+def gradient(model: nn.Module, logps: Tensor) -> Tensor:
+    """Of a weighted sum of log-probs, in all parameters, as one vector."""
+    loss = (logps * torch.linspace(-1, 1, len(logps))).sum()
+    found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
+def check(model: nn.Module, gradients: bool = False) -> str:
+    with torch.set_grad_enabled(gradients):
+        wanted = own_logps(model)
+        found, layout = our_logps(model)
+    scale = max(1.0, float(wanted.detach().abs().max()))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * scale)
+    if gradients:
+        one, other = gradient(model, found), gradient(model, wanted)
+        assert (one - other).norm() <= 1e-6 * other.norm()
     return layout
 
 
@@ -87,7 +96,7 @@ def test_sequences_do_not_mix_whatever_the_scale_of_the_weights(architecture, sc
 @pytest.mark.parametrize("scale", [0.1, 6.0])
 @pytest.mark.parametrize("architecture", SHARED)
 def test_prompts_are_shared(architecture, scale):
-    assert check(tiny_model(architecture, scale)) == "shared"
+    assert check(tiny_model(architecture, scale), gradients=True) == "shared"
 
 
 @pytest.mark.skipif("FASTPREF_ALL_MODELS" not in os.environ, reason="minutes: FASTPREF_ALL_MODELS=1")

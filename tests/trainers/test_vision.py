@@ -133,6 +133,11 @@ def test_an_image_and_a_prompt_run_once_for_a_pair(family, tmp_path):
     trainer.train()
     for hook in hooks:
         hook.remove()
+    once, twice = (trainer.data_collator(some)["parts"][0] for some in (rows, rows + rows))
+    for name in ("input_ids", "position_ids"):  # examples of one image and prompt are one tree
+        assert torch.equal(once[name], twice[name])
+    for name, value in once["vision"].items():
+        assert torch.equal(value, twice["vision"][name])
     separate = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
     assert counts["images"] == images  # of 2 * images in separate sequences
     assert counts["tokens"] <= sum(r["length"] for r in rows)  # responses may begin alike, too
