@@ -107,10 +107,11 @@ class Checks:
         close(fastpref.token_logprobs(logits, labels), reference.token_logprobs(logits.double(), labels))
 
     def divergences(self, fastpref, reference):
-        for direction in ("reverse", "forward"):
+        for direction, beta in (("reverse", 0.5), ("forward", 0.5), ("jsd", 0.3)):
             policy, ref, upstream = (torch.randn(4, 300) * 3).requires_grad_(), torch.randn(4, 300) * 3, torch.randn(4)
             exact, exact_ref = in_fp64(policy, ref)
-            got, truth = fastpref.token_kl(policy, ref, direction), reference.token_kl(exact, exact_ref, direction)
+            got = fastpref.token_kl(policy, ref, direction, beta=beta)
+            truth = reference.token_kl(exact, exact_ref, direction, beta=beta)
             close(got, truth.detach())
             (gradient,) = torch.autograd.grad((got * upstream).sum(), policy)
             close(gradient, *torch.autograd.grad((truth * upstream.double()).sum(), exact))

@@ -23,12 +23,41 @@ def _shift(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return m, log_s, z
 
 
+def _log_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(log(p / m), log(q / m)) of each token, where m = beta q + (1 - beta) p; overwrites `log_q`.
+
+    The larger of p and q comes first, so that nothing overflows.
+    """
+    d = torch.sub(log_p, log_q, out=log_q)
+    above = d >= 0
+    away = d.abs().neg_().expm1_()
+    larger = torch.where(above, away * beta, away * (1 - beta)).log1p_().neg_()
+    return torch.where(above, larger, larger + d), torch.where(above, larger - d, larger)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, direction: str, beta: float) -> tuple[Tensor, Tensor]:
+    """(the divergence, the KL that `_k` subtracts) of every row. 0 log 0 = 0."""
+    if direction == "jsd":
+        of_p, of_q = _log_ratios(log_p, log_q.clone(), beta)
+        own, other = ((x.exp(), ratio) for x, ratio in ((log_p, of_p), (log_q, of_q)))
+        policy_kl, ref_kl = (ratio.mul_(e).masked_fill_(e == 0, 0).sum(1) for e, ratio in (own, other))
+        return beta * ref_kl + (1 - beta) * policy_kl, policy_kl
+    a, b = (log_q, log_p) if direction == "forward" else (log_p, log_q)
+    e = a.exp()
+    kl = (a - b).mul_(e).masked_fill_(e == 0, 0).sum(1)
+    return kl, kl
+
+
 def _k(
-    log_p: Tensor, log_q: Tensor, kl: Tensor, slope: Tensor | float, direction: str
+    log_p: Tensor, log_q: Tensor, kl: Tensor, slope: Tensor | float, direction: str, beta: float
 ) -> Tensor:  # fmt: skip
-    """d KL / d policy's head output; overwrites its inputs."""
+    """d divergence / d policy's head output; overwrites its inputs."""
     if direction == "forward":
         k = log_p.exp_().sub_(log_q.exp_())
+    elif direction == "jsd":
+        of_p, _ = _log_ratios(log_p, log_q, beta)
+        p = log_p.exp_()
+        k = of_p.sub_(kl[:, None]).mul_(p).mul_(1 - beta).masked_fill_(p == 0, 0)
     else:
         p = log_p.exp()
         k = log_p.sub_(log_q).sub_(kl[:, None]).mul_(p).masked_fill_(p == 0, 0)
@@ -38,13 +67,14 @@ def _k(
 
 
 def token_kl(
-    policy: Tensor, ref: Tensor, *, direction: str, transform: reference.LogitTransform, mask: Tensor | None = None,
-    labels: Tensor | None = None, target_logits: Tensor | None = None, ref_target_logits: Tensor | None = None,
-    write_k: bool = False,
+    policy: Tensor, ref: Tensor, *, direction: str, transform: reference.LogitTransform, beta: float = 0.5,
+    mask: Tensor | None = None, labels: Tensor | None = None, target_logits: Tensor | None = None,
+    ref_target_logits: Tensor | None = None, write_k: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """As `fastpref_kernels.token_kl`."""
     n, dtype = policy.shape[:-1].numel(), wide(torch.promote_types(policy.dtype, ref.dtype))
-    out = {name: policy.new_empty(n, dtype=dtype) for name in ("kl", "lse", "ref_lse")}
+    names = ("kl", "lse", "ref_lse") + (("policy_kl",) if direction == "jsd" else ())
+    out = {name: policy.new_empty(n, dtype=dtype) for name in names}
     if labels is not None:
         for name, logits in (("logps", policy), ("ref_logps", ref)):
             out[name] = _label_logits(logits, labels, transform, dtype)  # before K overwrites them
@@ -54,12 +84,12 @@ def token_kl(
         m_p, log_s, p = _shift(p)
         m_q, ref_log_s, q = _shift(q)
         log_p, log_q = p.sub_(log_s[:, None]), q.sub_(ref_log_s[:, None])
-        a, b = (log_q, log_p) if direction == "forward" else (log_p, log_q)
-        e = a.exp()
-        kl = (a - b).mul_(e).masked_fill_(e == 0, 0).sum(1)  # 0 log 0 = 0
+        kl, subtracted = _divergence(log_p, log_q, direction, beta)
         out["kl"][where], out["lse"][where], out["ref_lse"][where] = kl, m_p + log_s, m_q + ref_log_s
+        if direction == "jsd":
+            out["policy_kl"][where] = subtracted
         if write_k:
-            p_block.copy_(_k(log_p, log_q, kl, slope, direction))
+            p_block.copy_(_k(log_p, log_q, subtracted, slope, direction, beta))
     if labels is not None:
         for name, lse, exact in (("logps", "lse", target_logits), ("ref_logps", "ref_lse", ref_target_logits)):
             out[name] = _label_logprob(out[name], out[lse], None if exact is None else transform(exact))
@@ -81,13 +111,13 @@ def _label_logprob(z: Tensor, lse: Tensor, exact: Tensor | None) -> Tensor:
 
 def token_kl_gradient(
     policy: Tensor, ref: Tensor, kl: Tensor, lse: Tensor, ref_lse: Tensor, out: Tensor, *, direction: str,
-    transform: reference.LogitTransform, mask: Tensor | None = None, grad: Tensor | None = None,
+    transform: reference.LogitTransform, beta: float = 0.5, mask: Tensor | None = None, grad: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As `fastpref_kernels.token_kl_gradient`."""
     for (where, p_block), (_, q_block) in zip(blocks(policy), blocks(ref), strict=True):
         p, q = _logits(p_block, transform, kl.dtype), _logits(q_block, transform, kl.dtype)
         slope = transform_slope(p, transform)
-        k = _k(p.sub_(lse[where, None]), q.sub_(ref_lse[where, None]), kl[where], slope, direction)
+        k = _k(p.sub_(lse[where, None]), q.sub_(ref_lse[where, None]), kl[where], slope, direction, beta)
         if grad is not None:
             k.mul_(grad[where, None])
         out[where] = k if mask is None else k.masked_fill_(~mask[where, None], 0)

@@ -17,7 +17,7 @@ from fastpref.common import checks
 from fastpref.common.precision import wide
 from fastpref.objectives.head_inputs import HeadOptions, ScoredRows, choose_plan, head_inputs, operator_options
 from fastpref.objectives.tokens import _rows_of_logits
-from fastpref.reference import KL_DIRECTIONS, KL_ESTIMATORS
+from fastpref.reference import DIVERGENCES, KL_ESTIMATORS
 
 
 def _widened(*values: Tensor) -> list[Tensor]:
@@ -124,24 +124,32 @@ def token_kl(
     ref_logits: Tensor,
     direction: str = "reverse",
     *,
+    beta: float = 0.5,
     mask: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """The exact KL of every row over the whole vocabulary, sum_v p_v log(p_v / q_v) (Kullback & Leibler 1951).
+    """The exact divergence of every row over the whole vocabulary: KL or generalised Jensen-Shannon.
+
+    KL is sum_v p_v log(p_v / q_v) (Kullback & Leibler 1951). With the mixture m = beta * reference + (1 - beta) *
+    policy, the generalised Jensen-Shannon divergence is beta * KL(reference || m) + (1 - beta) * KL(policy || m)
+    (Agarwal et al. 2024, arXiv 2306.13649, eq. 1). It is never above log 2.
 
     Args:
         policy_logits, ref_logits: `[..., V]`, any float dtypes. Strided views such as `logits[:, :-1]` are read in
             place. Both go through `softcap * tanh(logits * logit_scale / softcap) / temperature`.
-        direction: `"reverse"`, KL(policy || reference), the penalty of RLHF; or `"forward"`, KL(reference || policy).
+        direction: `"reverse"`, KL(policy || reference), the penalty of RLHF; `"forward"`, KL(reference || policy); or
+            `"jsd"`, between both.
+        beta: the reference's weight in the mixture of `"jsd"`, between 0 and 1. Divided by beta, the divergence goes to
+            the forward KL as beta goes to 0; divided by 1 - beta, to the reverse KL as beta goes to 1.
         mask: `[...]`, bool or 0 and 1 in any dtype. Rows where it is 0 give exactly 0 and get exactly 0 gradient.
 
     Returns:
         `[...]` nats, fp32 (fp64 if an input is), differentiable once in `policy_logits` with any upstream gradient.
-        Both logits are read once. The backward reads them once more and writes the gradient. A token that only the
-        second distribution excludes (logit -inf) gives inf. One that the first excludes, or whose probability
-        underflows there, gives 0.
+        Both logits are read once (for `"jsd"` twice). The backward reads them once more and writes the gradient. In a
+        KL a token that only the second distribution excludes (logit -inf) gives inf. One that the first excludes, or
+        whose probability underflows there, gives 0.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or option.
@@ -155,17 +163,24 @@ def token_kl(
     if mask is not None:
         rows = tuple(policy_logits.shape[:-1])
         mask = checks.mask("mask", mask, rows, "one per row of logits", "policy_logits", policy_logits).reshape(-1)
-    checks.choice("direction", direction, KL_DIRECTIONS)
+    _check_divergence(direction, beta)
     checks.transform(temperature, logit_scale, softcap)
     kl, *_ = torch.ops.fastpref.token_kl(
         _rows_of_logits(policy_logits), _rows_of_logits(ref_logits.detach()), mask, direction,
-        *HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap).transform,
+        *HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap).transform, float(beta),
     )  # fmt: skip
     return kl.view(policy_logits.shape[:-1])
 
 
+def _check_divergence(direction: str, beta: float) -> None:
+    checks.choice("direction", direction, DIVERGENCES)
+    if direction == "jsd":
+        checks.positive("beta", beta)
+        checks.within("beta", beta, 0, 1)
+
+
 class TokenKL(NamedTuple):
-    """What `linear_token_kl` returns, each shaped like the rows: the KL, and the labels' log-probs under both models.
+    """What `linear_token_kl` returns, each shaped like the rows: divergence, and both models' log-probs of the labels.
 
     The log-probs are detached. They are None without labels.
     """
@@ -185,6 +200,7 @@ def linear_token_kl(
     ref_bias: Tensor | None = None,
     *,
     direction: str = "reverse",
+    beta: float = 0.5,
     ignore_index: int = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -201,7 +217,7 @@ def linear_token_kl(
         bias, ref_bias: `[V]` or None.
         labels: `[...]` the sampled tokens, or None for the divergence alone on every row. With labels the result has
             their log-probs under both models, from the same sweep.
-        direction: `"reverse"` or `"forward"`, as in `token_kl`.
+        direction, beta: `"reverse"`, `"forward"` or `"jsd"` with its beta, as in `token_kl`.
         ignore_index: rows with this label never enter a product, give exactly 0 and get exactly 0 gradient.
         plan: as in `linear_token_logprobs`: 2 products without gradients, 3 with a frozen head, 4 with a trainable
             one (`"store"`), 6 where what that keeps would not fit (`"recompute"`).
@@ -216,7 +232,7 @@ def linear_token_kl(
         ValueError, TypeError: a wrong shape, dtype, device, plan or option, or a label out of range (see
             `token_logprobs`).
     """
-    checks.choice("direction", direction, KL_DIRECTIONS)
+    _check_divergence(direction, beta)
     given = labels
     if labels is None:
         checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
@@ -229,7 +245,7 @@ def linear_token_kl(
     kl, logps, ref_logps, *_ = torch.ops.fastpref.linear_token_kl(
         inputs.hidden, inputs.weight, ref[0], ref[1], None if given is None else inputs.labels, inputs.bias, ref[2],
         direction, *operator_options(options), choice.plan, choice.workspace_bytes, inputs.compute_weight,
-        None if given is None else choice.known.rows,
+        None if given is None else choice.known.rows, float(beta),
     )  # fmt: skip
     shape = labels.shape
     if given is None:

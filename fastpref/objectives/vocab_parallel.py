@@ -18,11 +18,12 @@ from torch import Tensor
 from fastpref.common import checks, memory
 from fastpref.common.ranks import StartedSum, gather_over_ranks
 from fastpref.objectives.head_inputs import HeadOptions, ScoredRows, head_inputs, known_rows
-from fastpref.objectives.kl import KL_DIRECTIONS, _reference_inputs
+from fastpref.objectives.kl import _reference_inputs
 from fastpref.ops.linear import head_of, upstream_of
 from fastpref.plans import kl_plans, plans
 from fastpref.plans.compact import compact, compact_labels, gather, scatter
 from fastpref.plans.products import ParameterGradients
+from fastpref.reference import KL_DIRECTIONS
 
 PLANS = ("auto", "no_grad", "store", "recompute")
 EVERY_ROW = -1  # an ignore_index that no compacted label has

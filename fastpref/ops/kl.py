@@ -100,36 +100,38 @@ kl_penalized_rewards.register_autograd(_backward_rewards, setup_context=_save_re
 @without_autocast
 def token_kl(
     policy_logits: Tensor, ref_logits: Tensor, mask: Tensor | None, direction: str, temperature: float,
-    logit_scale: float, softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(KL, the policy's lse, the reference's), each `[N]`."""
+    logit_scale: float, softcap: float | None, beta: float = 0.5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(divergence, the policy's lse, the reference's, KL(policy || mixture) of a jsd or empty), each `[N]`."""
     out = backend_for(policy_logits).token_kl(
-        policy_logits, ref_logits, direction=direction, mask=mask,
+        policy_logits, ref_logits, direction=direction, beta=beta, mask=mask,
         transform=LogitTransform(temperature, logit_scale, softcap),
     )  # fmt: skip
-    return out["kl"], out["lse"], out["ref_lse"]
+    return out["kl"], out["lse"], out["ref_lse"], out.get("policy_kl", out["kl"].new_empty(0))
 
 
 @token_kl.register_fake
-def _(policy_logits, ref_logits, *options):
+def _(policy_logits, ref_logits, mask, direction, *options):
     dtype = wide(torch.promote_types(policy_logits.dtype, ref_logits.dtype))
     n = policy_logits.shape[:-1].numel()
-    kl, lse, ref_lse = (policy_logits.new_empty(n, dtype=dtype) for _ in range(3))
-    return kl, lse, ref_lse
+    sizes = (n, n, n, n if direction == "jsd" else 0)
+    kl, lse, ref_lse, policy_kl = (policy_logits.new_empty(size, dtype=dtype) for size in sizes)
+    return kl, lse, ref_lse, policy_kl
 
 
 @torch.library.custom_op("fastpref::token_kl_backward", mutates_args=())
 @without_autocast
 def token_kl_backward(
     grad: Tensor, policy_logits: Tensor, ref_logits: Tensor, mask: Tensor | None, kl: Tensor, lse: Tensor,
-    ref_lse: Tensor, direction: str, temperature: float, logit_scale: float, softcap: float | None,
+    ref_lse: Tensor, policy_kl: Tensor, direction: str, temperature: float, logit_scale: float,
+    softcap: float | None, beta: float,
 ) -> Tensor:  # fmt: skip
     """d policy_logits, of their shape, for the upstream gradient `grad` `[N]`."""
     d_logits = torch.empty(policy_logits.shape, dtype=policy_logits.dtype, device=policy_logits.device)
     backend_for(policy_logits).token_kl_gradient(
-        policy_logits, ref_logits, kl, lse, ref_lse, d_logits.view(-1, policy_logits.shape[-1]),
-        direction=direction, transform=LogitTransform(temperature, logit_scale, softcap), mask=mask,
-        grad=grad,
+        policy_logits, ref_logits, policy_kl if direction == "jsd" else kl, lse, ref_lse,
+        d_logits.view(-1, policy_logits.shape[-1]), direction=direction, beta=beta,
+        transform=LogitTransform(temperature, logit_scale, softcap), mask=mask, grad=grad,
     )  # fmt: skip
     return d_logits
 
@@ -152,8 +154,8 @@ def _save_token_kl(ctx, inputs, output):
 
 def _backward_token_kl(ctx, grad, *unused):
     if grad is None:
-        return (None,) * 7
-    return torch.ops.fastpref.token_kl_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+        return (None,) * 8
+    return torch.ops.fastpref.token_kl_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 7
 
 
 token_kl.register_autograd(_backward_token_kl, setup_context=_save_token_kl)
@@ -165,24 +167,29 @@ def linear_token_kl(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor | None,
     bias: Tensor | None, ref_bias: Tensor | None, direction: str, ignore_index: int, temperature: float,
     logit_scale: float, softcap: float | None, plan: str, workspace_bytes: int | None,
-    compute_weight: Tensor | None = None, scored_rows: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(KL `[N]`, log-probs `[N]`, reference log-probs `[N]`, lse `[n]`, reference lse `[n]`, kept, scored rows `[n]`).
+    compute_weight: Tensor | None = None, scored_rows: int | None = None, beta: float = 0.5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(divergence `[N]`, log-probs `[N]`, reference log-probs `[N]`, lse `[n]`, reference lse `[n]`, KL(policy ||
+    mixture) `[n]`, kept, scored rows `[n]`).
 
-    The log-probs are the labels'; they are empty without labels. `kept` is what the plan keeps for its backward.
+    The log-probs are the labels'; they are empty without labels. The KL to the mixture is that of a jsd, else it is
+    empty. `kept` is what the plan keeps for its backward.
     """
     if labels is not None:
         checks.label_range(labels, weight.shape[0], ignore_index)
     options = (ignore_index, temperature, logit_scale, softcap)
     head, ref_head = head_of(weight, compute_weight, bias, *options), head_of(ref_weight, None, ref_bias, *options)
-    out = kl_plans.forward(hidden, head, ref_hidden, ref_head, labels, direction, plan, workspace_bytes, scored_rows)
+    out = kl_plans.forward(
+        hidden, head, ref_hidden, ref_head, labels, direction, plan, workspace_bytes, scored_rows, beta
+    )
     logps, ref_logps = (out.kl.new_empty(0) if x is None else x for x in (out.logps, out.ref_logps))
-    return out.kl, logps, ref_logps, out.lse, out.ref_lse, out.kept, out.rows
+    policy_kl = out.policy_kl if direction == "jsd" else out.kl.new_empty(0)
+    return out.kl, logps, ref_logps, out.lse, out.ref_lse, policy_kl, out.kept, out.rows
 
 
 @linear_token_kl.register_fake
 def _(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, direction, ignore_index, *options):
-    total, plan, (compute_weight, scored_rows) = hidden.shape[0], options[3], options[5:] or (None, None)
+    total, plan, (compute_weight, scored_rows, *_) = hidden.shape[0], options[3], options[5:] or (None, None)
     scored_rows = total if labels is None else scored_rows
     n = torch.library.get_ctx().new_dynamic_size() if scored_rows is None else scored_rows
     dtype = wide(torch.promote_types(hidden.dtype, ref_hidden.dtype))
@@ -193,17 +200,19 @@ def _(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, direction,
         kept = torch.empty_like(hidden)
     scored = 0 if labels is None else total
     logps, ref_logps = (hidden.new_empty(scored, dtype=dtype) for _ in range(2))
-    kl, lse, ref_lse = (hidden.new_empty(size, dtype=dtype) for size in (total, n, n))
-    return kl, logps, ref_logps, lse, ref_lse, kept, hidden.new_empty(n, dtype=torch.long)
+    sizes = (total, n, n, n if direction == "jsd" else 0)
+    kl, lse, ref_lse, policy_kl = (hidden.new_empty(size, dtype=dtype) for size in sizes)
+    return kl, logps, ref_logps, lse, ref_lse, policy_kl, kept, hidden.new_empty(n, dtype=torch.long)
 
 
 @torch.library.custom_op("fastpref::linear_token_kl_backward", mutates_args=())
 @without_autocast
 def linear_token_kl_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None,
-    ref_bias: Tensor | None, kl: Tensor, lse: Tensor, ref_lse: Tensor, kept: Tensor, rows: Tensor, direction: str,
+    ref_bias: Tensor | None, kl: Tensor, lse: Tensor, ref_lse: Tensor, policy_kl: Tensor, kept: Tensor, rows: Tensor,
+    direction: str,
     ignore_index: int, temperature: float, logit_scale: float, softcap: float | None, plan: str,
-    workspace_bytes: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
+    workspace_bytes: int | None, beta: float, need_hidden: bool, need_weight: bool, need_bias: bool,
     compute_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dH, dW, db), empty where not needed."""
@@ -216,32 +225,33 @@ def linear_token_kl_backward(
         d_hidden = plans.backward_store(kept, h, head, coefs, needs, parameters, hidden.dtype)
     else:
         d_hidden = kl_plans.backward_recompute(
-            h, head, gather(ref_hidden, rows), head_of(ref_weight, None, ref_bias, *options), gather(kl, rows), lse,
-            ref_lse, coefs, direction, needs, parameters, workspace_bytes, dtype=hidden.dtype,
+            h, head, gather(ref_hidden, rows), head_of(ref_weight, None, ref_bias, *options),
+            policy_kl if direction == "jsd" else gather(kl, rows), lse, ref_lse, coefs, direction, needs, parameters,
+            workspace_bytes, beta=beta, dtype=hidden.dtype,
         )  # fmt: skip
     return head_gradients(d_hidden, parameters, rows, hidden, bias)
 
 
 @linear_token_kl_backward.register_fake
 def _(grad, hidden, weight, ref_hidden, ref_weight, bias, *rest):
-    return fake_head_gradients(rest[13:16], hidden, weight, bias)
+    return fake_head_gradients(rest[15:18], hidden, weight, bias)
 
 
 first_order_only(linear_token_kl_backward)
 
 
 def _save_linear(ctx, inputs, output):
-    hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, *options, compute_weight, _ = inputs
+    hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, *options, compute_weight, _, beta = inputs
     kl, _, _, *saved = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(labels, compute_weight, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, kl, *saved)
-    ctx.options = options
+    ctx.options = (*options, beta)
 
 
 def _backward_linear(ctx, grad, *unused):
     if grad is None:
-        return (None,) * 16
+        return (None,) * 17
     labels, compute_weight, hidden, *rest = ctx.saved_tensors
     need_hidden, need_weight, _, _, _, need_bias, _ = ctx.needs_input_grad[:7]
     ignore_index, plan, kept = ctx.options[1], ctx.options[5], rest[-2]
@@ -250,13 +260,13 @@ def _backward_linear(ctx, grad, *unused):
     if labels is not None:  # an ignored row's upstream gradient may be anything
         grad = grad.masked_fill(labels == ignore_index, 0)
     if plan == "frozen":
-        return torch.ops.fastpref.scale_gradient(kept, grad, hidden), *(None,) * 15
+        return torch.ops.fastpref.scale_gradient(kept, grad, hidden), *(None,) * 16
     needs = (need_hidden, need_weight, need_bias)
     gradients = torch.ops.fastpref.linear_token_kl_backward(
         grad, hidden, *rest, *ctx.options, *needs, compute_weight
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return d_hidden, d_weight, None, None, None, d_bias, *(None,) * 10
+    return d_hidden, d_weight, None, None, None, d_bias, *(None,) * 11
 
 
 linear_token_kl.register_autograd(_backward_linear, setup_context=_save_linear)

@@ -1,6 +1,6 @@
-"""The execution plans of the exact KL between two heads: those of `fastpref.plans.plans`, with two tiles of logits.
+"""The execution plans of the exact divergence of two heads: those of `fastpref.plans.plans`, with two tiles of logits.
 
-K `[n, V]` is d KL / d head output, never scaled. g `[n]` is the upstream gradient of each row's divergence. Then
+K `[n, V]` is d divergence / d head output, never scaled. g `[n]` is the upstream gradient of each row. Then
 
     dH = g * (K W)          dW = K^T (g * H)          db = K^T g
 
@@ -38,6 +38,7 @@ class Forward(NamedTuple):
     ref_logps: Tensor | None
     lse: Tensor  # [n]
     ref_lse: Tensor
+    policy_kl: Tensor  # what K subtracts [n]: KL(policy || mixture) of a jsd, else the KL
     kept: Tensor  # K [n, V], K W [N, d], or empty
     rows: Tensor  # the scored rows [n]
 
@@ -56,11 +57,11 @@ def _exact(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor | None:
 
 def forward(
     hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, labels: Tensor | None,
-    direction: str, plan: str, workspace_bytes: int | None, scored_rows: int | None = None,
+    direction: str, plan: str, workspace_bytes: int | None, scored_rows: int | None = None, beta: float = 0.5,
 ) -> Forward:  # fmt: skip
-    """The KL of every scored row, and with labels their log-probs under both models. Without labels all rows count.
+    """The divergence of every scored row, and with labels their log-probs under both models.
 
-    `scored_rows`: see `compact`.
+    Without labels all rows count. `scored_rows`: see `compact`.
     """
     total, backend = hidden.shape[0], backend_for(hidden)
     if labels is None:
@@ -70,6 +71,7 @@ def forward(
         labels = compact_labels(labels, rows, head.ignore_index, scored_rows)
     n = rows.numel()
     names = ("kl", "lse", "ref_lse") + (() if labels is None else ("logps", "ref_logps"))
+    names += ("policy_kl",) if direction == "jsd" else ()
     dtype = wide(torch.promote_types(hidden.dtype, ref_hidden.dtype))
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     unit_hidden = None
@@ -90,7 +92,7 @@ def forward(
             project(h, head.weight, head.bias, tile)
             project(ref_h, ref_head.weight, ref_head.bias, ref_tile)
             found = backend.token_kl(
-                tile, ref_tile, direction=direction, transform=head.transform, labels=y,
+                tile, ref_tile, direction=direction, beta=beta, transform=head.transform, labels=y,
                 target_logits=_exact(h, head, y), ref_target_logits=_exact(ref_h, ref_head, y),
                 write_k=plan in ("frozen", "store"),
             )  # fmt: skip
@@ -100,12 +102,13 @@ def forward(
                 put_rows(unit_hidden, rows, part, unit_product(tile, head.weight))
     kept = k if unit_hidden is None else unit_hidden
     results = {name: joined(values, hidden, dtype) for name, values in parts.items()}
+    policy_kl = results.get("policy_kl", results["kl"])
     if labels is not None and scored_rows is not None:
         results |= _of_scored_rows(results, labels, head)
-    scattered = {name: scatter(results[name], rows, total) for name in names if not name.endswith("lse")}
+    scattered = {name: scatter(results[name], rows, total) for name in names if name in ("kl", "logps", "ref_logps")}
     return Forward(
         scattered["kl"], scattered.get("logps"), scattered.get("ref_logps"), results["lse"], results["ref_lse"],
-        hidden.new_empty(0) if kept is None else kept, rows,
+        policy_kl, hidden.new_empty(0) if kept is None else kept, rows,
     )  # fmt: skip
 
 
@@ -119,11 +122,13 @@ def _of_scored_rows(results: dict[str, Tensor], labels: Tensor, head: Head) -> d
 def backward_recompute(
     hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, kl: Tensor, lse: Tensor,
     ref_lse: Tensor, coefs: Tensor, direction: str, needs: Needs, parameters: ParameterGradients,
-    workspace_bytes: int | None, *, dtype: torch.dtype | None = None, on_hidden: Callable[[Tensor], None] | None = None,
+    workspace_bytes: int | None, *, beta: float = 0.5, dtype: torch.dtype | None = None,
+    on_hidden: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Four products over slices of the vocabulary. Returns dH `[n, d]`; dW and db go to `parameters`.
 
-    All tensors are of the scored rows. `dtype` and `on_hidden` are as in `plans.backward_recompute`.
+    All tensors are of the scored rows; `kl` is `Forward.policy_kl`. `dtype` and `on_hidden` are as in
+    `plans.backward_recompute`.
     """
     n = hidden.shape[0]
     width = _tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
@@ -140,7 +145,9 @@ def backward_recompute(
             project(hidden, weight, None if head.bias is None else head.bias[part], k)
             ref_bias = None if ref_head.bias is None else ref_head.bias[part]
             project(ref_hidden, ref_head.weight[part], ref_bias, ref)
-            backend.token_kl_gradient(k, ref, kl, lse, ref_lse, k, direction=direction, transform=head.transform)
+            backend.token_kl_gradient(
+                k, ref, kl, lse, ref_lse, k, direction=direction, beta=beta, transform=head.transform
+            )
             if d_hidden is not None:
                 matmul_into(d_hidden, k, weight, add=part.start > 0)
                 if part.stop == head.vocab:

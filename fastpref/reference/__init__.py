@@ -11,6 +11,7 @@ Arguments are not checked here. The public functions in `fastpref.objectives` do
 """
 
 from fastpref.reference.kl import (
+    DIVERGENCES,
     KL_DIRECTIONS,
     KL_ESTIMATORS,
     kl_estimate,
@@ -73,6 +74,7 @@ from fastpref.reference.unpaired import (
 )
 
 __all__ = [
+    "DIVERGENCES",
     "F_DIVERGENCES",
     "KL_DIRECTIONS",
     "KL_ESTIMATORS",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from fastpref.reference.tokens import LogitTransform
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 KL_DIRECTIONS = ("reverse", "forward")
+DIVERGENCES = (*KL_DIRECTIONS, "jsd")
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator="k1") -> Tensor:
@@ -47,23 +50,33 @@ def kl_penalized_rewards(
 
 def token_kl(
     policy_logits: Tensor, ref_logits: Tensor, direction="reverse", *, temperature=1.0, logit_scale=1.0,
-    softcap=None, mask=None,
+    softcap=None, mask=None, beta=0.5,
 ) -> Tensor:  # fmt: skip
     """sum_v p_v log(p_v / q_v) over the vocabulary: `[..., V]` -> `[...]`, in nats (Kullback & Leibler 1951).
 
-    `"reverse"` is KL(policy || reference), the penalty of RLHF. `"forward"` is KL(reference || policy). 0 log 0
-    counts as 0.
+    `"reverse"` is KL(policy || reference), the penalty of RLHF. `"forward"` is KL(reference || policy). `"jsd"` is the
+    generalised Jensen-Shannon divergence (Agarwal et al. 2024, arXiv 2306.13649, eq. 1):
+    beta KL(reference || m) + (1 - beta) KL(policy || m), with the mixture m = beta reference + (1 - beta) policy.
+    0 log 0 counts as 0.
     """
     transform = LogitTransform(temperature, logit_scale, softcap)
     log_p = transform(policy_logits).log_softmax(-1)
     log_q = transform(ref_logits.detach()).log_softmax(-1)
-    if direction == "forward":
-        log_p, log_q = log_q, log_p
+    if direction == "jsd":
+        nowhere = (log_p == -math.inf) & (log_q == -math.inf)  # impossible under both: -inf would have no gradient
+        own, other = (x.masked_fill(nowhere, 0) for x in (log_p, log_q))
+        log_m = torch.logaddexp(own + math.log1p(-beta), other + math.log(beta))
+        kl = beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+    else:
+        kl = _kl(log_q, log_p) if direction == "forward" else _kl(log_p, log_q)
+    return kl if mask is None else kl.masked_fill(~mask, 0)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     possible = log_p.exp() != 0  # NaN stays
     # masked on both sides of the product, so that neither it nor its gradient meets 0 * inf
     terms = log_p.masked_fill(~possible, 0) - log_q.masked_fill(~possible, 0)
-    kl = (log_p.exp() * terms).sum(-1)
-    return kl if mask is None else kl.masked_fill(~mask, 0)
+    return (log_p.exp() * terms).sum(-1)
 
 
 def linear_token_kl(

@@ -10,7 +10,8 @@ from torch import Tensor
 import fastpref
 from fastpref import reference
 from fastpref.validate import policy
-from fastpref.validate.ideal import EXACT, Ideal, Partition, Rounding, rounded
+from fastpref.validate.ideal import Ideal, Partition
+from fastpref.validate.rounding import EXACT, Rounding, rounded
 from fastpref.validate.run import Row, using
 
 VOCAB, HIDDEN, SAMPLES = 262144, 128, 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,13 +11,14 @@ from torch import Tensor
 import fastpref
 from fastpref import reference
 from fastpref.plans import kl_plans, plans
-from fastpref.reference import KL_DIRECTIONS, KL_ESTIMATORS, LogitTransform
+from fastpref.reference import DIVERGENCES, KL_ESTIMATORS, LogitTransform
 from fastpref.validate import inputs
 from fastpref.validate.ideal import Exact, HeadInputs, Partition
 from fastpref.validate.inputs import FAMILIES, IGNORE, Draw, Inputs
 from fastpref.validate.operator import Operator, Results
 
 BETA = 0.125  # a power of two, as in the paired rows
+MIXTURE = 0.25  # the reference's weight in the mixture of a jsd
 HEAD = ("hidden", "weight", "bias")
 
 
@@ -24,8 +26,8 @@ def operators() -> tuple[Operator, ...]:
     plans_of = (("frozen", ("hidden",)), ("store", HEAD), ("recompute", HEAD))
     return (
         *(row for name in KL_ESTIMATORS for row in _estimates(name)),
-        *(_token_kl(direction) for direction in KL_DIRECTIONS),
-        *(_linear_token_kl(direction, *plan) for plan in plans_of for direction in KL_DIRECTIONS),
+        *(_token_kl(direction) for direction in DIVERGENCES),
+        *(_linear_token_kl(direction, *plan) for plan in plans_of for direction in DIVERGENCES),
     )
 
 
@@ -98,12 +100,20 @@ def _kl_head(draw: Draw) -> Inputs:
 
 def _token_kl(direction: str) -> Operator:
     def fused(x: Inputs) -> Results:
-        return {"kl": fastpref.token_kl(x.logits, x.ref_logits, direction, mask=x.mask, **x.transform)}
+        return {"kl": fastpref.token_kl(x.logits, x.ref_logits, direction, beta=MIXTURE, mask=x.mask, **x.transform)}
 
     def formula(spec: Exact, x: Inputs) -> Results:
-        return {"kl": spec.token_kl(x.logits, x.ref_logits, x.mask, direction, **x.transform)}
+        return {"kl": spec.token_kl(x.logits, x.ref_logits, x.mask, direction, MIXTURE, **x.transform)}
 
-    return Operator(f"token_kl {direction}", _kl_logits, fused, formula, ("logits",), large=True, group="token_kl")
+    families = _without_irrational(FAMILIES, direction)
+    return Operator(
+        f"token_kl {direction}", _kl_logits, fused, formula, ("logits",), families, large=True, group="token_kl"
+    )
+
+
+def _without_irrational(families: Iterable[str], direction: str) -> tuple[str, ...]:
+    """Of integers a KL is an integer, bit for bit. A jsd has logarithms of the mixture's weights."""
+    return tuple(f for f in families if f != "integers" or direction != "jsd")
 
 
 def _linear_token_kl(direction: str, plan: str, wrt: tuple[str, ...]) -> Operator:
@@ -113,8 +123,9 @@ def _linear_token_kl(direction: str, plan: str, wrt: tuple[str, ...]) -> Operato
 
     def fused(x: Inputs) -> Results:
         out = fastpref.linear_token_kl(
-            labels=x.labels, direction=direction, plan=plan, workspace_bytes=a_third(x), **x.floats, **x.transform
-        )
+            labels=x.labels, direction=direction, beta=MIXTURE, plan=plan, workspace_bytes=a_third(x), **x.floats,
+            **x.transform,
+        )  # fmt: skip
         return {name: value for name, value in out._asdict().items() if value is not None}
 
     def slice_width(x: Inputs) -> int:
@@ -130,7 +141,7 @@ def _linear_token_kl(direction: str, plan: str, wrt: tuple[str, ...]) -> Operato
             for of in ("", "ref_")
         )
         pieces = Partition(plan == "frozen", (), slice_width(x) if plan == "recompute" else None)
-        kl = spec.linear_token_kl(own, ref, x.labels != IGNORE, direction, pieces, **x.transform)
+        kl = spec.linear_token_kl(own, ref, x.labels != IGNORE, direction, MIXTURE, pieces, **x.transform)
         found = {"kl": kl}
         aside = copy.copy(spec)  # its log-probs are results, and no loss is made of them
         aside.logps = []
@@ -140,7 +151,7 @@ def _linear_token_kl(direction: str, plan: str, wrt: tuple[str, ...]) -> Operato
         return found
 
     # reverse: K is as large as the log-ratio, thousands here, and d_weight beyond fp16
-    families = tuple(f for f in FAMILIES if f != "extreme" or direction == "forward")
+    families = tuple(f for f in _without_irrational(FAMILIES, direction) if f != "extreme" or direction != "reverse")
     return Operator(
         f"linear_token_kl {direction} {plan}", _kl_head, fused, formula, wrt, families,
         group=f"linear_token_kl {plan}", composed=(plan, direction) != ("store", "reverse"),

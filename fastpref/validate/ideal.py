@@ -27,23 +27,16 @@ from torch import Tensor
 
 from fastpref import reference
 from fastpref.reference import LogitTransform, TokenStatistics
-
-EXACT = torch.float64
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).to(EXACT)
-
-
-class Rounding(NamedTuple):
-    io: torch.dtype  # inputs, logits, U, gradients
-    wide: torch.dtype  # log-probs and everything per row
-    product: torch.dtype  # what a gradient product leaves behind before it is added up or scaled
-
-    @classmethod
-    def of(cls, io: torch.dtype, device: torch.device) -> Rounding:
-        wide = torch.float64 if io == torch.float64 else torch.float32
-        return cls(io, wide, io if device.type == "cpu" else wide)
+from fastpref.validate.rounding import (
+    EXACT,
+    Divergence,
+    Rounding,
+    divergence,
+    divergence_gradient,
+    lse_of,
+    rounded,
+    slope_of,
+)
 
 
 class Partition(NamedTuple):
@@ -96,14 +89,17 @@ class Exact:
         assert found.entropy is not None
         return found.logps, found.entropy
 
-    def token_kl(self, logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str, **options: Any) -> Tensor:
-        return reference.token_kl(logits, ref_logits, direction, mask=mask, **options)
+    def token_kl(
+        self, logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str, beta: float, **options: Any
+    ) -> Tensor:  # fmt: skip
+        return reference.token_kl(logits, ref_logits, direction, beta=beta, mask=mask, **options)
 
     def linear_token_kl(
-        self, own: HeadInputs, ref: HeadInputs, mask: Tensor, direction: str, pieces: Partition, **options: Any
-    ) -> Tensor:
+        self, own: HeadInputs, ref: HeadInputs, mask: Tensor, direction: str, beta: float, pieces: Partition,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
         given = (own.hidden, own.weight, ref.hidden, ref.weight, own.bias, ref.bias)
-        return reference.linear_token_kl(*given, direction=direction, mask=mask, **options)
+        return reference.linear_token_kl(*given, direction=direction, beta=beta, mask=mask, **options)
 
 
 class Ideal(Exact):
@@ -153,13 +149,18 @@ class Ideal(Exact):
         )
         return logps.view(labels.shape), entropy.view(labels.shape)
 
-    def token_kl(self, logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str, **options: Any) -> Tensor:
-        return _TokenKL.apply(logits, ref_logits, mask, direction, LogitTransform(**options), self.rounding.wide)
+    def token_kl(
+        self, logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str, beta: float, **options: Any
+    ) -> Tensor:  # fmt: skip
+        return _TokenKL.apply(
+            logits, ref_logits, mask, (direction, beta), LogitTransform(**options), self.rounding.wide
+        )
 
     def linear_token_kl(
-        self, own: HeadInputs, ref: HeadInputs, mask: Tensor, direction: str, pieces: Partition, **options: Any
-    ) -> Tensor:
-        return _LinearKL.apply(*own, ref, mask, (direction, LogitTransform(**options)), self.rounding, pieces)
+        self, own: HeadInputs, ref: HeadInputs, mask: Tensor, direction: str, beta: float, pieces: Partition,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        return _LinearKL.apply(*own, ref, mask, (direction, beta), LogitTransform(**options), self.rounding, pieces)
 
 
 class _Stored(torch.autograd.Function):
@@ -189,25 +190,6 @@ class _Sum(torch.autograd.Function):
         return rounded(grad, ctx.dtype).expand(ctx.shape), None
 
 
-def _slope(z: Tensor, transform: LogitTransform) -> Tensor:
-    """d logit / d head output from the logit as stored: near the cap, 1 - (z / cap)^2 cancels."""
-    slope = torch.full_like(z, transform.logit_scale / transform.temperature)
-    if transform.softcap is not None:
-        slope = slope * (1 - (z * transform.temperature / transform.softcap) ** 2)
-    return slope
-
-
-def _log_sum(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(m, log sum exp(z - m)) with m the maximum."""
-    m = z.amax(1)
-    return m, rounded(rounded((z - m[:, None]).exp().sum(1), dtype).log(), dtype)
-
-
-def _lse(z: Tensor, dtype: torch.dtype) -> Tensor:
-    m, log_sum = _log_sum(z, dtype)
-    return rounded(m + log_sum, dtype)
-
-
 def _unit_gradient(z: Tensor, lse: Tensor, label: Tensor, logps: Tensor) -> Tensor:
     u = -(z - lse[:, None]).exp()
     return u.scatter(1, label[:, None], -torch.expm1(logps)[:, None])
@@ -225,7 +207,7 @@ class _RowStatistics(torch.autograd.Function):
         ignored = labels == ignore_index
         label = labels.masked_fill(ignored, 0).long()
         z = rounded(transform(logits), wide)
-        lse = _lse(z, wide)
+        lse = lse_of(z, wide)
         logps = rounded(z.gather(1, label[:, None])[:, 0] - lse, wide)
         p = (z - lse[:, None]).exp()
         energy = rounded(torch.where(p > 0, p * z, 0).sum(1), wide)
@@ -241,7 +223,7 @@ class _RowStatistics(torch.autograd.Function):
         z, lse, label, logps, entropy, ignored = ctx.saved_tensors
         gradient = rounded(d_logps, ctx.wide)[:, None] * _unit_gradient(z, lse, label, logps)
         mixed = _entropy_gradient(z, lse, entropy)
-        gradient = (gradient + rounded(d_entropy, ctx.wide)[:, None] * mixed) * _slope(z, ctx.transform)
+        gradient = (gradient + rounded(d_entropy, ctx.wide)[:, None] * mixed) * slope_of(z, ctx.transform)
         return gradient.masked_fill(ignored[:, None], 0), None, None, None, None
 
 
@@ -269,7 +251,7 @@ def _head_rows(
     raw = F.linear(hidden, weight, bias)
     z = rounded(transform(rounded(raw, rounding.io)), rounding.wide)
     own = rounded(transform(rounded(raw.gather(1, label[:, None]), rounding.wide)), rounding.wide)
-    lse = _lse(z.scatter(1, label[:, None], own), rounding.wide)
+    lse = lse_of(z.scatter(1, label[:, None], own), rounding.wide)
     return z, lse, rounded(own[:, 0] - lse, rounding.wide)
 
 
@@ -299,7 +281,7 @@ class _LinearLogprobs(torch.autograd.Function):
         z, lse, logps = _head_rows(hidden, weight, bias, label, transform, rounding)
         if pieces.slice_width is not None and rounding.io == torch.float32:
             z = rounded(transform(_in_another_order(hidden, weight, bias)), rounding.wide)
-        u = rounded(_unit_gradient(z, lse, label, logps) * _slope(z, transform), rounding.io)
+        u = rounded(_unit_gradient(z, lse, label, logps) * slope_of(z, transform), rounding.io)
         ctx.save_for_backward(u.masked_fill(ignored[:, None], 0), hidden, weight)
         ctx.rounding, ctx.pieces = rounding, pieces
         return logps.masked_fill(ignored, 0)
@@ -325,7 +307,7 @@ class _LinearStatistics(torch.autograd.Function):
         z, lse, logps = _head_rows(hidden, weight, bias, label, transform, rounding)
         log_p = z.log_softmax(1)
         entropy = rounded(-torch.where(log_p.exp() > 0, log_p.exp() * log_p, 0).sum(1), rounding.wide)
-        slope = _slope(z, transform).masked_fill(ignored[:, None], 0)
+        slope = slope_of(z, transform).masked_fill(ignored[:, None], 0)
         unit, mixed = _unit_gradient(z, lse, label, logps) * slope, _entropy_gradient(z, lse, entropy) * slope
         ctx.save_for_backward(unit, mixed, hidden, weight)
         ctx.rounding, ctx.pieces = rounding, pieces
@@ -342,31 +324,14 @@ class _LinearStatistics(torch.autograd.Function):
         return *_products(u, size, hidden, weight, ctx.rounding, ctx.pieces, with_bias), *(None,) * 5
 
 
-def _divergence(z: Tensor, ref_z: Tensor, direction: str, dtype: torch.dtype) -> Tensor:
-    log_p, log_q = ((x - m[:, None]) - s[:, None] for x in (z, ref_z) for m, s in (_log_sum(x, dtype),))
-    if direction == "forward":
-        log_p, log_q = log_q, log_p
-    p = log_p.exp()
-    return rounded(torch.where(p > 0, p * (log_p - log_q), 0).sum(1), dtype)
-
-
-def _divergence_gradient(
-    z: Tensor, ref_z: Tensor, lse: Tensor, ref_lse: Tensor, kl: Tensor, direction: str
-) -> Tensor:  # fmt: skip
-    """d KL / d z. The backward reads the logits again; it has both log-sum-exps and the KL as they were stored."""
-    log_p, log_q = z - lse[:, None], ref_z - ref_lse[:, None]
-    p = log_p.exp()
-    if direction == "forward":
-        return p - log_q.exp()
-    return torch.where(p > 0, p * (log_p - log_q - kl[:, None]), 0)
-
-
 class _TokenKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str, transform, wide) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, ref_logits: Tensor, mask: Tensor, what: Divergence, transform, wide
+    ) -> Tensor:
         z, ref_z = (rounded(transform(x), wide) for x in (logits, ref_logits))
-        kl = _divergence(z, ref_z, direction, wide)
-        k = _divergence_gradient(z, ref_z, _lse(z, wide), _lse(ref_z, wide), kl, direction) * _slope(z, transform)
+        kl, own = divergence(z, ref_z, what, wide)
+        k = divergence_gradient(z, ref_z, lse_of(z, wide), lse_of(ref_z, wide), own, what) * slope_of(z, transform)
         ctx.save_for_backward(k.masked_fill(~mask[:, None], 0))
         ctx.wide = wide
         return kl.masked_fill(~mask, 0)
@@ -377,22 +342,23 @@ class _TokenKL(torch.autograd.Function):
 
 
 class _LinearKL(torch.autograd.Function):
-    # with K = d KL / d head output in the place of U
-    backward = staticmethod(_LinearLogprobs.backward)
+    # with K = d divergence / d head output in the place of U
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *_LinearLogprobs.backward(ctx, grad), None
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ref: HeadInputs, mask: Tensor,
-        what: tuple[str, LogitTransform], rounding: Rounding, pieces: Partition,
+        what: Divergence, transform: LogitTransform, rounding: Rounding, pieces: Partition,
     ) -> Tensor:  # fmt: skip
-        direction, transform = what
         both = (HeadInputs(hidden, weight, bias), ref)
         z, ref_z = (rounded(transform(rounded(F.linear(*x), rounding.io)), rounding.wide) for x in both)
-        kl = _divergence(z, ref_z, direction, rounding.wide)
-        lse, ref_lse = _lse(z, rounding.wide), _lse(ref_z, rounding.wide)
+        kl, own = divergence(z, ref_z, what, rounding.wide)
+        lse, ref_lse = lse_of(z, rounding.wide), lse_of(ref_z, rounding.wide)
         if pieces.slice_width is not None and rounding.io == torch.float32:
             z, ref_z = (rounded(transform(_in_another_order(*x)), rounding.wide) for x in both)
-        k = _divergence_gradient(z, ref_z, lse, ref_lse, kl, direction) * _slope(z, transform)
+        k = divergence_gradient(z, ref_z, lse, ref_lse, own, what) * slope_of(z, transform)
         ctx.save_for_backward(rounded(k, rounding.io).masked_fill(~mask[:, None], 0), hidden, weight)
         ctx.rounding, ctx.pieces = rounding, pieces
         return kl.masked_fill(~mask, 0)

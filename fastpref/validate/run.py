@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastpref import backends
 from fastpref.validate import policy
-from fastpref.validate.ideal import EXACT, Exact, Ideal, Rounding, rounded
+from fastpref.validate.ideal import Exact, Ideal
 from fastpref.validate.inputs import Draw, Inputs
 from fastpref.validate.operator import EVERYTHING, Operator, Results
 from fastpref.validate.policy import Verdict
+from fastpref.validate.rounding import EXACT, Rounding, rounded
 
 
 class Row(NamedTuple):

@@ -1,15 +1,18 @@
-"""The exact KL over the vocabulary between two rows of logits, a policy's and a reference's.
+"""The exact divergence over the vocabulary between two rows of logits, a policy's and a reference's.
 
 For a policy row z and a reference row y (both after scale, softcap and temperature), p = softmax z, q = softmax y:
 
-    reverse  KL(p || q) = sum_v p_v (log p_v - log q_v)     d KL / d z_v = p_v (log p_v - log q_v - KL)
-    forward  KL(q || p) = sum_v q_v (log q_v - log p_v)     d KL / d z_v = p_v - q_v
+    reverse  KL(p || q) = sum_v p_v (log p_v - log q_v)     d / d z_v = p_v (log p_v - log q_v - KL)
+    forward  KL(q || p) = sum_v q_v (log q_v - log p_v)     d / d z_v = p_v - q_v
+    jsd      beta KL(q || m) + (1 - beta) KL(p || m)        d / d z_v = (1 - beta) p_v (log p_v - log m_v - KL(p || m))
 
-One sweep over both rows gives the divergence. K = d KL / d head output is not scaled by the upstream gradient. It is
-written over the policy's row in a second sweep, or by a backward from the saved log-sum-exps. The reference has no
-gradient.
+where m = beta q + (1 - beta) p (generalised Jensen-Shannon divergence, arXiv 2306.13649, eq. 1).
 
-Memory traffic, for elements of b bytes: 2 N V b in the forward, 5 N V b with K, 3 N V b in the backward.
+One sweep over both rows gives a KL. A mixture needs both distributions, so the jsd takes a second one. K = d / d head
+output is not scaled by the upstream gradient. It is written over the policy's row in one more sweep, or by a backward
+from the saved log-sum-exps. The reference has no gradient.
+
+Memory traffic, for elements of b bytes: 2 N V b in the forward (jsd: 4), 3 more with K, 3 N V b in the backward.
 """
 
 import torch
@@ -77,6 +80,33 @@ def _merge_lanes(ma, sa, mb, sb, t):
 
 
 @triton.jit
+def _log_ratios(log_p, log_q, BETA: tl.constexpr):
+    """(log(p / m), log(q / m)) of each token, where m = BETA q + (1 - BETA) p.
+
+    The larger of p and q comes first, so that nothing overflows.
+    """
+    d = log_p - log_q
+    away = 1.0 - tl.exp2(-tl.abs(d) * LOG2E)
+    larger = -tl.log(1.0 - tl.where(d >= 0, BETA * away, (1.0 - BETA) * away))
+    return tl.where(d >= 0, larger, larger + d), tl.where(d >= 0, larger - d, larger)
+
+
+@triton.jit
+def _fold_mixture(
+    zp, zq, mp, log_sp, mq, log_sq, tp, tq, BETA: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Fold one block of each row into each lane's tp, of KL(p || m), and tq, of KL(q || m)."""
+    log_p = as_lanes(zp, LANES, VECTOR) - mp - log_sp
+    log_q = as_lanes(zq, LANES, VECTOR) - mq - log_sq
+    of_p, of_q = _log_ratios(log_p, log_q, BETA)
+    p = tl.exp2(log_p * LOG2E)
+    q = tl.exp2(log_q * LOG2E)
+    tp += lane_sum(tl.where(p > 0, p * of_p, 0.0))
+    tq += lane_sum(tl.where(q > 0, q * of_q, 0.0))
+    return tp, tq
+
+
+@triton.jit
 def _load_pair(
     policy_ptr, ref_ptr, cols, V,
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
@@ -89,12 +119,16 @@ def _load_pair(
 @triton.jit
 def _kl_gradient(
     zp, zq, lse_p, lse_q, kl,
-    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, FORWARD: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr,
+    FORWARD: tl.constexpr, BETA: tl.constexpr,
 ):  # fmt: skip
-    """d KL / d policy's head output."""
+    """d divergence / d policy's head output. With a mixture (BETA > 0) `kl` is KL(policy || mixture)."""
     p = tl.exp2((zp - lse_p) * LOG2E)
     if FORWARD:
         gradient = p - tl.exp2((zq - lse_q) * LOG2E)
+    elif BETA > 0.0:
+        of_p, _ = _log_ratios(zp - lse_p, zq - lse_q, BETA)
+        gradient = tl.where(p > 0, (1.0 - BETA) * p * (of_p - kl), 0.0)
     else:
         gradient = tl.where(p > 0, p * ((zp - lse_p) - (zq - lse_q) - kl), 0.0)
     return gradient * transform_slope(zp, LOGIT_SCALE, SOFTCAP, TEMPERATURE)
@@ -129,13 +163,14 @@ def _label_logprob(
 def _token_kl_kernel(
     # data
     policy_ptr, ref_ptr, mask_ptr, labels_ptr, target_ptr, ref_target_ptr,
-    kl_ptr, lse_ptr, ref_lse_ptr, logp_ptr, ref_logp_ptr,
+    kl_ptr, lse_ptr, ref_lse_ptr, logp_ptr, ref_logp_ptr, policy_kl_ptr,
     # sizes and strides
     inner, stride_outer, stride_inner, ref_stride_outer, ref_stride_inner, V,
     # constants
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, FORWARD: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_TARGET: tl.constexpr, WRITE_K: tl.constexpr,
-    REREAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    BETA: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_TARGET: tl.constexpr,
+    WRITE_K: tl.constexpr, REREAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if HAS_MASK:
@@ -143,6 +178,8 @@ def _token_kl_kernel(
             tl.store(kl_ptr + row, 0.0)
             tl.store(lse_ptr + row, 0.0)
             tl.store(ref_lse_ptr + row, 0.0)
+            if BETA > 0.0:
+                tl.store(policy_kl_ptr + row, 0.0)
             if HAS_LABELS:
                 tl.store(logp_ptr + row, 0.0)
                 tl.store(ref_logp_ptr + row, 0.0)
@@ -178,6 +215,26 @@ def _token_kl_kernel(
     mp, sp, mq, sq = (mb, sb, ma, sa) if FORWARD else (ma, sa, mb, sb)
     lse_p = mp + tl.log(sp)
     lse_q = mq + tl.log(sq)
+    mean_ratio = kl  # under the policy: what K subtracts
+    if BETA > 0.0:
+        again: tl.constexpr = first_read if WRITE_K else last_read
+        mp, mq = finite_max(mp), finite_max(mq)
+        log_sp, log_sq = tl.log(sp), tl.log(sq)
+        tp = tl.zeros([LANES], ACC)
+        tq = tl.zeros([LANES], ACC)
+        for start in range(0, full, BLOCK):
+            cols = start + offs
+            zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False, again)
+            tp, tq = _fold_mixture(zp, zq, mp, log_sp, mq, log_sq, tp, tq, BETA, LANES, VECTOR)
+        for start in range(full, V, LANES * VECTOR):
+            cols = start + few
+            zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True, again)
+            zp = tl.where(cols < V, zp, float("-inf"))
+            zq = tl.where(cols < V, zq, float("-inf"))
+            tp, tq = _fold_mixture(zp, zq, mp, log_sp, mq, log_sq, tp, tq, BETA, LANES, VECTOR)
+        mean_ratio = tl.sum(tp, axis=0)
+        kl = BETA * tl.sum(tq, axis=0) + (1.0 - BETA) * mean_ratio
+        tl.store(policy_kl_ptr + row, mean_ratio)
     tl.store(kl_ptr + row, kl)
     tl.store(lse_ptr + row, lse_p)
     tl.store(ref_lse_ptr + row, lse_q)
@@ -198,12 +255,12 @@ def _token_kl_kernel(
         for start in range(0, full, BLOCK):
             cols = start + offs
             zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False, last_read)
-            k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
+            k = _kl_gradient(zp, zq, lse_p, lse_q, mean_ratio, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD, BETA)
             tl.store(policy_ptr + cols, k, eviction_policy=last_read)
         for start in range(full, V, LANES * VECTOR):
             cols = start + few
             zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True, last_read)
-            k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
+            k = _kl_gradient(zp, zq, lse_p, lse_q, mean_ratio, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD, BETA)
             tl.store(policy_ptr + cols, k, mask=cols < V, eviction_policy=last_read)
 
 
@@ -218,7 +275,7 @@ def _token_kl_gradient_kernel(
     inner, stride_outer, stride_inner, ref_stride_outer, ref_stride_inner, stride_out, V,
     # constants
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, FORWARD: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    BETA: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
@@ -239,20 +296,28 @@ def _token_kl_gradient_kernel(
         g = tl.load(grad_ptr + row)
     if start + BLOCK <= V:
         zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, False, "")
-        k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
+        k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD, BETA)
         tl.store(out_ptr + cols, g * k)
     else:
         zp, zq = _load_pair(policy_ptr, ref_ptr, cols, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, ACC, True, "")
-        k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD)
+        k = _kl_gradient(zp, zq, lse_p, lse_q, kl, LOGIT_SCALE, SOFTCAP, TEMPERATURE, FORWARD, BETA)
         tl.store(out_ptr + cols, g * k, mask=cols < V)
 
 
+def _mixture(direction: str, beta: float) -> float:
+    """The kernels' BETA: the reference's weight in the mixture, or 0 where there is none."""
+    return beta if direction == "jsd" else 0.0
+
+
 def token_kl(
-    policy: torch.Tensor, ref: torch.Tensor, *, direction: str, transform, mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None, target_logits: torch.Tensor | None = None,
+    policy: torch.Tensor, ref: torch.Tensor, *, direction: str, transform, beta: float = 0.5,
+    mask: torch.Tensor | None = None, labels: torch.Tensor | None = None, target_logits: torch.Tensor | None = None,
     ref_target_logits: torch.Tensor | None = None, write_k: bool = False,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """`kl`, `lse` and `ref_lse`, each `[N]` in fp32 (fp64 if either input is), in one launch.
+
+    `kl` is the divergence of `direction`: `"reverse"`, `"forward"` or `"jsd"`. For the last one there is also
+    `policy_kl`, KL(policy || mixture), which its gradient takes. `beta` is the reference's weight in the mixture.
 
     Both logits are `[N, V]` or `[B, T, V]`, with any strides and float dtypes. With `labels` `[N]` there are also
     `logps` and `ref_logps`; for those `target_logits` and `ref_target_logits` `[N]`, if given, are the labels' head
@@ -261,7 +326,9 @@ def token_kl(
     """
     n, vocab = policy.shape[:-1].numel(), policy.shape[-1]
     wide = torch.float64 if torch.float64 in (policy.dtype, ref.dtype) else torch.float32
+    mixture = _mixture(direction, beta)
     names = ("kl", "lse", "ref_lse") + (("logps", "ref_logps") if labels is not None else ())
+    names += ("policy_kl",) if mixture else ()
     out = {name: policy.new_empty(n, dtype=wide) for name in names}
     if n == 0:
         return out
@@ -269,26 +336,31 @@ def token_kl(
         check_writable("policy", policy)
     policy, ref = readable(policy), readable(ref)
     temperature, logit_scale, softcap = transform
-    tile = row_tile("token_kl_k" if write_k else "token_kl", policy, ref)
+    swept_again = write_k or mixture > 0
+    tile = row_tile("token_kl_k" if swept_again else "token_kl", policy, ref)
     with on_device_of(policy):
         _token_kl_kernel[(n,)](
             policy, ref, *dense(mask, labels, target_logits, ref_target_logits),
             out["kl"], out["lse"], out["ref_lse"], out.get("logps"), out.get("ref_logps"),
+            out.get("policy_kl"),
             *row_strides(policy), *row_strides(ref)[1:], vocab,
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature, FORWARD=direction == "forward",
-            HAS_MASK=mask is not None, HAS_LABELS=labels is not None, HAS_TARGET=target_logits is not None,
-            WRITE_K=write_k, REREAD=write_k and stays_in_cache(policy, ref), ACC=accumulator(wide),
-            BLOCK=tile.block, LANES=tile.lanes, VECTOR=tile.vector, num_warps=tile.num_warps,
+            BETA=mixture, HAS_MASK=mask is not None, HAS_LABELS=labels is not None,
+            HAS_TARGET=target_logits is not None, WRITE_K=write_k,
+            REREAD=swept_again and stays_in_cache(policy, ref), ACC=accumulator(wide), BLOCK=tile.block,
+            LANES=tile.lanes, VECTOR=tile.vector, num_warps=tile.num_warps,
         )  # fmt: skip
     return out
 
 
 def token_kl_gradient(
     policy: torch.Tensor, ref: torch.Tensor, kl: torch.Tensor, lse: torch.Tensor, ref_lse: torch.Tensor,
-    out: torch.Tensor, *, direction: str, transform, mask: torch.Tensor | None = None,
+    out: torch.Tensor, *, direction: str, transform, beta: float = 0.5, mask: torch.Tensor | None = None,
     grad: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write grad * K to `out` `[N, V]`, row by row. Without `grad` its factor is 1.
+
+    `kl` is that of `token_kl`, for `"jsd"` its `policy_kl`.
 
     `out` may be the policy's logits themselves. All three may be a slice of the vocabulary.
     """
@@ -304,6 +376,6 @@ def token_kl_gradient(
             policy, ref, *dense(mask, kl, lse, ref_lse, grad), out,
             *row_strides(policy), *row_strides(ref)[1:], out.stride(0), vocab,
             LOGIT_SCALE=logit_scale, SOFTCAP=softcap or 0.0, TEMPERATURE=temperature, FORWARD=direction == "forward",
-            HAS_MASK=mask is not None, HAS_GRAD=grad is not None,
+            BETA=_mixture(direction, beta), HAS_MASK=mask is not None, HAS_GRAD=grad is not None,
             ACC=accumulator(kl.dtype), BLOCK=tile.block, num_warps=tile.num_warps,
         )  # fmt: skip

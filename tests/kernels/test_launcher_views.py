@@ -67,9 +67,11 @@ CALLS: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]] = {
     "target_logits": (lambda: {"hidden": _floats(ROWS, WIDTH).half(), "weight": _floats(VOCAB, WIDTH).half(),
                                "bias": _floats(VOCAB).half(), "labels": _labels()}, {}),
     "token_kl": (lambda: _logits("policy", "ref") | {"mask": _mask(ROWS), "labels": _labels()}
-                 | _rows("target_logits", "ref_target_logits"), {"direction": "forward", "transform": TRANSFORM}),
+                 | _rows("target_logits", "ref_target_logits"),
+                 {"direction": "jsd", "beta": 0.3, "transform": TRANSFORM}),
     "token_kl_gradient": (lambda: _logits("policy", "ref", "out") | {"mask": _mask(ROWS)}
-                          | _rows("kl", "lse", "ref_lse", "grad"), {"direction": "reverse", "transform": TRANSFORM}),
+                          | _rows("kl", "lse", "ref_lse", "grad"),
+                          {"direction": "reverse", "beta": 0.3, "transform": TRANSFORM}),
     "paired_loss": (lambda: _packed() | _tokens("token_weights")
                     | {"lengths": _floats(SEQUENCES).abs() + 1, "pair_weights": _floats(2).abs(),
                        "chosen_tokens": torch.tensor(5, device=DEVICE)},

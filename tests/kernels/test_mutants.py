@@ -19,6 +19,7 @@ LISTS = "fastpref_kernels/list_loss.py"
 KL = "fastpref_kernels/token_kl.py"
 MATH, SEQUENCES = "fastpref_kernels/_math.py", "fastpref_kernels/_sequences.py"
 PORTABLE, PLANS = "fastpref/backends/portable.py", "fastpref/plans/plans.py"
+PORTABLE_KL = "fastpref/backends/portable_kl.py"
 PRODUCTS = "fastpref/plans/products.py"
 
 
@@ -56,6 +57,13 @@ MUTANTS = [
     Mutant("divergence left out of its gradient", KL, " - (zq - lse_q) - kl)", " - (zq - lse_q))", "divergences"),
     Mutant("rows of the forward divergence swapped", KL, "(mb, sb, ma, sa) if FORWARD", "(ma, sa, mb, sb) if FORWARD",
            "divergences"),
+    Mutant("weights of the mixture swapped", KL, "tl.where(d >= 0, BETA * away, (1.0 - BETA) * away)",
+           "tl.where(d >= 0, (1.0 - BETA) * away, BETA * away)", "divergences"),
+    Mutant("the jsd from the other one of p and q", KL, "tl.where(d >= 0, larger, larger + d)",
+           "tl.where(d >= 0, larger + d, larger)", "divergences"),
+    Mutant("the jsd's gradient not weighted", KL, "(1.0 - BETA) * p * (of_p - kl)", "p * (of_p - kl)", "divergences"),
+    Mutant("the divergence in the place of the policy's", KL, "tl.store(policy_kl_ptr + row, mean_ratio)",
+           "tl.store(policy_kl_ptr + row, kl)", "divergences"),
     Mutant("softcap's slope forgotten", MATH, "slope = slope * (1.0 - t * t)", "slope = slope * 1.0", "log_probs"),
     Mutant("sign of the entropy's gradient", ROW, "gradient += g_entropy", "gradient -= g_entropy", "statistics"),
     Mutant("entropy from large logits", ROW,
@@ -95,6 +103,8 @@ MUTANTS = [
     Mutant("pairs weighed by k^2", LISTS, "size * (size - 1.0)", "size * size", "lists"),
     Mutant("half a tie", LISTS, "tl.where(tied, 0.5 * slope, 0.0)", "tl.where(tied, 0.25 * slope, 0.0)", "lists"),
     Mutant("lone responses counted", LISTS, "real & (compared > 0) & (before == 0)", "real & (before == 0)", "lists"),
+    Mutant("weights of the mixture swapped in PyTorch", PORTABLE_KL, "above, away * beta, away * (1 - beta)",
+           "above, away * (1 - beta), away * beta", "divergences"),
     Mutant("label's column not corrected", PORTABLE,
            "gradient.scatter_(1, columns, d_label)", "pass", "log_probs"),
     Mutant("gradient times 1.003 in place", PORTABLE, "gradient.mul_(grad_logps[where, None])",

@@ -13,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastpref
 from fastpref import reference
-from fastpref.reference import KL_DIRECTIONS
+from fastpref.reference import DIVERGENCES
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 TRANSFORMS = ({}, {"temperature": 0.7, "logit_scale": 1.3, "softcap": 3.0})
 DTYPES = (torch.float64, torch.float32)
+BETA = 0.3  # of "jsd"
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -38,15 +39,15 @@ def grads(outputs, inputs, upstream):
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 300, 4099])
-@pytest.mark.parametrize("direction", KL_DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_token_kl_is_the_reference(device, vocab, direction, dtype):
     for transform in TRANSFORMS:
         z, y = (normal(3, vocab, device=device, dtype=dtype) * 2 for _ in range(2))
         z.requires_grad_()
-        kl = fastpref.token_kl(z, y, direction, **transform)
+        kl = fastpref.token_kl(z, y, direction, beta=BETA, **transform)
         z64, y64 = double(z, y)
-        truth = reference.token_kl(z64, y64, direction, **transform)
+        truth = reference.token_kl(z64, y64, direction, beta=BETA, **transform)
         g = normal(3, device=device)
         (got,), (want,) = grads([kl], [z], [g]), grads([truth], [z64], [g])
         if vocab == 1:
@@ -75,13 +76,29 @@ def test_token_kl_by_hand(device):
     assert z.grad[0].tolist() == pytest.approx([0.25, 0.0, -0.25], abs=1e-14)
 
 
-@pytest.mark.parametrize("direction", KL_DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES)
 def test_token_kl_gradcheck(device, direction):
     mask = torch.tensor([True, False, True], device=device)
     for transform in TRANSFORMS:
         z, y = normal(3, 5, device=device, grad=True), normal(3, 5, device=device)
-        call = lambda z, y=y, t=transform: fastpref.token_kl(z, y, direction, mask=mask, **t)  # noqa: E731
+        call = lambda z, y=y, t=transform: fastpref.token_kl(z, y, direction, beta=BETA, mask=mask, **t)  # noqa: E731
         assert gradcheck(call, z, rtol=1e-6, atol=1e-8, nondet_tol=0.0)
+
+
+def test_the_jsd_by_hand_and_at_its_ends(device):
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): m = (7/16, 1/4, 5/16) for beta = 1/4."""
+    p, q, m = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [7 / 16, 0.25, 5 / 16]
+    z, y = (torch.tensor([[math.log(x) for x in row]], dtype=torch.float64, device=device) for row in (p, q))
+    own, other = (sum(a * math.log(a / b) for a, b in zip(x, m, strict=True)) for x in (p, q))
+    z.requires_grad_()
+    jsd = fastpref.token_kl(z, y, "jsd", beta=0.25)
+    assert jsd.item() == pytest.approx(0.25 * other + 0.75 * own, abs=1e-14)
+    jsd.sum().backward()
+    want = [0.75 * a * (math.log(a / b) - own) for a, b in zip(p, m, strict=True)]
+    assert z.grad[0].tolist() == pytest.approx(want, abs=1e-14)
+    for beta, scale, end in ((1e-7, 1e-7, "forward"), (1 - 1e-7, 1e-7, "reverse")):
+        near = fastpref.token_kl(z, y, "jsd", beta=beta) / scale
+        assert near.item() == pytest.approx(fastpref.token_kl(z, y, end).item(), rel=1e-5)
 
 
 def test_strided_views_are_read_in_place(device):
@@ -97,21 +114,21 @@ def test_strided_views_are_read_in_place(device):
     assert fastpref.token_kl(z[:, :0], z[:, :0]).shape == (2, 0)
 
 
-@pytest.mark.parametrize("direction", KL_DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES)
 def test_masked_rows_are_exactly_zero_whatever_they_hold(device, direction):
     z, y = normal(2, 3, 7, device=device), normal(2, 3, 7, device=device)
     mask = torch.tensor([[True, False, True], [False, True, True]], device=device)
     bad_z, bad_y = (t.masked_fill(~mask[..., None], float("nan")).requires_grad_() for t in (z, y))
-    kl = fastpref.token_kl(bad_z, bad_y, direction, mask=mask)
+    kl = fastpref.token_kl(bad_z, bad_y, direction, beta=BETA, mask=mask)
     assert (kl[~mask] == 0).all()
-    assert_exact_or_rounded(kl[mask].detach(), reference.token_kl(z, y, direction)[mask])
+    assert_exact_or_rounded(kl[mask].detach(), reference.token_kl(z, y, direction, beta=BETA)[mask])
     kl.backward(torch.ones_like(kl).masked_fill(~mask, float("nan")))
     assert (bad_z.grad[~mask] == 0).all() and bad_z.grad[mask].isfinite().all()
     assert bad_y.grad is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", KL_DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES)
 def test_identical_distributions(device, dtype, direction):
     z = (normal(4, 300, device=device, dtype=dtype) * 5).requires_grad_()
     kl = fastpref.token_kl(z, z.detach().clone(), direction)
@@ -119,7 +136,7 @@ def test_identical_distributions(device, dtype, direction):
     assert (kl == 0).all() and (z.grad == 0).all()
 
 
-@pytest.mark.parametrize("direction", KL_DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES)
 def test_masked_vocabulary(device, direction):
     inf = float("inf")
     z, y = normal(4, 2100, device=device), normal(4, 2100, device=device)
@@ -128,9 +145,9 @@ def test_masked_vocabulary(device, direction):
     y[2, 7] = -inf  # the reference alone
     z[3, ::2] = y[3, ::2] = -inf
     z.requires_grad_()
-    kl = fastpref.token_kl(z, y, direction)
-    truth = reference.token_kl(z, y, direction)
-    infinite = 2 if direction == "reverse" else 1
+    kl = fastpref.token_kl(z, y, direction, beta=BETA)
+    truth = reference.token_kl(z, y, direction, beta=BETA)
+    infinite = {"reverse": 2, "forward": 1, "jsd": None}[direction]
     assert kl.isinf().tolist() == [row == infinite for row in range(4)]
     assert_exact_or_rounded(kl.detach(), truth.detach())
     finite = kl.isfinite()
@@ -141,30 +158,33 @@ def test_masked_vocabulary(device, direction):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", KL_DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES)
 def test_extreme_logits(device, dtype, direction):
     """A common shift of 1e4 costs nothing: the inputs here are exact in fp32, and so is the divergence's scale."""
     steps = torch.arange(2100, device=device, dtype=torch.float64)
     z = ((steps % 17) * 0.25 + 1e4).to(dtype)[None].requires_grad_()
     y = ((steps % 13) * 0.25 - 1e4).to(dtype)[None]
-    truth = reference.token_kl(*double(z, y), direction).detach()
-    assert_exact_or_rounded(fastpref.token_kl(z, y, direction).detach(), truth)
+    truth = reference.token_kl(*double(z, y), direction, beta=BETA).detach()
+    assert_exact_or_rounded(fastpref.token_kl(z, y, direction, beta=BETA).detach(), truth)
     peaked = torch.full((1, 2100), -1e4, dtype=dtype, device=device)
     peaked[0, 2099] = 1e4  # p -> 1, met in the last block
     peaked.requires_grad_()
     flat = torch.zeros(1, 2100, dtype=dtype, device=device)
-    kl = fastpref.token_kl(peaked, flat, direction)
-    want = math.log(2100) if direction == "reverse" else 2e4 * 2099 / 2100 - math.log(2100)
-    assert kl.item() == pytest.approx(want, rel=1e-6)
+    kl = fastpref.token_kl(peaked, flat, direction, beta=BETA)
+    want = {"reverse": math.log(2100), "forward": 2e4 * 2099 / 2100 - math.log(2100)}
+    if direction == "jsd":  # m is 0.3 / 2100 nearly everywhere, and 0.7 + that at the policy's token
+        top = 0.7 + 0.3 / 2100
+        want["jsd"] = -0.7 * math.log(top) - 0.3 / 2100 * (math.log(2100 * top) + 2099 * math.log(0.3))
+    assert kl.item() == pytest.approx(want[direction], rel=1e-6)
     kl.sum().backward()
     assert peaked.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("direction", KL_DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES)
 def test_never_negative_beyond_rounding(device, direction):
     z = normal(64, 300, device=device, dtype=torch.float32) * 3
     near = z + 1e-4 * torch.randn_like(z)
-    kl = fastpref.token_kl(z, near, direction)
+    kl = fastpref.token_kl(z, near, direction, beta=BETA)
     assert kl.min() >= -1e-6 and kl.max() < 1e-5
 
 
@@ -200,7 +220,7 @@ def linear_inputs(device, dtype=torch.float64, *, trainable=True, n=6, d=5, voca
 
 
 @pytest.mark.parametrize("plan", ["auto", "frozen", "store", "recompute"])
-@pytest.mark.parametrize("direction", KL_DIRECTIONS)
+@pytest.mark.parametrize("direction", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_token_kl_is_the_reference(device, plan, direction, dtype):
     inputs = linear_inputs(device, dtype, trainable=plan != "frozen")
@@ -210,10 +230,12 @@ def test_linear_token_kl_is_the_reference(device, plan, direction, dtype):
     g[1] = float("nan")  # an ignored row's upstream gradient may be anything
     mask = labels != IGNORE
     for transform in TRANSFORMS:
-        out = fastpref.linear_token_kl(*inputs, direction=direction, plan=plan, workspace_bytes=300, **transform)
+        out = fastpref.linear_token_kl(
+            *inputs, direction=direction, beta=BETA, plan=plan, workspace_bytes=300, **transform
+        )
         truth = reference.linear_token_kl(
-            hidden64, weight64, ref_hidden64, ref_weight64, bias64, ref_bias64, direction=direction, mask=mask,
-            **transform,
+            hidden64, weight64, ref_hidden64, ref_weight64, bias64, ref_bias64, direction=direction, beta=BETA,
+            mask=mask, **transform,
         )  # fmt: skip
         assert_exact_or_rounded(out.kl.detach(), truth.detach(), "kl")
         logps = reference.linear_token_logprobs(hidden64, weight64, labels, bias64, **transform).detach()
@@ -264,8 +286,9 @@ def test_nothing_scored_is_a_differentiable_zero(device, plan):
     assert plan == "frozen" or ((inputs[1].grad == 0).all() and (inputs[5].grad == 0).all())
 
 
+@pytest.mark.parametrize("direction", ["reverse", "jsd"])
 @pytest.mark.parametrize("plan", ["frozen", "store", "recompute"])
-def test_linear_token_kl_gradcheck(device, plan):
+def test_linear_token_kl_gradcheck(device, plan, direction):
     hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias = linear_inputs(
         device, trainable=plan != "frozen", n=3, d=2, vocab=4
     )
@@ -273,8 +296,9 @@ def test_linear_token_kl_gradcheck(device, plan):
 
     def call(hidden, weight, bias):
         return fastpref.linear_token_kl(
-            hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, plan=plan, softcap=3.0
-        ).kl
+            hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, direction=direction, beta=BETA, plan=plan,
+            softcap=3.0,
+        ).kl  # fmt: skip
 
     assert gradcheck(call, (hidden, weight, bias), rtol=1e-6, atol=1e-8, nondet_tol=0.0)
 
@@ -327,9 +351,12 @@ def operator_calls(device):
     yield ops.kl_penalized_rewards, (scores, logps, ref, scored, beta, "k2")
     yield ops.token_kl, (z, y, mask, "reverse", 1.0, 1.0, None)
     yield ops.token_kl, (z, y, None, "forward", 0.7, 1.3, 3.0)
+    yield ops.token_kl, (z, y, mask, "jsd", 0.7, 1.0, None, BETA)
     heads = hidden, weight, ref_hidden, ref_weight
     for plan in ("store", "recompute"):
         yield ops.linear_token_kl, (*heads, labels, bias, ref_bias, "reverse", IGNORE, 1.0, 1.0, None, plan, None)
+    jsd = "jsd", IGNORE, 1.0, 1.0, None, "recompute", None, None, None, BETA
+    yield ops.linear_token_kl, (*heads, labels, bias, ref_bias, *jsd)
     frozen = hidden, weight.detach(), ref_hidden, ref_weight
     yield ops.linear_token_kl, (*frozen, None, None, None, "forward", IGNORE, 1.0, 1.0, None, "frozen", None)
 

@@ -251,7 +251,8 @@ ERRORS = [
         ValueError,
         "policy_logits: got shape (2, 0), want [..., V] with V >= 1",
     ),
-    (lambda: fastpref.token_kl(L, L, "both"), ValueError, "direction: got 'both', want one of reverse, forward"),
+    (lambda: fastpref.token_kl(L, L, "jsd", beta=1.0), ValueError, "beta: got 1.0, want a number in [0, 1)"),
+    (lambda: fastpref.token_kl(L, L, "both"), ValueError, "direction: got 'both', want one of reverse, forward, jsd"),
     (
         lambda: fastpref.token_kl(L, L, mask=MASK),
         ValueError,
@@ -286,7 +287,7 @@ ERRORS = [
     (
         lambda: fastpref.linear_token_kl(H, W, H, W, Y, direction="up"),
         ValueError,
-        "direction: got 'up', want one of reverse, forward",
+        "direction: got 'up', want one of reverse, forward, jsd",
     ),
     (
         lambda: fastpref.linear_token_kl(H, W, H, W, Y + 5),

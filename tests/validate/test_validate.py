@@ -13,8 +13,9 @@ from fastpref import backends
 from fastpref.commands import cli
 from fastpref.validate import accuracy, beyond_int32, inputs, policy, scorecard
 from fastpref.validate.cases import OBJECTIVES, OPERATORS
-from fastpref.validate.ideal import Exact, Ideal, Partition, Rounding
+from fastpref.validate.ideal import Exact, Ideal, Partition
 from fastpref.validate.inputs import FAMILIES, Draw
+from fastpref.validate.rounding import Rounding
 from fastpref.validate.run import run_case
 
 # bf16 on the device where it rounds; Triton's interpreter truncates it
