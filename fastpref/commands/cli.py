@@ -15,6 +15,10 @@ COMMANDS = {
     "train": ("fastpref.commands.train.entry", "train with any preference method, from files to a summary with plots"),
     "generate": ("fastpref.online.generate", "sample responses to prompts from a language model"),
     "score": ("fastpref.online.score", "score responses with a reward model or any Python function"),
+    "judge": (
+        "fastpref.online.judge",
+        "let a language model judge which responses are better, and report on the judge",
+    ),
     "pairs": ("fastpref.online.pairs", "make preference pairs of scored or ranked responses"),
     "hub": ("fastpref.commands.hub", "write the Triton kernels as a kernel of the Hugging Face Hub"),
     "evaluate": ("fastpref.online.evaluate", "evaluate a policy or a reward model on held-out pairs"),

@@ -1,13 +1,14 @@
 """Online preference learning: sample responses, score them, make pairs, and evaluate what was learnt.
 
-The same functions are the commands `fastpref generate`, `score`, `pairs` and `evaluate`; the names below are imported
-when first used.
+The same functions are the commands `fastpref generate`, `score`, `judge`, `pairs` and `evaluate`; the names below are
+imported when first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "Judging": "fastpref.online.verdicts",
     "PairRules": "fastpref.online.pairing",
     "Response": "fastpref.data.sampling",
     "Sampling": "fastpref.data.sampling",
@@ -20,11 +21,14 @@ _HOMES = {
     "generate_file": "fastpref.online.generate",
     "generate_from_server": "fastpref.online.served",
     "implicit_reward_scorer": "fastpref.online.judges",
+    "judge_file": "fastpref.online.judge",
+    "judge_scorer": "fastpref.online.judge",
     "load_policy": "fastpref.online.loading",
     "load_reward_model": "fastpref.online.loading",
     "make_pairs": "fastpref.online.pairing",
     "pairs_file": "fastpref.online.pairs",
     "read_records": "fastpref.online.records",
+    "reward_function": "fastpref.online.judges",
     "reward_model_scorer": "fastpref.online.judges",
     "sample_responses": "fastpref.data.sampling",
     "score_file": "fastpref.online.score",
@@ -39,8 +43,11 @@ if TYPE_CHECKING:
     from fastpref.online.evaluation import evaluate_policy as evaluate_policy
     from fastpref.online.evaluation import evaluate_reward_model as evaluate_reward_model
     from fastpref.online.generate import generate_file as generate_file
+    from fastpref.online.judge import judge_file as judge_file
+    from fastpref.online.judge import judge_scorer as judge_scorer
     from fastpref.online.judges import function_scorer as function_scorer
     from fastpref.online.judges import implicit_reward_scorer as implicit_reward_scorer
+    from fastpref.online.judges import reward_function as reward_function
     from fastpref.online.judges import reward_model_scorer as reward_model_scorer
     from fastpref.online.loading import load_policy as load_policy
     from fastpref.online.loading import load_reward_model as load_reward_model
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
     from fastpref.online.served import generate_from_server as generate_from_server
     from fastpref.online.servers import Server as Server
     from fastpref.online.servers import ServerError as ServerError
+    from fastpref.online.verdicts import Judging as Judging
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,12 +12,47 @@ from fastpref.online.answers import Answer, Request
 from fastpref.online.records import Journal, read_records, sidecar
 
 Key = tuple[int, int]  # (record, request of it)
+MakeRequest = Callable[[int, int], Request]
 
 
 class Ask(Protocol):
     """Answers requests in any order."""
 
     def __call__(self, requests: Iterable[tuple[Key, Request]]) -> Generator[tuple[Key, Answer]]: ...
+
+
+def in_order(
+    ask: Ask, sizes: Sequence[int], request: MakeRequest, keep: Callable[[Key, Answer], None] | None = None,
+    *, start: int = 0, known: dict[Key, Answer] | None = None,
+) -> Iterator[list[Answer]]:  # fmt: skip
+    """Yields the answers of each record from `start` on, in order, however they come.
+
+    Args:
+        ask: see `Ask`.
+        sizes: how many requests each record has.
+        request: makes the request of a key.
+        keep: called with each answer when it comes.
+        start: the first record.
+        known: answers that need not be asked for. New ones are added.
+    """
+    answers = {} if known is None else known
+    todo = [(i, j) for i in range(start, len(sizes)) for j in range(sizes[i]) if (i, j) not in answers]
+    left, index = Counter(i for i, _ in todo), start
+
+    def ready() -> Iterator[list[Answer]]:
+        nonlocal index
+        while index < len(sizes) and not left[index]:
+            yield [answers[index, j] for j in range(sizes[index])]
+            index += 1
+
+    yield from ready()
+    with closing(ask((key, request(*key)) for key in todo)) as found:
+        for key, answer in found:
+            if keep is not None:
+                keep(key, answer)
+            answers[key] = answer
+            left[key[0]] -= 1
+            yield from ready()
 
 
 class AnswerLog:
@@ -36,9 +72,7 @@ class AnswerLog:
         records = read_records(self.path) if self._journal.done else []
         self.answers: dict[Key, Answer] = {(r["record"], r["request"]): Answer.of(r) for r in records}
 
-    def in_order(
-        self, ask: Ask, request: Callable[[int, int], Request], progress: Callable[[int], None]
-    ) -> Iterator[list[Answer]]:
+    def in_order(self, ask: Ask, request: MakeRequest, progress: Callable[[int], None]) -> Iterator[list[Answer]]:
         """Yields the answers of each record that the output lacks, in order. Asks for those that are not there.
 
         Args:
@@ -46,28 +80,12 @@ class AnswerLog:
             request: makes the request of a key.
             progress: called with the number of new answers.
         """
-        index, left = self._start, [0] * len(self._sizes)
-        for i, _ in self._todo():
-            left[i] += 1
 
-        def ready() -> Iterator[list[Answer]]:
-            nonlocal index
-            while index < len(left) and not left[index]:
-                yield [self.answers[index, j] for j in range(self._sizes[index])]
-                index += 1
+        def keep(key: Key, answer: Answer) -> None:
+            self._journal.append([{"record": key[0], "request": key[1], **answer.record()}])
+            progress(1)
 
-        yield from ready()
-        with closing(ask((key, request(*key)) for key in self._todo())) as found:
-            for (i, j), answer in found:
-                self._journal.append([{"record": i, "request": j, **answer.record()}])
-                self.answers[i, j] = answer
-                left[i] -= 1
-                progress(1)
-                yield from ready()
-
-    def _todo(self) -> Iterator[Key]:
-        every = ((i, j) for i in range(self._start, len(self._sizes)) for j in range(self._sizes[i]))
-        return (key for key in every if key not in self.answers)
+        yield from in_order(ask, self._sizes, request, keep, start=self._start, known=self.answers)
 
     @staticmethod
     def remove(output: Path) -> None:

@@ -13,7 +13,7 @@ from fastpref.data import formats
 from fastpref.data.files import load_records
 from fastpref.online import evaluation, loading
 from fastpref.online.command import Progress, at_least, command
-from fastpref.online.pairs import interval, number
+from fastpref.online.pairs import interval, number, share_text
 from fastpref.online.records import Record, write_whole
 
 
@@ -120,6 +120,4 @@ def _policy_rows(found: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
 
 
 def _share(found: Mapping[str, Any]) -> str:
-    if found["share"] is None:
-        return "- (no pairs)"
-    return f"{found['share']:.1%} {interval(found)} of {found['count']}"
+    return share_text(found, "- (no pairs)")

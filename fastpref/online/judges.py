@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -78,6 +79,28 @@ def function_scorer(function: Judge, workers: int = 1) -> Scorer:
                 yield from pool.map(lambda r: function(r["prompt"], r["responses"]), some)
 
     return score
+
+
+def reward_function(scorer: Scorer, name: str = "scorer") -> Callable[..., list[float | None]]:
+    """A scorer as a reward of online training, with TRL's signature: `(prompts, completions, **columns) -> rewards`.
+
+    Neighbours with the same prompt are one record: a scorer that compares responses compares those of a group.
+
+    Args:
+        scorer: see `Scorer`.
+        name: what the reward is called in logs.
+    """
+
+    def reward(prompts: Sequence[Prompt], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        records = []
+        for _, group in groupby(zip(prompts, completions, strict=True), key=lambda pair: pair[0]):
+            pairs = list(group)
+            responses = [c if isinstance(c, str) else c[-1]["content"] for _, c in pairs]
+            records.append({"prompt": pairs[0][0], "responses": responses})
+        return [score for scores in scorer(records) for score in scores]
+
+    reward.__name__ = name
+    return reward
 
 
 def _windowed(

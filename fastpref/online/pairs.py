@@ -86,3 +86,8 @@ def number(value: float | None, form: str = "+.2f") -> str:
 def interval(share: Mapping[str, Any]) -> str:
     low, high = share["interval"]
     return f"[{low:.1%}, {high:.1%}]"
+
+
+def share_text(share: Mapping[str, Any], none: str = "-") -> str:
+    """With its interval and of how many, or `none` of none."""
+    return none if share["share"] is None else f"{share['share']:.1%} {interval(share)} of {share['count']}"

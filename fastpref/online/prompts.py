@@ -46,6 +46,36 @@ def _converted(path: str | os.PathLike[str]) -> list[Record]:
     ]
 
 
+def read_responses(path: str | os.PathLike[str], human: str = "human") -> list[Record]:
+    """Records with a `prompt` and `responses`, as JSON lines; or pairs in any format of `fastpref.data.formats`.
+
+    Of a pair the chosen response comes first, and `scores` say under the name `human` that it is preferred.
+
+    Raises:
+        ValueError: they are neither, or a response of a pair is more than one message of text.
+    """
+    records = read_records(path) if Path(path).suffix == ".jsonl" else []
+    if records and any("responses" in record for record in records):
+        return records
+    from fastpref.data import formats
+    from fastpref.data.files import load_records
+    from fastpref.data.template import without_none
+
+    found = []
+    for i, pair in enumerate(map(without_none, formats.paired(load_records(path)).to_list())):
+        texts = [_only_text(pair.get(side), f"{path}: record {i}, {side}") for side in ("chosen", "rejected")]
+        others = {name: value for name, value in pair.items() if name not in CONSUMED | {"margin"}}
+        found.append({"prompt": pair["prompt"], "responses": texts, "scores": {human: [1.0, 0.0]}, **others})
+    return found
+
+
+def _only_text(response: Any, where: str) -> str:
+    messages = response if isinstance(response, list) else [{"content": response}]
+    if len(messages) != 1 or not isinstance(messages[0].get("content"), str):
+        raise ValueError(f"{where}: got {response!r:.80}, want text or one message of text")
+    return messages[0]["content"]
+
+
 def checked_prompt(record: Mapping[str, Any], where: str) -> Prompt:
     """The record's prompt.
 

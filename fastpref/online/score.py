@@ -111,7 +111,7 @@ def score_records(
     for i, record in enumerate(records):
         checked_prompt(record, f"record {i}")
         checked_responses(record, f"record {i}")
-        _check_free(record, name, f"record {i}")
+        check_free(record, name, f"record {i}")
     found = scorer(records, start)
     for i in range(start, len(records)):
         where = f"record {i}"
@@ -121,12 +121,20 @@ def score_records(
             raise ValueError(f"{where}: got no scores, want one list for each of {len(records)} records") from None
         except Exception as error:
             raise ValueError(f"{where}: the judge raised {type(error).__name__}: {error}") from error
-        checked = _checked_scores(scores, len(records[i]["responses"]), where)
-        old = records[i].get("scores")
-        yield {**records[i], "scores": checked if name is None else {**(old or {}), name: checked}}
+        yield with_scores(records[i], _checked_scores(scores, len(records[i]["responses"]), where), name)
 
 
-def _check_free(record: Mapping[str, Any], name: str | None, where: str) -> None:
+def with_scores(record: Mapping[str, Any], scores: list[float | None], name: str | None) -> Record:
+    """The record with these scores; with a name beside those that are there."""
+    return {**record, "scores": scores if name is None else {**(record.get("scores") or {}), name: scores}}
+
+
+def check_free(record: Mapping[str, Any], name: str | None, where: str) -> None:
+    """Refuses a record that has scores already where new ones would go.
+
+    Raises:
+        ValueError: it has.
+    """
     old = record.get("scores")
     if name is None and old is not None:
         raise ValueError(f"{where}: got scores already, want a name (--name) for scores beside them")

@@ -31,16 +31,17 @@ def run(args: argparse.Namespace, prompts: Sequence[Record], sampling: Sampling)
     )
 
 
-def _seed(seed: int, index: int, response: int) -> int:
+def request_seed(seed: int, index: int, response: int) -> int:
     """A response's own seed, 31 bits."""
     return int(np.random.SeedSequence([seed, index, response]).generate_state(1)[0] >> 1)
 
 
 def _request(
-    prompt: Prompt | Mapping[str, Any] | list[int], kind: str, how: Sampling, index: int, response: int, **wanted: bool
-) -> Request:
+    prompt: Prompt | Mapping[str, Any] | Sequence[int], kind: str, how: Sampling, index: int, response: int,
+    **wanted: bool,
+) -> Request:  # fmt: skip
     record: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
-    fields = servers.sampling_fields(kind, how) | {"seed": _seed(how.seed, index, response)}
+    fields = servers.sampling_fields(kind, how) | {"seed": request_seed(how.seed, index, response)}
     request = Request(record["prompt"], fields, **wanted)
     if not request.chat:
         return request
@@ -130,7 +131,7 @@ def _remarks(log: AnswerLog, how: Sampling, kind: str) -> None:
 
 
 class ServerSampler:
-    """Samples from a server, for online training: `(prompts, sampling) -> responses`.
+    """Samples from a server, for online training: `(prompts, sampling, numbers) -> responses`.
 
     `repeatable` is false: a run that samples from a server cannot be resumed to the bit (see `generate_from_server`).
 
@@ -148,34 +149,30 @@ class ServerSampler:
         self.server, self.ids, self.logps = server, ids, logps
 
     def __call__(
-        self,
-        prompts: Sequence[Prompt | Mapping[str, Any] | list[int]],
-        sampling: Sampling | None = None,
-        *,
-        start: int = 0,
-    ) -> list[list[Answer]]:
-        """`sampling.k` responses to each prompt.
+        self, prompts: Sequence[Prompt | Mapping[str, Any] | Sequence[int]], sampling: Sampling,
+        numbers: Sequence[tuple[int, int]] | None = None,
+    ) -> list[Answer]:  # fmt: skip
+        """One response to each prompt.
 
         Args:
-            prompts: messages, text, records with a `prompt`, or token ids (which vLLM takes).
-            sampling: how to sample.
-            start: the index of the first prompt, for the seeds: another one for every batch.
+            prompts: token ids (which vLLM takes), messages, text, or records with a `prompt`. A prompt is there once
+                for each of its responses.
+            sampling: how to sample. `sampling.k` says nothing here.
+            numbers: (prompt, response) for each, which with `sampling.seed` make the seed of its request.
 
         Returns:
-            For each prompt its answers: `text`, `finished`, `tokens`, and `ids` and `logps` if they were asked for.
+            `text`, `finished` and `tokens` of each; `ids` and `logps` if they were asked for.
 
         Raises:
             ServerError: the server failed, or does not give what was asked for.
         """
-        how = sampling or Sampling()
+        places = [(i, 0) for i in range(len(prompts))] if numbers is None else numbers
         wanted = {"want_ids": self.ids, "want_logps": self.logps}
         with Client(self.server) as client:
             kind = client.server.kind or "openai"
-            found = dict(
-                client.ask(
-                    ((i, j), _request(prompt, kind, how, start + i, j, **wanted))
-                    for i, prompt in enumerate(prompts)
-                    for j in range(how.k)
-                )
+            requests = (
+                (i, _request(prompt, kind, sampling, *place, **wanted))
+                for i, (prompt, place) in enumerate(zip(prompts, places, strict=True))
             )
-        return [[found[i, j] for j in range(how.k)] for i in range(len(prompts))]
+            found = dict(client.ask(requests))
+        return [found[i] for i in range(len(prompts))]

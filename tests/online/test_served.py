@@ -16,6 +16,7 @@ from support_servers import Scripted
 from fastpref.commands import cli
 from fastpref.online import Sampling, Server, ServerError, ServerSampler, generate_from_server, read_records
 from fastpref.online.client import _seconds
+from fastpref.online.served import request_seed
 
 HOW = Sampling(k=3, max_new_tokens=6, seed=3)
 PAIRS = [(i, j) for i in range(len(PROMPTS)) for j in range(3)]
@@ -95,17 +96,19 @@ def test_the_models_own_generation_config_decided_what_no_request_said(kind, scr
 
 def test_what_a_server_says_of_its_kind_and_model(scripted, tmp_path) -> None:
     url = scripted.url("vllm")
-    (answers,) = ServerSampler(server(url), ids=True, logps=True)([PROMPTS[0]["prompt"]], Sampling(k=1))
-    assert (answers[0].ids, answers[0].logps, answers[0].tokens) == ([5, 6, 7], [-0.5, -1.25, -0.125], 3)
-    assert ServerSampler(server(url), logps=True)([[1, 2]], Sampling(k=1))[0][0].logps == [-0.5, -1.25, -0.125]
+    sampler = ServerSampler(server(url), ids=True, logps=True)
+    (answer,) = sampler([PROMPTS[0]["prompt"]], Sampling(k=1))
+    assert (answer.ids, answer.logps, answer.tokens) == ([5, 6, 7], [-0.5, -1.25, -0.125], 3)
+    assert [a.logps for a in sampler([[1, 2]], Sampling(), [(3, 1)])] == [[-0.5, -1.25, -0.125]]
     first, second = scripted.got(url)
     assert (first["top_k"], first["return_token_ids"], first["logprobs"]) == (-1, True, True)
     assert (second["prompt"], second["logprobs"], second["path"]) == ([1, 2], 1, "v1/completions")
+    assert second["seed"] == request_seed(0, 3, 1)
     generate_from_server(server(url), PROMPTS[:1], tmp_path / "ids.jsonl", HOW, save_ids=True)
     assert read_records(tmp_path / "ids.jsonl")[0]["response_ids"] == [[5, 6, 7]] * 3
     for script, message in (("many", "it lists a, b; want a model's name"), ("broken-list", "it lists no models")):
         with pytest.raises(ServerError, match=message):
-            ServerSampler(server(scripted.url(script)))(["Once"])
+            ServerSampler(server(scripted.url(script)))(["Once"], Sampling(k=1))
     url = scripted.url("broken-list")
     assert ServerSampler(server(url, model="x"))(["Once"], Sampling(k=1)) and scripted.got(url)[0]["model"] == "x"
 

@@ -7,11 +7,13 @@ from support_online import PROMPTS, tiny
 from support_servers import transformers_serve
 
 from fastpref.online import (
+    Judging,
     Sampling,
     Server,
     ServerError,
     ServerSampler,
     generate_from_server,
+    judge_file,
     read_records,
     sample_responses,
 )
@@ -52,6 +54,15 @@ def test_a_server_that_samples_as_the_model_says_was_taken_for_one_that_obeys(se
     plain = Server(served.url, model=served.model)
     generate_from_server(plain, PROMPTS, tmp_path / "same.jsonl", Sampling(k=2, max_new_tokens=3))
     assert "the 2 responses to 7 of 7 prompts are all the same" in capsys.readouterr().err
+
+
+def test_a_judge_is_the_local_models(served, policy, tmp_path) -> None:
+    """Of random weights: no verdicts, and the report says so."""
+    records, how = [{**PROMPTS[0], "responses": ["Red.", "Blue."]}], Judging(max_new_tokens=6)
+    reports = [judge_file(judge, records, tmp_path / f"{i}.jsonl", how) for i, judge in enumerate((served, policy))]
+    assert reports[0] == reports[1]
+    assert reports[0]["unparsable"]["count"] == 2 and reports[0]["tokens"]["answers"] > 0
+    assert read_records(tmp_path / "0.jsonl")[0]["scores"] == [None, None]
 
 
 def test_what_it_cannot_give_is_refused(served, tmp_path) -> None:

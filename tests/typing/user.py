@@ -11,6 +11,7 @@ from fastpref.data.collate import collate_pairs, tokenize_pairs
 from fastpref.data.pairs import sample_pairs
 from fastpref.integrations.transformers import batch_loss, pair_batch, reference_logps
 from fastpref.online import (
+    Judging,
     PairRules,
     Sampling,
     Server,
@@ -19,7 +20,10 @@ from fastpref.online import (
     evaluate_policy,
     function_scorer,
     generate_from_server,
+    judge_file,
+    judge_scorer,
     make_pairs,
+    reward_function,
     sample_responses,
 )
 from fastpref.trainers import (
@@ -132,10 +136,13 @@ def served() -> list[str]:
     server = Server("http://localhost:8000", model="mine", kind="vllm", concurrency=8)
     try:
         done: int = generate_from_server(server, [{"prompt": "Once"}], "out.jsonl", Sampling(k=2))
-        answers = ServerSampler(server, ids=True, logps=True)(["Once"], Sampling(k=2), start=done)
+        answers = ServerSampler(server, ids=True, logps=True)([[1, 2]], Sampling(k=2), [(done, 0)])
+        report = judge_file(server, [{"prompt": "Once", "responses": ["a", "b"]}], "out.jsonl", Judging(how="grades"))
+        reward = reward_function(judge_scorer(server), "judge")
     except ServerError:
         return []
-    return [answer.text for row in answers for answer in row if answer.ids and answer.logps]
+    print(report["unparsable"], reward(["Once", "Once"], [" upon", " more"]))
+    return [answer.text for answer in answers if answer.ids and answer.logps]
 
 
 def train(folder: str) -> None:
