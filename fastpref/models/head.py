@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.models.layers import base, decoder
+from fastpref.models.vision import Headless, takes_pixels
 from fastpref.models.wrappers import evaluating, has_parameters, inner_model, uncompiled, whole
 
 HEAD_TOLERANCE = 1e-4  # relative; two ways of computing logits in fp32 differ by some 1e-6
@@ -61,7 +62,7 @@ def for_head(model: Any, hidden: Tensor) -> Tensor:
     return hidden.to(layer.weight.dtype) if layer.weight.is_floating_point() else hidden
 
 
-def backbone(model: Any) -> nn.Module:
+def backbone(model: Any) -> Any:
     """The part of a causal language model that gives its hidden states: all but the head.
 
     Raises:
@@ -71,6 +72,8 @@ def backbone(model: Any) -> nn.Module:
         raise ValueError("model: got prompt learning, whose prompts enter before the backbone; want other adapters")
     model = inner_model(model)
     found = base(model)
+    if takes_pixels(model) and (found is model or not takes_pixels(found)):
+        return Headless(model)
     if found is model or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: got {type(model).__name__}, want a transformers causal language model")
     return found

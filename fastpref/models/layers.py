@@ -45,7 +45,7 @@ def decoder(model: Any) -> nn.Module:
     model = inner_model(model)
     found = model.get_decoder() if hasattr(model, "get_decoder") else model
     if any(isinstance(m, nn.ModuleList) for m in found.modules()):
-        return base(model) if found is model else found
+        return base(found)  # Llama 4's with images is a model with a head of its own
     return base(model)  # ModernBERT calls its head a decoder
 
 

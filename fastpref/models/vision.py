@@ -72,9 +72,13 @@ def sequence_classifier(config_class: type) -> Any:
 
 
 def takes_images(model: Any) -> bool:
-    """Whether the model's forward has an argument for pixels."""
-    inner = inner_model(model)
-    return any("pixel_values" in inspect.signature(type(m).forward).parameters for m in (inner, base(inner)))
+    """Whether the model or its backbone has an argument for pixels."""
+    return takes_pixels(inner_model(model)) or takes_pixels(base(inner_model(model)))
+
+
+def takes_pixels(module: nn.Module) -> bool:
+    """Whether the module's own forward names them. A classifier's may pass them on without a name."""
+    return "pixel_values" in inspect.signature(type(module).forward).parameters
 
 
 def axis_positions(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
@@ -97,6 +101,31 @@ def _axis_positions(body: Any, input_ids: Tensor, kinds: Tensor, grids: Tensor) 
     options = {"input_ids": input_ids, "mm_token_type_ids": kinds, "image_grid_thw": grids}
     known = inspect.signature(body.get_rope_index).parameters
     return body.get_rope_index(**{name: value for name, value in options.items() if name in known})[0]
+
+
+class Headless:
+    """Runs a model's own forward, with nothing for its output layer to do: for models without a backbone of their own,
+    such as Llama 4's with images."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The output of a backbone: `last_hidden_state`, and `router_logits` where the model gives them."""
+        from transformers.utils import ModelOutput
+
+        seen: list[Tensor] = []
+
+        def keep(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(args[0])
+            return (args[0][:, :0], *args[1:])
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            output = self.model(**inputs)
+        finally:
+            hook.remove()
+        return ModelOutput(last_hidden_state=seen[-1], router_logits=output.get("router_logits"))
 
 
 @contextlib.contextmanager
