@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.packing import Scored, in_order, pack, scored_tokens, split_by_tokens
 from fastpref.data.vision import Vision, in_context
 from fastpref.models import Limits, attention
@@ -62,15 +64,17 @@ class PackedCollator:
         pictured = self.vision if examples and "pixels" in examples[0] else None
         if pictured is not None:
             groups = in_context(groups, examples)
-        batch = pack(
-            groups, self.layout, self.pad_token_id, count_copies=self.count_copies, with_places=pictured is not None
-        )
+        batch = pack(groups, self.layout, self.pad_token_id, count_copies=self.count_copies)
+        places, shape = batch.pop("places"), batch["input_ids"].shape
         if pictured is not None:
-            places, shape = batch.pop("places"), batch["input_ids"].shape
             batch["vision"] = pictured.inputs(groups, examples, self.layout, places, shape)
         if not self.ours:
             batch.pop(attention.KWARG, None)
-        return batch
+        return batch | self.placed(places, examples)
+
+    def placed(self, places: Sequence[np.ndarray], examples: Sequence[Example]) -> dict[str, Any]:
+        """What a part holds of where its sequences' tokens are: `places`, for each sequence, in the flattened rows."""
+        return {}
 
     def part(self, examples: Sequence[Example]) -> dict[str, Any]:
         """One part: the packed examples and what belongs to them."""
@@ -153,14 +157,11 @@ class StepCollator(PackedCollator):
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         return [[Scored(e["input_ids"], len(e["input_ids"]))] for e in examples]
 
-    def part(self, examples: Sequence[Example]) -> dict[str, Any]:
-        batch = super().part(examples)
-        labels = [torch.tensor(e["labels"]) for e in examples]
-        starts = batch["last_rows"] - torch.tensor([len(x) - 1 for x in labels])  # rows of a sequence are consecutive
-        rows = [start + (x != -100).nonzero()[:, 0] for start, x in zip(starts, labels, strict=True)]
-        batch["step_rows"] = torch.cat(rows)
-        batch["step_labels"] = torch.cat([x[x != -100] for x in labels])
-        return batch
+    def placed(self, places: Sequence[np.ndarray], examples: Sequence[Example]) -> dict[str, Any]:
+        labels = [np.asarray(e["labels"]) for e in examples]
+        rows = [at[x != IGNORE_INDEX] for at, x in zip(places, labels, strict=True)]
+        marks = np.concatenate([x[x != IGNORE_INDEX] for x in labels])
+        return {"step_rows": torch.from_numpy(np.concatenate(rows)), "step_labels": torch.from_numpy(marks)}
 
 
 @dataclass

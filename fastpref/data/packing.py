@@ -55,9 +55,8 @@ class Scored(NamedTuple):
 
 
 def pack(
-    groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0, *, count_copies: bool = False,
-    with_places: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0, *, count_copies: bool = False
+) -> dict[str, Any]:
     """A batch from groups of sequences.
 
     The sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs. See `pack_sequences`.
@@ -67,10 +66,9 @@ def pack(
         layout: one of `LAYOUTS`.
         pad_token_id: what fills up the rows of `padded`.
         count_copies: also return `copies`.
-        with_places: also return `places`: where the tokens of each sequence lie in the flattened input.
     """
     sequences = in_order(groups)
-    return pack_sequences(sequences, layout, pad_token_id, count_copies=count_copies, with_places=with_places)
+    return pack_sequences(sequences, layout, pad_token_id, count_copies=count_copies)
 
 
 def in_order(groups: Sequence[Sequence[Scored]]) -> list[Scored]:
@@ -79,15 +77,15 @@ def in_order(groups: Sequence[Sequence[Scored]]) -> list[Scored]:
 
 
 def pack_sequences(
-    sequences: Sequence[Scored], layout: str, pad_token_id: int = 0, *, count_copies: bool = False,
-    with_places: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    sequences: Sequence[Scored], layout: str, pad_token_id: int = 0, *, count_copies: bool = False
+) -> dict[str, Any]:
     """A batch from sequences. Arguments as in `pack`.
 
     Returns:
         `input_ids`, and what the layout needs beside it: `position_ids` and `fastpref_segments`, or `attention_mask`;
             `rows` and `labels` `[M]`; `cu_seqlens` `[S + 1]` of these, and `sizes`, the number that each sequence has,
-            as a tuple on the host; `last_rows` `[S]` of each sequence's last token; where many rows score the same
+            as a tuple on the host; `last_rows` `[S]` of each sequence's last token; `places`, on the host where each
+            sequence's tokens are in the flattened input; where many rows score the same
             token twice, `head_rows`, `head_labels` and `head_index` (see `distinct_rows`); and perhaps `copies`: for
             each input token, the number of sequences that it is in.
     """
@@ -101,14 +99,12 @@ def pack_sequences(
             "position_ids": torch.from_numpy(found.positions)[None],
             "fastpref_segments": Segments.of(found.segments),
         }
-    batch = inputs | scored_rows(sequences, places)
+    batch = inputs | scored_rows(sequences, places) | {"places": places}
     if layout == "shared":
         batch |= distinct_rows(batch["rows"].numpy(), scored_tokens(sequences).numpy())
     if count_copies:
         copies = np.bincount(np.concatenate(places), minlength=inputs["input_ids"].numel())
         batch["copies"] = torch.from_numpy(copies)
-    if with_places:
-        batch["places"] = places
     return batch
 
 

@@ -16,6 +16,8 @@ without room for a response within `max_length` are left out (None: never cut).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -92,16 +94,17 @@ def tokenize_unpaired(
 
 def tokenize_reward(
     dataset: Any, tokenizer: Any, *, max_length: int | None, num_proc: int | None = None, name: str = "train",
-    **options: bool,
+    prompts: bool = False, **options: bool,
 ) -> Any:  # fmt: skip
     """`chosen_ids, rejected_ids`: whole sequences, as in TRL's `RewardTrainer`.
 
-    As there, a pair is left out if one of its sequences is longer than `max_length`. `margin` is passed through.
+    As there, a pair is left out if one of its sequences is longer than `max_length`. `margin` is passed through. With
+    `prompts` there is `prompt_hash`, which tells prompts apart.
     """
-    columns = {"chosen_ids": IDS, "rejected_ids": IDS}
+    columns = {"chosen_ids": IDS, "rejected_ids": IDS} | _prompt_hash(prompts)
     return _tokenized(
         dataset, _reward_row, columns, ("margin",), name, num_proc, tokenizer=tokenizer, max_length=max_length,
-        **options,
+        prompts=prompts, **options,
     )  # fmt: skip
 
 
@@ -131,20 +134,20 @@ def tokenize_reference_free(
 def tokenize_stepwise(
     dataset: Any, tokenizer: Any, *, max_length: int | None, max_prompt_length: int | None = None,
     max_completion_length: int | None = None, step_separator: str = "\n", train_on_last_step_only: bool = False,
-    num_proc: int | None = None, name: str = "train",
+    num_proc: int | None = None, name: str = "train", prompts: bool = False,
 ) -> Any:  # fmt: skip
     """`input_ids, labels`, as the `PRMTrainer` of TRL 1.13 makes them.
 
     A step's label (0 or 1) is at the last token of the separator that ends it. All other labels are -100.
 
     The last `max_prompt_length` tokens of the prompt, with its BOS token, are kept. Of the steps together the first
-    `max_completion_length` are kept, and of the sequence the first `max_length`.
+    `max_completion_length` are kept, and of the sequence the first `max_length`. `prompts` is as in `tokenize_reward`.
     """
-    columns = {"input_ids": IDS, "labels": IDS}
+    columns = {"input_ids": IDS, "labels": IDS} | _prompt_hash(prompts)
     return _tokenized(
         dataset, _stepwise_row, columns, (), name, num_proc, tokenizer=tokenizer, max_length=max_length,
         max_prompt_length=max_prompt_length, max_completion_length=max_completion_length,
-        step_separator=step_separator, train_on_last_step_only=train_on_last_step_only,
+        step_separator=step_separator, train_on_last_step_only=train_on_last_step_only, prompts=prompts,
     )  # fmt: skip
 
 
@@ -213,7 +216,9 @@ def _cut_and_mismatch(batch: Record, max_length: int | None, block_size: int | N
     return batch | found | {"length": lengths}
 
 
-def _reward_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
+def _reward_row(
+    example: Record, tokenizer: Any, max_length: int | None, prompts: bool, **options: bool
+) -> Record | None:
     if "chosen_ids" in example:
         (chosen, rejected), found = (token_ids(example, f"{side}_ids") for side in PAIR), 0
     else:
@@ -223,8 +228,10 @@ def _reward_row(example: Record, tokenizer: Any, max_length: int | None, **optio
             raise ValueError(f"{side}: got no tokens, want at least 1")
     if max_length is not None and max(len(chosen), len(rejected)) > max_length:
         return None
-    length = len(chosen) + len(rejected) - common_prefix_length(chosen, rejected)
-    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": length, "remarks": found}
+    common = common_prefix_length(chosen, rejected)
+    asked = {"prompt_hash": _hash(example.get("prompt") or chosen[:common])} if prompts else {}
+    length = len(chosen) + len(rejected) - common
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": length, "remarks": found} | asked
 
 
 def _reference_free_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
@@ -245,7 +252,7 @@ def _reference_free_row(example: Record, tokenizer: Any, max_length: int | None,
 
 def _stepwise_row(
     example: Record, tokenizer: Any, max_length: int | None, max_prompt_length: int | None,
-    max_completion_length: int | None, step_separator: str, train_on_last_step_only: bool,
+    max_completion_length: int | None, step_separator: str, train_on_last_step_only: bool, prompts: bool,
 ) -> Record:  # fmt: skip
     if "input_ids" in example:
         ids, labels = example["input_ids"], example["labels"]
@@ -256,7 +263,19 @@ def _stepwise_row(
         ids = prompt + steps[:max_completion_length]
         labels = [IGNORE_INDEX] * len(prompt) + marks[:max_completion_length]
     ids, labels = ids[:max_length], labels[:max_length]
-    return {"input_ids": ids, "labels": labels, "length": len(ids)}
+    begins = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    asked = {"prompt_hash": _hash(example.get("prompt") or ids[:begins])} if prompts else {}
+    return {"input_ids": ids, "labels": labels, "length": len(ids)} | asked
+
+
+def _prompt_hash(wanted: bool) -> dict[str, Any]:
+    return {"prompt_hash": "int64"} if wanted else {}
+
+
+def _hash(prompt: Any) -> int:
+    """Of a prompt's text, messages or token ids: 64 bits, for rows that do not tell where their prompts end."""
+    text = json.dumps(prompt, sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 
 def _cut(prompt: Sequence[int], response: list[int], max_length: int | None) -> list[int]:

@@ -22,6 +22,7 @@ from fastpref.models import compile_backbone, inner_model, keep_arithmetic, limi
 from fastpref.trainers import card
 from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.fillers import POSITION, NumberedStream, real_examples
+from fastpref.trainers.grouping import PromptSampler, prompts_of
 from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.loading import (
     check_datasets,
@@ -74,7 +75,7 @@ class PreferenceTrainer(Trainer):
         processing_class: Any, **options: Any,
     ) -> None:  # fmt: skip
         refuse_options(options, self.gives_scores)
-        check_datasets(train_dataset, eval_dataset)
+        check_datasets(train_dataset, eval_dataset, args.group_by_prompt)
         if args.batch_eval_metrics:
             raise unsupported("batch_eval_metrics", True, "`compute_metrics` is called once, with all scores")
         refuse_frozen(model)
@@ -183,6 +184,13 @@ class PreferenceTrainer(Trainer):
         if self.args.world_size > 1 and isinstance(dataset, torch.utils.data.IterableDataset):
             dataset = NumberedStream(dataset)
         return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        if not self.args.group_by_prompt:
+            return super()._get_train_sampler(*args)
+        seed = None if self.args.train_sampling_strategy == "sequential" else self.args.data_seed or self.args.seed
+        prompts, size = prompts_of(self.train_dataset), self.args.train_batch_size
+        return PromptSampler(prompts, size, seed, lambda: int(self.state.epoch or 0))
 
     # one update: batches, and parts of them
 

@@ -19,11 +19,11 @@ FACTORS = re.compile(r"lora_(embedding_)?[AB]\.")
 NOISE = ("drop", "jitter")  # in the names of its rates
 
 
-def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+def check_datasets(train_dataset: Any, eval_dataset: Any, group_by_prompt: bool = False) -> None:
     """Refuses data that a trainer cannot read.
 
     Raises:
-        ValueError: there is nothing to train on.
+        ValueError: there is nothing to train on, or prompts cannot be grouped.
         TypeError: `train_dataset` is several data sets, or something is no data set.
     """
     if train_dataset is None:
@@ -37,6 +37,11 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
         for one in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
             if one is not None and not hasattr(one, "map"):
                 raise TypeError(f"{name}: got {type(one).__name__}, want a datasets.Dataset or IterableDataset")
+    if group_by_prompt and not hasattr(train_dataset, "select"):
+        raise ValueError(
+            "group_by_prompt: got True with an IterableDataset, want False or a Dataset: a stream's prompts are not "
+            "known before it has been read"
+        )
 
 
 def check_limits(collator: PackedCollator, vocabulary: int, train_dataset: Any, eval_dataset: Any) -> None:

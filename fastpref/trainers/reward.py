@@ -112,7 +112,7 @@ class RewardTrainer(_HeadTrainer):
         return tokenize.tokenize_reward(
             self.pictured(formats.paired(dataset), formats.PAIR, args, name, whole=True), tokenizer,
             max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
-            responses_as_written=args.responses_as_written,
+            responses_as_written=args.responses_as_written, prompts=args.group_by_prompt,
         )  # fmt: skip
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
@@ -187,7 +187,7 @@ class PRMTrainer(_HeadTrainer):
             max_prompt_length=args.max_prompt_length, max_completion_length=args.max_completion_length,
             step_separator=args.step_separator,
             train_on_last_step_only=args.train_on_last_step_only and name == "train",
-            num_proc=args.dataset_num_proc, name=name,
+            num_proc=args.dataset_num_proc, name=name, prompts=args.group_by_prompt,
         )  # fmt: skip
 
     def nll_tokens(self, part: Mapping[str, Any]) -> int:

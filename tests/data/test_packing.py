@@ -102,6 +102,15 @@ def test_rewards():
     assert part["margin"].tolist() == [0.5]
 
 
+def test_steps_of_a_chain_that_several_solutions_begin_with():
+    chain = {"input_ids": [1, 2, 3, 4], "labels": [-100, 0, -100, 1]}
+    other = {"input_ids": [1, 2, 5, 6, 7], "labels": [-100, 0, -100, -100, 1]}
+    (part,) = StepCollator(layout="shared")([chain, other, chain])["parts"]
+    assert part["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert flat(part)[part["step_rows"]].tolist() == [2, 4, 2, 7, 2, 4]
+    assert part["step_labels"].tolist() == [0, 1, 0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_steps(layout):
     examples = [
