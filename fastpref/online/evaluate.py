@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.common.files import check_writable
-from fastpref.data import formats
-from fastpref.data.files import load_records
 from fastpref.online import evaluation, loading
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.pairs import interval, number, share_text
-from fastpref.online.records import Record, write_whole
+from fastpref.online.prompts import load_pairs
+from fastpref.online.records import write_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,14 +66,6 @@ def run(args: argparse.Namespace) -> int:
 
         reliability_diagram(found["calibration"], args.plot)
     return 0
-
-
-def load_pairs(path: str) -> list[Record]:
-    """Pairs in any format of `fastpref.data.formats`, as texts or messages."""
-    records = formats.paired(load_records(path)).to_list()
-    if "chosen" not in records[0]:
-        raise ValueError(f"{path}: got token ids, want texts or messages")
-    return records
 
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:

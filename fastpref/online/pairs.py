@@ -11,7 +11,9 @@ from typing import Any
 
 from fastpref.common.files import check_writable
 from fastpref.online.command import at_least, command
+from fastpref.online.mixing import mix_pairs
 from fastpref.online.pairing import COMBINE, HOW, PairRules, make_pairs
+from fastpref.online.prompts import load_pairs
 from fastpref.online.records import Record, read_records, write_records, write_whole
 
 
@@ -26,7 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of several judges, how many must prefer the chosen one; 1 is all (default: %(default)s)")  # fmt: skip
     add("--combine", choices=COMBINE, default=default.combine, help="several judges' scores (default: %(default)s)")
     add("--only-finished", action="store_true", help="leave out responses that were cut at their maximal length")
+    add("--weight", type=at_least(float, 0), metavar="W", help="of each pair that is made (default: no weights; 1 with "
+        "--mix)")  # fmt: skip
+    add("--mix", action="append", default=[], type=_weighted_file, metavar="FILE[=W]", help="put these pairs beside, "
+        "with weight W (default: 1): in any format that `fastpref train` reads. May be given several times")  # fmt: skip
     add("--json", metavar="FILE", help="the report")
+
+
+def _weighted_file(text: str) -> tuple[str, float]:
+    path, equals, weight = text.rpartition("=")
+    return (path, at_least(float, 0)(weight)) if equals else (text, 1.0)
 
 
 @command("pairs")
@@ -35,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     rules = PairRules(**{name: getattr(args, name) for name in names})
     for option in ("output", "json"):
         check_writable(f"--{option}", getattr(args, option))
-    report = pairs_file(read_records(args.scores), args.output, rules, json_path=args.json)
+    report = pairs_file(
+        read_records(args.scores), args.output, rules, json_path=args.json, weight=args.weight, mix=dict(args.mix)
+    )
     print("\n".join(report_lines(report)))
     if not report["pairs"]:
         raise ValueError(f"{args.scores}: got no pair that passes, so {args.output} was not written")
@@ -44,10 +57,21 @@ def run(args: argparse.Namespace) -> int:
 
 def pairs_file(
     records: Sequence[Record], output: str | os.PathLike[str], rules: PairRules | None = None,
-    *, json_path: str | os.PathLike[str] | None = None,
+    *, json_path: str | os.PathLike[str] | None = None, weight: float | None = None,
+    mix: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes the pairs, if there are any, and the report of `make_pairs` as JSON. Returns the report."""
+    """Writes the pairs, if there are any, and the report of `make_pairs` as JSON. Returns the report.
+
+    With a `weight`, or files to `mix` in, by name with their weights, all pairs have a `weight` (see
+    `fastpref.online.mixing.mix_pairs`). The report then says of each source how many pairs and which weight it has.
+    """
     pairs, report = make_pairs(records, rules)
+    if pairs and (mix or weight is not None):
+        sources = {"scores": (pairs, 1.0 if weight is None else weight)}
+        sources |= {path: (load_pairs(path), of_file) for path, of_file in (mix or {}).items()}
+        pairs, left_out = mix_pairs(sources)
+        found = {name: {"pairs": len(some), "weight": of_source} for name, (some, of_source) in sources.items()}
+        report |= {"mixed": found, "columns_left_out": left_out}
     if pairs:
         write_records(output, pairs)
     if json_path is not None:
@@ -76,6 +100,10 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
             ("correlation with length", f"of margins {number(length['margin_correlation'])}, "
              f"of scores within prompts {number(length['score_correlation'])}"),
         ]  # fmt: skip
+    for name, source in report.get("mixed", {}).items():
+        rows.append((f"weight {source['weight']:g}", f"{source['pairs']} pairs of {name}"))
+    if report.get("columns_left_out"):
+        rows.append(("columns that not all pairs have", f"left out: {', '.join(report['columns_left_out'])}"))
     return [f"{name:36} {text}" for name, text in rows]
 
 

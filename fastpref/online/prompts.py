@@ -57,16 +57,28 @@ def read_responses(path: str | os.PathLike[str], human: str = "human") -> list[R
     records = read_records(path) if Path(path).suffix == ".jsonl" else []
     if records and any("responses" in record for record in records):
         return records
+    found = []
+    for i, pair in enumerate(load_pairs(path)):
+        texts = [_only_text(pair[side], f"{path}: record {i}, {side}") for side in ("chosen", "rejected")]
+        others = {name: value for name, value in pair.items() if name not in CONSUMED | {"margin"}}
+        found.append({"prompt": pair["prompt"], "responses": texts, "scores": {human: [1.0, 0.0]}, **others})
+    return found
+
+
+def load_pairs(path: str | os.PathLike[str]) -> list[Record]:
+    """Pairs in any format of `fastpref.data.formats`, as texts or messages.
+
+    Raises:
+        ValueError: they are token ids, or none.
+    """
     from fastpref.data import formats
     from fastpref.data.files import load_records
     from fastpref.data.template import without_none
 
-    found = []
-    for i, pair in enumerate(map(without_none, formats.paired(load_records(path)).to_list())):
-        texts = [_only_text(pair.get(side), f"{path}: record {i}, {side}") for side in ("chosen", "rejected")]
-        others = {name: value for name, value in pair.items() if name not in CONSUMED | {"margin"}}
-        found.append({"prompt": pair["prompt"], "responses": texts, "scores": {human: [1.0, 0.0]}, **others})
-    return found
+    records = [without_none(record) for record in formats.paired(load_records(path)).to_list()]
+    if "chosen" not in records[0]:
+        raise ValueError(f"{path}: got token ids, want texts or messages")
+    return records
 
 
 def _only_text(response: Any, where: str) -> str:

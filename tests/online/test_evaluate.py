@@ -12,7 +12,7 @@ from support_online import PROMPTS, tiny, write_lines
 from fastpref import RewardHead
 from fastpref.commands import cli
 from fastpref.online import evaluate_policy, evaluate_reward_model, statistics
-from fastpref.online.evaluate import load_pairs
+from fastpref.online.prompts import load_pairs
 
 ANSWERS = ("Red.", "Four, I think.", "Because it turns.", "So?", "They are old, some of them, and tall.", "Blue.")
 

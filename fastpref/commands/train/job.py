@@ -18,6 +18,7 @@ from fastpref.commands.train.progress import TrainingProgress
 from fastpref.common import memory, terminal
 from fastpref.data import formats, pairs
 from fastpref.data.files import load_records
+from fastpref.data.weights import repeated_by_weight
 from fastpref.models.adapters import adapter_config
 from fastpref.trainers.config import PreferenceConfig
 from fastpref.trainers.policy import ReferencedTrainer
@@ -124,6 +125,7 @@ def load_data(method: str, options: RunOptions) -> tuple[Any, Any]:
             raise ValueError(f"--eval-split: got {len(train)} record, want at least 2, one of them to hold out")
         parts = train.train_test_split(max(1, round(options.eval_split * len(train))), seed=HOLD_OUT_SEED)
         train, heldout = parts["train"], parts["test"]
+    train = repeated_by_weight(train)  # after the split: a copy of a held-out record is no training data
     if method == "kto":
         train, heldout = _single_responses(train), _single_responses(heldout)
     return train, heldout
