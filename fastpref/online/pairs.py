@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weight", type=at_least(float, 0), metavar="W", help="of each pair that is made (default: no weights; 1 with "
         "--mix)")  # fmt: skip
     add("--mix", action="append", default=[], type=_weighted_file, metavar="FILE[=W]", help="put these pairs beside, "
-        "with weight W (default: 1): in any format that `fastpref train` reads. May be given several times")  # fmt: skip
+        "with weight W (default: 1): in any format that `fastpref train` reads. May be given again")  # fmt: skip
     add("--json", metavar="FILE", help="the report")
 
 
