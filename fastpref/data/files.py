@@ -117,7 +117,19 @@ def _read(file: Path) -> Dataset:
     except (DatasetGenerationError, ValueError, OSError) as error:
         where = _damage(file) if BUILDERS[file.suffix] == "json" else None
         raise ValueError(f"{file}{where or f': {error.__cause__ or error}'}") from error
-    return dataset
+    return _located(dataset, file.resolve().parent)
+
+
+def _located(dataset: Dataset, folder: Path) -> Dataset:
+    """The records, with paths of images that are relative to the file's folder made absolute."""
+    from fastpref.data import images
+
+    if not images.has_images(dataset) or not len(dataset):
+        return dataset
+    dataset = images.undecoded(dataset)
+    if any(source["bytes"] for source in images.listed(dataset[0])):  # they are in the file
+        return dataset
+    return dataset.map(images.located, fn_kwargs={"folder": folder}, desc="Locating images")
 
 
 def _damage(file: Path) -> str | None:

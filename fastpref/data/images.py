@@ -30,6 +30,35 @@ COLUMNS = ("images", "image")
 PREPARED = ("images", "prompt_text", "pixels")  # of a record whose prompt has gone through the processor
 
 
+def is_processor(processing_class: Any) -> bool:
+    """Whether it is a processor of texts and images, with a tokenizer inside."""
+    from transformers import ProcessorMixin
+
+    return isinstance(processing_class, ProcessorMixin) and hasattr(processing_class, "tokenizer")
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer in a processor, with the processor's chat template if it has none; or the tokenizer itself."""
+    if not is_processor(processing_class):
+        return processing_class
+    tokenizer = processing_class.tokenizer
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer
+
+
+def checked_processor(example: Mapping[str, Any], processing_class: Any) -> bool:
+    """Whether a record has images.
+
+    Raises:
+        ValueError: it has, and there is only a tokenizer for them.
+    """
+    found = listed(example)
+    if found and not is_processor(processing_class):
+        raise ValueError(f"images: got {len(found)}, want none: the model reads texts only")
+    return bool(found)
+
+
 def has_images(dataset: Any) -> bool:
     """Whether the data set has a column of images. Its records may still have none."""
     return bool(set(COLUMNS) & set(column_names(dataset)))
@@ -270,8 +299,8 @@ def _uneven(images: int, places: str) -> str:
     return f"images: got {images} for {places}, want one for each"
 
 
-def process(processor: Any, images: Sequence[Sequence[Any]], texts: Sequence[str]) -> Any:
-    """What the processor makes of prompts and their images, padded on the right.
+def process(processor: Any, images: Sequence[Sequence[Any]], texts: Sequence[str], side: str = "right") -> Any:
+    """What the processor makes of prompts and their images, padded on one side.
 
     Prompts without images go along if no prompt has one.
 
@@ -279,11 +308,11 @@ def process(processor: Any, images: Sequence[Sequence[Any]], texts: Sequence[str
         ValueError: the processor refuses them.
     """
     if not any(images):
-        return processor(text=list(texts), padding=True, padding_side="right", return_tensors="pt",
+        return processor(text=list(texts), padding=True, padding_side=side, return_tensors="pt",
                          add_special_tokens=False)  # fmt: skip
     try:
         return processor(
-            images=[list(some) for some in images], text=list(texts), padding=True, padding_side="right",
+            images=[list(some) for some in images], text=list(texts), padding=True, padding_side=side,
             return_tensors="pt", add_special_tokens=False,
         )  # fmt: skip
     except Exception as error:  # a processor raises what it likes
@@ -333,10 +362,14 @@ def _hash(inputs: Mapping[str, Any]) -> list[int]:
     return np.frombuffer(found.digest(), dtype=np.int64).tolist()
 
 
-def absolute(value: Any, folder: Path) -> Any:
-    """A record's image or images, with paths that are relative to `folder` made absolute."""
+def located(record: Mapping[str, Any], folder: Path) -> Record:
+    """A record of a file in `folder`, to which the paths of its images are relative, with absolute paths."""
+    return {**record, **{name: _absolute(record[name], folder) for name in COLUMNS if name in record}}
+
+
+def _absolute(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
-        return [absolute(one, folder) for one in value]
+        return [_absolute(one, folder) for one in value]
     if isinstance(value, Mapping) and value.get("path") and value.get("bytes") is None:
         return {**value, "path": str(folder / value["path"])}
     return str(folder / value) if isinstance(value, str) else value

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpref.common import checks
+from fastpref.data import images
 from fastpref.data.batches import WINDOW_BATCHES, batches_by_length, in_windows, pad_id, padded
 from fastpref.data.encode import prompt_ids
 from fastpref.data.randomness import draw, keys
@@ -71,9 +72,9 @@ def sample_responses(
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer. A vision-language model's processor, for records with images.
         prompts: messages, which go through the chat template; or text, which is continued as it is; or records with a
-            `prompt` and, as TRL has them, `tools` and `chat_template_kwargs` for the template.
+            `prompt` and, as TRL has them, `tools` and `chat_template_kwargs` for the template, and `images`.
         sampling: how to sample.
         batch_size: responses sampled at once.
         start: index of the first prompt.
@@ -84,16 +85,19 @@ def sample_responses(
     """
     how = sampling or Sampling()
     ids = all_prompt_ids(prompts, tokenizer)
+    pictured = {i for i, p in enumerate(prompts) if isinstance(p, Mapping) and images.listed(p)}
 
     def run(window: list[tuple[int, list[int]]]) -> list[list[Response]]:
         items = [(index, response) for index, _ in window for response in range(how.k)]
         tokens = dict(window)
         found: dict[tuple[int, int], Response] = {}
-        for chosen in batches_by_length([len(tokens[index]) for index, _ in items], batch_size):
-            some = [items[i] for i in chosen]
-            found.update(zip(some, sample_batch(model, tokenizer, tokens, some, how), strict=True))
-            if progress:
-                progress(len(some))
+        for kind in ([i for i in items if i[0] not in pictured], [i for i in items if i[0] in pictured]):
+            for chosen in batches_by_length([len(tokens[index]) for index, _ in kind], batch_size):
+                some = [kind[i] for i in chosen]
+                pictures = {index: prompts[index] for index, _ in some} if some[0][0] in pictured else {}
+                found.update(zip(some, sample_batch(model, tokenizer, tokens, some, how, pictures), strict=True))
+                if progress:
+                    progress(len(some))
         return [[found[index, response] for response in range(how.k)] for index in tokens]
 
     size = max(1, WINDOW_BATCHES * batch_size // how.k)
@@ -110,7 +114,11 @@ def all_prompt_ids(prompts: Sequence[Prompt | Mapping[str, Any]], tokenizer: Any
     found = []
     for i, prompt in enumerate(prompts):
         try:
-            found.append(prompt_ids(prompt if isinstance(prompt, Mapping) else {"prompt": prompt}, tokenizer))
+            record = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+            if images.checked_processor(record, tokenizer):
+                found.append(images.encode(dict(record), tokenizer, ())["prompt_ids"])
+            else:
+                found.append(prompt_ids(record, images.tokenizer_of(tokenizer)))
         except ValueError as error:
             raise ValueError(f"prompts[{i}]: {error}") from None
         if not found[-1]:
@@ -121,24 +129,30 @@ def all_prompt_ids(prompts: Sequence[Prompt | Mapping[str, Any]], tokenizer: Any
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens with which the model or its tokenizer ends a response."""
     own = getattr(model.generation_config, "eos_token_id", None)
-    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    known = [*(own if isinstance(own, list) else [own]), images.tokenizer_of(tokenizer).eos_token_id]
     return sorted({token for token in known if token is not None})
 
 
 @torch.no_grad()
 def sample_batch(
-    model: Any, tokenizer: Any, tokens: Mapping[int, list[int]], items: Sequence[tuple[int, int]], how: Sampling
-) -> list[Response]:
+    model: Any, tokenizer: Any, tokens: Mapping[int, list[int]], items: Sequence[tuple[int, int]], how: Sampling,
+    pictures: Mapping[int, Any] | None = None,
+) -> list[Response]:  # fmt: skip
     """Samples one batch, a response to each of the `items`, which are (prompt, response) numbers.
 
-    The numbers are the keys of a response's random numbers, with `how.seed`. `tokens` has each prompt's ids.
+    The numbers are the keys of a response's random numbers, with `how.seed`. `tokens` has each prompt's ids. `pictures`
+    has the prompts' records if they have images: all or none of a batch.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
+    processor, tokenizer = tokenizer, images.tokenizer_of(tokenizer)
     prompts = list(dict.fromkeys(prompt for prompt, _ in items))
     row = torch.tensor([prompts.index(prompt) for prompt, _ in items], device=model.device)
     ids, mask = (x.to(model.device) for x in padded([tokens[p] for p in prompts], pad_id(tokenizer), "left"))
-    cache = _prompt_cache(model, ids, mask, row) if len(prompts) < len(items) else {}
+    if pictures:
+        cache = _seen(processor, [pictures[prompt] for prompt, _ in items], model.device)
+    else:
+        cache = _prompt_cache(model, ids, mask, row) if len(prompts) < len(items) else {}
     ids, mask = ids[row], mask[row]
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
@@ -161,6 +175,15 @@ def sample_batch(
     if bool(broken):
         raise ValueError(f"model: got NaN among the logits of {type(model).__name__} in {model.dtype}, want numbers")
     return [_response(row, ends, tokenizer) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def _seen(processor: Any, records: Sequence[Any], device: torch.device) -> dict[str, Any]:
+    """What a vision-language model takes beside the token ids of prompts with images, padded on the left."""
+    opened = [[images.opened(source) for source in images.listed(record)] for record in records]
+    texts = [images.texts_of(record, processor, (), len(own))[0] for record, own in zip(records, opened, strict=True)]
+    found = images.process(processor, opened, texts, side="left")
+    own = {name: value for name, value in found.items() if name not in ("input_ids", "attention_mask")}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in own.items()}
 
 
 def _prompt_cache(model: Any, ids: Tensor, mask: Tensor, row: Tensor) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from fastpref import models
+from fastpref.data.images import tokenizer_of
 from fastpref.data.vision import Vision
 from fastpref.integrations.trl_batches import KEY, PackingCollator, PackingUnpaired
 from fastpref.integrations.trl_vision import COLLATORS, PackingPictures, PackingUnpairedPictures
@@ -40,7 +41,7 @@ from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.policy import PolicyTrainer
 from fastpref.trainers.reference import ready_reference
-from fastpref.trainers.vision import tokenizer_of, vision_of
+from fastpref.trainers.vision import vision_of
 
 SMOOTHED = frozenset(("exo_pair", "robust", "aot", "aot_unpaired"))  # by TRL; it leaves `sigmoid` as it is
 REPLACED = ("_compute_loss", "compute_ref_log_probs")

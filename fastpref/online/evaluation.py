@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from fastpref.common import checks
-from fastpref.data import encode
+from fastpref.data import encode, images
 from fastpref.data.remarks import Remarks
 from fastpref.objectives.reward import RewardHead
 from fastpref.online import statistics
 from fastpref.online.pairing import characters
-from fastpref.online.sequences import PolicyScores, TokenSequence, policy_scores, rewards
+from fastpref.online.sequences import PolicyScores, TokenSequence, pictured, policy_scores, rewards
 
 SIDES = ("chosen", "rejected")
 Pairs = Sequence[Mapping[str, Any]]
@@ -59,7 +59,9 @@ def evaluate_policy(
     options = {"responses_as_written": responses_as_written, "assistant_only_loss": assistant_only_loss}
 
     def of_pair(pair: dict[str, Any]) -> tuple[list[TokenSequence], int]:
-        prompt, responses, found = encode.part(pair, SIDES, tokenizer, **options)
+        if images.checked_processor(pair, tokenizer):
+            return pictured(pair, SIDES, tokenizer, **options), 0
+        prompt, responses, found = encode.part(pair, SIDES, images.tokenizer_of(tokenizer), **options)
         return [TokenSequence(prompt, *response) for response in responses], found
 
     sequences = _encoded(pairs, of_pair)
@@ -109,12 +111,16 @@ def evaluate_reward_model(
     """
 
     def of_pair(pair: dict[str, Any]) -> tuple[list[TokenSequence], int]:
-        sequences, found = encode.wholes(pair, tokenizer, responses_as_written=responses_as_written)
+        if images.checked_processor(pair, tokenizer):
+            return pictured(pair, SIDES, tokenizer, responses_as_written=responses_as_written), 0
+        text = images.tokenizer_of(tokenizer)
+        sequences, found = encode.wholes(pair, text, responses_as_written=responses_as_written)
         return [TokenSequence([], ids) for ids in sequences], found
 
     sequences = _encoded(pairs, of_pair)
     room = [
-        max_length is None or max(len(s.response) for s in _two(sequences, i)) <= max_length for i in range(len(pairs))
+        max_length is None or max(len(s.prompt + s.response) for s in _two(sequences, i)) <= max_length
+        for i in range(len(pairs))
     ]
     kept, sequences = _kept(pairs, sequences, room, max_length)
     reward = rewards(model, sequences, tokenizer, batch_size=batch_size, progress=progress)

@@ -12,6 +12,7 @@ from fastpref import models
 from fastpref.common import checks
 from fastpref.common.terminal import hide_library_bars
 from fastpref.models import adapters
+from fastpref.models.vision import takes_images
 from fastpref.objectives.reward import RewardHead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +48,7 @@ def _folder(name: str | os.PathLike[str]) -> str:
 
 
 def load_policy(name: str | os.PathLike[str], device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """(language model in eval mode, tokenizer).
+    """(language model in eval mode, tokenizer or processor).
 
     `name` is a folder, a hub id, an adapter's folder (with peft installed), or `smollm2`. By default the device is the
     GPU if there is one, and the dtype is bfloat16 there and float32 on a CPU.
@@ -57,26 +58,28 @@ def load_policy(name: str | os.PathLike[str], device: str | None = None, dtype: 
     hide_library_bars()
     where = default_device(device)
     model = adapters.load(AutoModelForCausalLM, _folder(name), dtype=default_dtype(dtype, where))
-    return models.inner_model(model).to(where).eval(), _tokenizer(name)  # the adapter stays in its layers
+    return models.inner_model(model).to(where).eval(), _tokenizer(name, model)  # the adapter stays in its layers
 
 
 def load_reward_model(
     name: str | os.PathLike[str], device: str | None = None, dtype: str | None = None
 ) -> tuple[RewardHead, Any]:
-    """(reward model in eval mode, tokenizer).
+    """(reward model in eval mode, tokenizer or processor).
 
     `name` is what `AutoModelForSequenceClassification` reads with one label, or an adapter of it.
     """
     hide_library_bars()
     where = default_device(device)
     model = RewardHead.from_pretrained(_folder(name), dtype=default_dtype(dtype, where))
-    return model.to(where).eval(), _tokenizer(name)
+    return model.to(where).eval(), _tokenizer(name, model.backbone)
 
 
-def _tokenizer(name: str | os.PathLike[str]) -> Any:
-    from transformers import AutoTokenizer
+def _tokenizer(name: str | os.PathLike[str], model: Any) -> Any:
+    """The tokenizer, or the processor of a model that takes images."""
+    from transformers import AutoProcessor, AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(adapters.tokenizer_source(_folder(name)))
+    auto = AutoProcessor if takes_images(model) else AutoTokenizer
+    return auto.from_pretrained(adapters.tokenizer_source(_folder(name)))
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -41,6 +41,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     Raises:
         ValueError: a line is no JSON object, or there is none. Names the file and the line.
     """
+    from fastpref.data.images import located
+
     records = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -48,7 +50,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         record = _parse(line)
         if record is None:
             raise ValueError(f"{path}, line {number}: got {line[:40]!r}, want a JSON object")
-        records.append(record)
+        records.append(located(record, Path(path).resolve().parent))
     if not records:
         raise ValueError(f"{path}: got no records, want at least 1")
     meta = sidecar(Path(path))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs
-from fastpref.data import encode
+from fastpref.data import encode, images
 from fastpref.data.batches import batches_by_length, pad_id, padded
 from fastpref.data.ids import IGNORE_INDEX
+from fastpref.data.packing import Scored
+from fastpref.data.vision import Vision
 from fastpref.models import hidden_states, output_head
 from fastpref.objectives.reward import RewardHead
 
@@ -22,6 +25,7 @@ class TokenSequence(NamedTuple):
     prompt: list[int]
     response: list[int]
     mask: list[int] | None = None
+    record: Mapping[str, Any] | None = None  # with the prompt's images, from `fastpref.data.images.encode`
 
     def scored(self) -> Tensor:
         """Indices of the response's tokens that are scored. The first token of a sequence cannot be."""
@@ -33,9 +37,13 @@ class TokenSequence(NamedTuple):
         """The first `max_length` tokens."""
         if max_length is None:
             return self
+        if self.record is not None and len(self.prompt) > max_length:
+            raise ValueError(f"max_length: got {max_length}, want at least the {len(self.prompt)} tokens of an image")
         prompt = self.prompt[:max_length]
         room = max_length - len(prompt)
-        return TokenSequence(prompt, self.response[:room], None if self.mask is None else self.mask[:room])
+        return self._replace(
+            prompt=prompt, response=self.response[:room], mask=None if self.mask is None else self.mask[:room]
+        )
 
 
 def sequence_ids(record: Mapping[str, Any], response: str, tokenizer: Any) -> TokenSequence:
@@ -59,10 +67,28 @@ def sequences_of(
     for text, ids in zip(record["responses"], sampled, strict=True):
         placed = text if isinstance(record["prompt"], str) else [{"role": "assistant", "content": text}]
         example = {**others, "response": placed, "response_response_ids": ids}
-        parted = encode.part(example, ("response",), tokenizer, responses_as_written=responses_as_written)
+        if images.checked_processor(record, tokenizer):
+            sequences += pictured(example, ("response",), tokenizer, responses_as_written=responses_as_written)
+            continue
+        parted = encode.part(
+            example, ("response",), images.tokenizer_of(tokenizer), responses_as_written=responses_as_written
+        )
         sequences.append(TokenSequence(parted.prompt, *parted.responses[0]))
         found |= parted.remarks
     return sequences, found
+
+
+def pictured(example: Mapping[str, Any], sides: Sequence[str], processor: Any, **options: bool) -> list[TokenSequence]:
+    """The responses after a prompt with images, as the trainers make them.
+
+    Raises:
+        ValueError: an image is wrong, or one of the options, which are of texts, is set.
+    """
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{name}: got True with images, want False")
+    found = images.encode(dict(example), processor, sides)
+    return [TokenSequence(found["prompt_ids"], found[f"{side}_ids"], None, found) for side in sides]
 
 
 class PolicyScores(NamedTuple):
@@ -95,14 +121,15 @@ def policy_scores(
     found = torch.zeros(5, len(sequences), dtype=torch.float64)
     for chosen in batches_by_length([len(s.prompt) + len(s.response) for s in sequences], batch_size):
         some = [sequences[i] for i in chosen]
-        ids, mask, labels = (x.to(head.weight.device) for x in _labelled(some, pad_id(tokenizer)))
-        hidden = hidden_states(model, ids, mask)
+        ids, mask, labels = (x.to(head.weight.device) for x in _labelled(some, pad_id(images.tokenizer_of(tokenizer))))
+        seen = seen_inputs(some, tokenizer, ids)
+        hidden = hidden_states(model, ids, mask, **seen)
         if ref_head is None:
             logps = linear_token_logprobs(hidden, head.weight, labels, head.bias, **head.options())
             columns = [logps]
         else:
             both = linear_token_kl(
-                hidden, head.weight, hidden_states(reference, ids, mask), ref_head.weight, labels, head.bias,
+                hidden, head.weight, hidden_states(reference, ids, mask, **seen), ref_head.weight, labels, head.bias,
                 ref_head.bias, **head.options(),
             )  # fmt: skip
             assert both.logps is not None and both.ref_logps is not None
@@ -127,6 +154,18 @@ def _labelled(sequences: Iterable[TokenSequence], pad_token_id: int) -> tuple[Te
     return ids, mask, labels
 
 
+def seen_inputs(sequences: Sequence[TokenSequence], processor: Any, input_ids: Tensor) -> dict[str, Any]:
+    """What a model takes beside the padded token ids of sequences with images; nothing for texts."""
+    if not any(sequence.record for sequence in sequences):
+        return {}
+    vision = Vision(processor)
+    scored = [[Scored(s.prompt + s.response, len(s.prompt))] for s in sequences]
+    records = [s.record or {"images": [], "prompt_text": "", "pixels": []} for s in sequences]
+    places = [row * input_ids.shape[1] + np.arange(len(s.ids)) for row, (s,) in enumerate(scored)]
+    found = vision.inputs(scored, records, "padded", places, input_ids.shape)
+    return {name: value.to(input_ids.device) for name, value in found.items()}
+
+
 @torch.no_grad()
 def rewards(
     model: RewardHead, sequences: Sequence[TokenSequence], tokenizer: Any, *, batch_size: int = 8,
@@ -136,8 +175,10 @@ def rewards(
     device = model.score.weight.device
     found = torch.zeros(len(sequences), dtype=torch.float64)
     for chosen in batches_by_length([len(s.prompt) + len(s.response) for s in sequences], batch_size):
-        ids, mask = padded([sequences[i].prompt + sequences[i].response for i in chosen], pad_id(tokenizer), "right")
-        found[chosen] = model(ids.to(device), mask.to(device)).double().cpu()
+        some = [sequences[i] for i in chosen]
+        rows = [sequence.prompt + sequence.response for sequence in some]
+        ids, mask = (x.to(device) for x in padded(rows, pad_id(images.tokenizer_of(tokenizer)), "right"))
+        found[chosen] = model(ids, mask, **seen_inputs(some, tokenizer, ids)).double().cpu()
         if progress:
             progress(len(chosen))
     return found

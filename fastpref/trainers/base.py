@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from fastpref.common.memory import keep_freed_memory
 from fastpref.data import images
 from fastpref.data.collators import PackedCollator
+from fastpref.data.images import tokenizer_of
 from fastpref.models import compile_backbone, inner_model, keep_arithmetic, limits, run_inside
 from fastpref.trainers import card
 from fastpref.trainers.config import PreferenceConfig, unsupported
@@ -33,7 +34,7 @@ from fastpref.trainers.loading import (
 )  # fmt: skip
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.streams import StreamRemarks
-from fastpref.trainers.vision import pictured, tokenizer_of, vision_of
+from fastpref.trainers.vision import pictured, vision_of
 
 NLL_TERM = "loss/nll"  # of an evaluation's loss: a mean over tokens, where the rest is one over examples
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fastpref.data.collators import PackedCollator
+from fastpref.data.images import tokenizer_of
 from fastpref.models import adapters, inner_model, is_peft
 from fastpref.models.vision import takes_images
 from fastpref.trainers.config import PreferenceConfig, unsupported
-from fastpref.trainers.vision import tokenizer_of
 
 FACTORS = re.compile(r"lora_(embedding_)?[AB]\.")
 NOISE = ("drop", "jitter")  # in the names of its rates

@@ -6,23 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpref.data import images
+from fastpref.data.images import is_processor
 from fastpref.data.vision import Vision
 from fastpref.models.vision import axis_positions, takes_images
 from fastpref.trainers.config import PreferenceConfig, unsupported
 
 TEXT_ONLY = ("responses_as_written", "assistant_only_loss", "torch_compile", "activation_offloading")
-
-
-def is_processor(processing_class: Any) -> bool:
-    """Whether it is a processor of texts and images, with a tokenizer inside."""
-    from transformers import ProcessorMixin
-
-    return isinstance(processing_class, ProcessorMixin) and hasattr(processing_class, "tokenizer")
-
-
-def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer in a processor, or the tokenizer itself."""
-    return processing_class.tokenizer if is_processor(processing_class) else processing_class
 
 
 def vision_of(model: Any, processing_class: Any) -> Vision | None:
