@@ -15,7 +15,7 @@ from fastpref.online.command import Progress, at_least, command
 from fastpref.online.judges import Scorer
 from fastpref.online.prompts import checked_prompt, checked_responses
 from fastpref.online.records import Journal, Record, read_records, to_line
-from fastpref.online.sequences import sequences_of
+from fastpref.online.sequences import PicturedSequence, sequences_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,9 @@ def _fingerprint(records: Sequence[Record], tokenizer: Any, responses_as_written
         except ValueError as error:
             raise ValueError(f"record {i}: {error}") from None
         told.add(i, flags)
-        found.rows((sequence._asdict() for sequence in sequences), ("prompt", "response"))
+        for sequence in sequences:
+            pictures = {"pixels": sequence.record["pixels"]} if isinstance(sequence, PicturedSequence) else {}
+            found.rows([sequence._asdict() | pictures], ("prompt", "response", *pictures))
     told.say()
     return found.hexdigest()
 

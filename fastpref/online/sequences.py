@@ -25,7 +25,6 @@ class TokenSequence(NamedTuple):
     prompt: list[int]
     response: list[int]
     mask: list[int] | None = None
-    record: Mapping[str, Any] | None = None  # with the prompt's images, from `fastpref.data.images.encode`
 
     def scored(self) -> Tensor:
         """Indices of the response's tokens that are scored. The first token of a sequence cannot be."""
@@ -37,13 +36,33 @@ class TokenSequence(NamedTuple):
         """The first `max_length` tokens."""
         if max_length is None:
             return self
-        if self.record is not None and len(self.prompt) > max_length:
-            raise ValueError(f"max_length: got {max_length}, want at least the {len(self.prompt)} tokens of an image")
         prompt = self.prompt[:max_length]
         room = max_length - len(prompt)
-        return self._replace(
-            prompt=prompt, response=self.response[:room], mask=None if self.mask is None else self.mask[:room]
-        )
+        return TokenSequence(prompt, self.response[:room], None if self.mask is None else self.mask[:room])
+
+
+class PicturedSequence(TokenSequence):
+    """The same, of a prompt with images. `record` has them, as `fastpref.data.images.encode` gives it."""
+
+    record: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], response: list[int]) -> PicturedSequence:
+        """A response after the record's prompt."""
+        found = cls(record["prompt_ids"], response)
+        found.record = record
+        return found
+
+    def cut(self, max_length: int | None) -> PicturedSequence:
+        """The first `max_length` tokens, which must have room for the prompt with all its images."""
+        if max_length is None:
+            return self
+        room = max_length - len(self.prompt)
+        if room < 0:
+            raise ValueError(
+                f"max_length: got {max_length}, want at least {len(self.prompt)}: a prompt with its images"
+            )
+        return PicturedSequence.of(self.record, self.response[:room])
 
 
 def sequence_ids(record: Mapping[str, Any], response: str, tokenizer: Any) -> TokenSequence:
@@ -88,7 +107,7 @@ def pictured(example: Mapping[str, Any], sides: Sequence[str], processor: Any, *
         if value:
             raise ValueError(f"{name}: got True with images, want False")
     found = images.encode(dict(example), processor, sides)
-    return [TokenSequence(found["prompt_ids"], found[f"{side}_ids"], None, found) for side in sides]
+    return [PicturedSequence.of(found, found[f"{side}_ids"]) for side in sides]
 
 
 class PolicyScores(NamedTuple):
@@ -156,11 +175,12 @@ def _labelled(sequences: Iterable[TokenSequence], pad_token_id: int) -> tuple[Te
 
 def seen_inputs(sequences: Sequence[TokenSequence], processor: Any, input_ids: Tensor) -> dict[str, Any]:
     """What a model takes beside the padded token ids of sequences with images; nothing for texts."""
-    if not any(sequence.record for sequence in sequences):
+    if not any(isinstance(sequence, PicturedSequence) for sequence in sequences):
         return {}
     vision = Vision(processor)
     scored = [[Scored(s.prompt + s.response, len(s.prompt))] for s in sequences]
-    records = [s.record or {"images": [], "prompt_text": "", "pixels": []} for s in sequences]
+    text = {"images": [], "prompt_text": "", "pixels": []}
+    records = [s.record if isinstance(s, PicturedSequence) else text for s in sequences]
     places = [row * input_ids.shape[1] + np.arange(len(s.ids)) for row, (s,) in enumerate(scored)]
     found = vision.inputs(scored, records, "padded", places, input_ids.shape)
     return {name: value.to(input_ids.device) for name, value in found.items()}
