@@ -18,6 +18,8 @@ from fastpref.trainers.config import (
 )
 from fastpref.trainers.paired import CPOTrainer, DPOTrainer, IPOTrainer, ORPOTrainer, SimPOTrainer
 from fastpref.trainers.reward import PRMTrainer, RewardTrainer
+from fastpref.trainers.rl_config import GRPOConfig, RLOOConfig
+from fastpref.trainers.rl_methods import GRPOTrainer, RLOOTrainer
 from fastpref.trainers.unpaired import KTOTrainer
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "CPOTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "IPOConfig",
     "IPOTrainer",
     "KTOConfig",
@@ -34,6 +38,8 @@ __all__ = [
     "PRMConfig",
     "PRMTrainer",
     "PreferenceConfig",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SimPOConfig",

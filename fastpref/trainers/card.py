@@ -35,6 +35,15 @@ METHODS = {
     "SimPO": Method(
         "SimPO", "simpo", "SimPO: Simple Preference Optimization with a Reference-Free Reward", "2405.14734"
     ),
+    "RLOO": Method(
+        "RLOO", "rloo",
+        "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in LLMs",
+        "2402.14740",
+    ),
+    "GRPO": Method(
+        "GRPO", "grpo", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        "2402.03300",
+    ),
     "Reward": Method(
         "Reward", "reward-trainer", "Training language models to follow instructions with human feedback", "2203.02155"
     ),

@@ -31,6 +31,8 @@ from fastpref.trainers import (
     CPOTrainer,
     DPOConfig,
     DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
     IPOConfig,
     IPOTrainer,
     KTOConfig,
@@ -41,6 +43,8 @@ from fastpref.trainers import (
     PRMTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SimPOConfig,
     SimPOTrainer,
 )
@@ -154,3 +158,5 @@ def train(folder: str) -> None:
     SimPOTrainer(folder, args=SimPOConfig(folder)).train()
     RewardTrainer(folder, args=RewardConfig(folder)).train()
     PRMTrainer(folder, args=PRMConfig(folder)).train()
+    RLOOTrainer(folder, folder, args=RLOOConfig(folder, kl_estimator="exact")).train()
+    GRPOTrainer(folder, [folder], args=GRPOConfig(folder, loss_type="cispo")).train()

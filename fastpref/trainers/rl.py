@@ -1,0 +1,371 @@
+"""What RLOO and GRPO share: rounds of samples and their rewards, buffered for several updates, saved and resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref import models
+from fastpref.data import formats
+from fastpref.data.encode import prompt_ids
+from fastpref.data.sampling import Sampling
+from fastpref.data.template import without_none
+from fastpref.objectives.advantages import Advantages, weighted
+from fastpref.objectives.kl import AdaptiveKLController, FixedKLController
+from fastpref.objectives.normalize import RewardNormalizer
+from fastpref.objectives.surrogates import BatchSize
+from fastpref.trainers import rl_metrics
+from fastpref.trainers.base import Items
+from fastpref.trainers.config import unsupported
+from fastpref.trainers.loading import given_args
+from fastpref.trainers.reward_functions import RewardFunctions
+from fastpref.trainers.rl_config import OnlineConfig
+from fastpref.trainers.rl_loss import SampleLosses
+from fastpref.trainers.rollouts import ModelSampler, RepeatSampler, RolloutCollator, Sample, Sampled, shuffled_groups
+
+EVALUATION = 2**40  # number of an evaluation's first prompt: each evaluation samples with the same random numbers
+STATE_FILE = "rollouts-{rank}.pt"  # in a checkpoint
+
+
+class OnlineTrainer(SampleLosses):
+    """Samples responses, rewards them, and learns from the comparison of a prompt's samples.
+
+    A subclass says how rewards become advantages.
+    """
+
+    config_class: type[OnlineConfig]
+    data_collator: RolloutCollator
+    _buffer: list[list[Sample]]
+
+    def __init__(
+        self, model: Any, reward_funcs: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any,
+        reward_processing_classes: Any, sampler: Any, heldout_funcs: Any, ref_model: Any, **options: Any,
+    ) -> None:  # fmt: skip
+        args = given_args(args, self.config_class, model, self.config_class.method.upper())
+        if reward_funcs is None or (isinstance(reward_funcs, list | tuple) and not reward_funcs):
+            raise ValueError("reward_funcs: got none, want a function (prompts, completions, ...) -> rewards, or more")
+        self.rewards = RewardFunctions(reward_funcs, reward_processing_classes, args, "reward_funcs")
+        self.heldout = RewardFunctions(heldout_funcs or [], None, args, "heldout_funcs")
+        weights = [1.0] * len(self.rewards) if args.reward_weights is None else list(args.reward_weights)
+        if len(weights) != len(self.rewards):
+            raise ValueError(f"reward_weights: got {len(weights)}, want one for each of {len(self.rewards)} functions")
+        self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        self.controller = (
+            FixedKLController(args.beta)
+            if args.kl_target is None
+            else AdaptiveKLController(args.beta, args.kl_target, args.kl_horizon)
+        )
+        self.normalizer = None
+        if args.reward_normalizer is not None:
+            self.normalizer = RewardNormalizer(args.reward_normalizer, args.reward_clip)
+        self.sampler = sampler
+        self._completions = rl_metrics.CompletionLog(
+            args.output_dir, args.num_completions_to_print, args.log_unique_prompts
+        )
+        self._reset()
+        super().__init__(
+            model, ref_model, args, RolloutCollator(), train_dataset, eval_dataset, processing_class, **options
+        )
+        if self.is_fsdp_enabled or getattr(self.accelerator.state, "deepspeed_plugin", None) is not None:
+            raise unsupported("fsdp, deepspeed", "one of them", "want DDP: samples are made with whole weights")
+        for functions in (self.rewards, self.heldout):
+            functions.to(self.args.device)
+
+    # data
+
+    def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
+        if not hasattr(dataset, "select"):
+            raise unsupported(f"{name}_dataset", "a stream", "want a Dataset: prompts are repeated and shuffled")
+        if "prompt" not in dataset.column_names:
+            dataset = formats.prompts(dataset)
+        options = args.chat_template_kwargs or {}
+
+        def ids(record: dict[str, Any], index: int) -> dict[str, Any]:
+            record = without_none(record)
+            kwargs = {**options, **record.get("chat_template_kwargs", {})}
+            try:
+                found = prompt_ids({**record, "chat_template_kwargs": kwargs}, self.tokenizer_in_use)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{name}_dataset, record {index}: {error}") from None
+            if not found:
+                raise ValueError(f"{name}_dataset, record {index}: got a prompt without tokens, want at least 1")
+            return {"prompt_ids": found}
+
+        return dataset.map(ids, with_indices=True, num_proc=args.dataset_num_proc, desc=f"tokenizing the {name} data")
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of records, each as large as what a rank samples at once."""
+        return self._get_dataloader(
+            dataset=self.train_dataset, description="Training", sampler_fn=self._get_train_sampler, is_training=True,
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+        )  # fmt: skip
+
+    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
+        args, number = self.args, len(self.train_dataset)
+        block = args.generation_batch_size // args.num_generations
+        if number < block:
+            raise ValueError(f"train_dataset: got {number} prompts, want at least {block}, those of a generation batch")
+        seed = args.seed if args.shuffle_dataset else None
+        return RepeatSampler(number, args.num_generations, block, self.generate_every, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> RepeatSampler:
+        return RepeatSampler(len(eval_dataset), self.args.eval_generations)
+
+    # one update
+
+    @property
+    def generate_every(self) -> int:
+        """Batches that are learnt from between two rounds of sampling."""
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Items]:  # type: ignore[override]
+        """The batches of one update: samples that are there already, and new ones where it is their turn."""
+        self._began = time.perf_counter()
+        self.model.train()
+        taken: list[list[Sample]] = []
+        for _ in range(num_batches):
+            try:
+                records = next(epoch_iterator)
+            except StopIteration:
+                break
+            if self._batches % self.generate_every == 0 or not self._buffer:
+                self._buffer = self.sample(records)
+            taken.append(self._buffer[self._batches % self.args.steps_per_generation])
+            self._batches += 1
+        share = len(taken) / self.args.steps_per_generation
+        return [self.batch_of(s, len(taken), max(1.0, self._scored) * share) for s in taken], Items(1, 0)
+
+    def batch_of(self, samples: Sequence[Sample], batches: int, scored: float) -> dict[str, Any]:
+        """A batch of samples as the base class takes it."""
+        size = BatchSize(
+            len(samples), sum(s.tokens for s in samples), scored / self.args.world_size,
+            self.args.max_completion_length, batches,
+        )  # fmt: skip
+        parts = [part | {"batch": size} for part in self.data_collator.samples(samples)]
+        return {"index": torch.arange(len(samples)), "parts": parts}
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.add_values({"step_time": torch.tensor(time.perf_counter() - self._began)})
+        return loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
+        (samples,) = self.sample(inputs)
+        batch = self.batch_of(samples, 1, max(1.0, self._scored))
+        return super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    # samples
+
+    def sample(self, records: Sequence[Mapping[str, Any]]) -> list[list[Sample]]:
+        """Samples a response to each of this rank's records, rewards them all, and splits them into batches."""
+        training = self.model.training
+        repeats = self.args.num_generations if training else self.args.eval_generations
+        responses, first = self._responses(records, repeats), self._advance(len(records), repeats)
+        slots = [self.args.process_index * len(records) + i for i in range(len(records))]
+        samples = [
+            Sample(
+                first + slot // repeats, list(record["prompt_ids"]), list(response.ids),
+                response.finished or not self.args.mask_truncated_completions, sampler_logps=_tensor(response.logps),
+            )
+            for slot, record, response in zip(slots, records, responses, strict=True)
+        ]  # fmt: skip
+        completions = self._texts(records, responses)
+        rewards, heldout = (
+            self._everywhere(functions(records, completions, [r.ids for r in responses], self.state))
+            for functions in (self.rewards, self.heldout)
+        )
+        steps = self.args.steps_per_generation if training else 1
+        batches = shuffled_groups(samples, steps, self.args.seed + first)
+        with models.evaluating(self.model):
+            measured = self.measure(batches, training)
+        advantages = self._judge(samples, rewards, repeats)
+        self._add_metrics(records, responses, completions, rewards, heldout, advantages, measured)
+        return batches
+
+    def _advance(self, records: int, repeats: int) -> int:
+        """The number of the first prompt of a round. The next round begins after its last."""
+        prompts = records * self.args.world_size // repeats
+        if self.model.training:
+            self._prompts += prompts
+            return self._prompts - prompts
+        self._evaluated += prompts
+        return EVALUATION + self._evaluated - prompts
+
+    def _responses(self, records: Sequence[Mapping[str, Any]], repeats: int) -> Sequence[Sampled]:
+        args = self.args
+        first = self._prompts if self.model.training else EVALUATION + self._evaluated
+        slots = [args.process_index * len(records) + i for i in range(len(records))]
+        numbers = [(first + slot // repeats, slot % repeats) for slot in slots]
+        how = Sampling(
+            1, args.max_completion_length, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed,
+            args.min_p,
+        )  # fmt: skip
+        prompts = [record["prompt_ids"] for record in records]
+        if self.sampler is not None:
+            if hasattr(self.sampler, "update"):
+                self.sampler.update(self.accelerator.unwrap_model(self.model), self.state.global_step)
+            found = list(self.sampler(prompts, how, numbers))
+            return _checked(found, len(records))
+        with models.evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
+            return ModelSampler(self.inner, self.tokenizer_in_use, len(records))(prompts, how, numbers)
+
+    def _texts(self, records: Sequence[Mapping[str, Any]], responses: Sequence[Sampled]) -> list[Any]:
+        texts = self.tokenizer_in_use.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+        if isinstance(records[0]["prompt"], str):
+            return list(texts)
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def _everywhere(self, values: Tensor) -> Tensor:
+        """The rows of all ranks, rank after rank."""
+        return self.accelerator.gather(values.to(self.args.device)) if self.args.world_size > 1 else values
+
+    # rewards
+
+    def _judge(self, samples: Sequence[Sample], rewards: Tensor, repeats: int) -> Advantages:
+        """Gives every sample its advantage. `rewards` `[G, F]` are those of all ranks."""
+        total = self.combined(rewards)
+        if self.beta and self.args.kl_placement == "reward":
+            kl = torch.stack([s.penalty(self.args.kl_estimator) for s in samples]).float()
+            total = total - self.beta * self._everywhere(kl).to(total.device)
+        advantages = self.advantages(total, rewards, repeats)
+        begin = self.args.process_index * len(samples)
+        for i, sample in enumerate(samples, begin):
+            sample.advantage, sample.slope = float(advantages.values[i]), float(advantages.slope[i])
+        return advantages
+
+    def combined(self, rewards: Tensor) -> Tensor:
+        """The weighted sum of rewards `[G, F]`, normalised where that is asked for: `[G]`."""
+        total = weighted(rewards, self.reward_weights.to(rewards.device))
+        known = ~total.isnan()
+        if self.normalizer is not None and known.any():
+            self.normalizer.train(self.model.training)
+            total[known] = self.normalizer(total[known].cpu()).to(total)
+        return total
+
+    def advantages(self, total: Tensor, rewards: Tensor, repeats: int) -> Advantages:
+        """Advantages from the rewards of all samples: `total` `[G]`, of each function `[G, F]`."""
+        raise NotImplementedError
+
+    # metrics
+
+    def add_values(self, values: Mapping[str, Tensor]) -> None:
+        """Adds numbers that are the same on all ranks, or that are averaged over them."""
+        for name, value in values.items():
+            known = (~value.isnan()).float()
+            self.metrics.add(name, value.nan_to_num(nan=0.0).to(self.args.device), known.to(self.args.device))
+
+    def _add_metrics(
+        self, records: Any, responses: Any, completions: Any, rewards: Tensor, heldout: Tensor,
+        advantages: Advantages, measured: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        lengths = self._everywhere(torch.tensor([[len(r.ids), r.finished] for r in responses]))
+        learnt = self._everywhere(torch.tensor([r.finished or not self.args.mask_truncated_completions
+                                                for r in responses]))  # fmt: skip
+        self._scored = float((lengths[:, 0] * learnt).sum())
+        self.add_values(rl_metrics.length_metrics(lengths[:, 0], lengths[:, 1].bool()))
+        self.add_values(
+            rl_metrics.reward_metrics(rewards, self.rewards.names, self.reward_weights.to(rewards.device), advantages)
+        )
+        self.add_values(rl_metrics.function_metrics(heldout, self.heldout.names, "heldout"))
+        self.add_values(measured)
+        if self.model.training:
+            tokens = sum(len(r["prompt_ids"]) + len(s.ids) for r, s in zip(records, responses, strict=True))
+            self.metrics.add_total("num_tokens", torch.full((), float(tokens), device=self.args.device))
+            if "kl/exact" in measured and self.args.kl_target is not None:
+                self.add_values({"beta": torch.tensor(self.beta)})
+                self.controller.update(float(measured["kl/exact"]), len(rewards))
+        for functions in (self.rewards, self.heldout):
+            for name, (total, count) in rl_metrics.logged_numbers(functions.numbers, self.args.world_size).items():
+                self.metrics.add(name, torch.tensor(total), float(count))
+            functions.numbers.clear()
+        if self.args.log_completions:
+            self._log_completions(records, completions, rewards, advantages)
+        self.rewards.extras.clear()
+
+    def _log_completions(self, records: Any, completions: Any, rewards: Tensor, advantages: Advantages) -> None:
+        begin = self.args.process_index * len(records)
+        extras = {n: v for n, v in self.rewards.extras.items() if len(v) == len(records)}
+        self._completions.write(
+            [
+                {
+                    "step": self.state.global_step, "prompt": record["prompt"], "completion": completion,
+                    "rewards": dict(zip(self.rewards.names, rewards[begin + i].tolist(), strict=True)),
+                    "advantage": float(advantages.values[begin + i]), **{n: v[i] for n, v in extras.items()},
+                }
+                for i, (record, completion) in enumerate(zip(records, completions, strict=True))
+            ]
+        )  # fmt: skip
+
+    # checkpoints
+
+    def _reset(self) -> None:
+        self._batches = self._prompts = self._evaluated = 0
+        self._scored = 0.0  # tokens of a round, over all ranks
+        self._buffer = []
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._reset()
+        return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Saves the round of samples that is being learnt from, too; a checkpoint without its end counts as none."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._batches % self.generate_every
+        state = {
+            "batches": self._batches, "prompts": self._prompts, "scored": self._scored, "world": self.args.world_size,
+            "buffer": [[s.state() for s in some] for some in self._buffer] if unfinished else [],
+            "controller": self.controller.state_dict(),
+            "normalizer": None if self.normalizer is None else self.normalizer.state_dict(),
+        }  # fmt: skip
+        torch.save(state, folder / STATE_FILE.format(rank=self.args.process_index))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / STATE_FILE.format(rank=self.args.process_index)
+        if not path.is_file():
+            raise ValueError(f"resume_from_checkpoint: got {resume_from_checkpoint} without {path.name}, want one of "
+                             "this trainer, saved with as many ranks")  # fmt: skip
+        state = torch.load(path, weights_only=True)
+        if state["world"] != self.args.world_size:
+            raise ValueError(f"resume_from_checkpoint: got one of {state['world']} ranks, want {self.args.world_size}")
+        self._batches, self._prompts, self._scored = state["batches"], state["prompts"], state["scored"]
+        self._buffer = [[Sample(**sample) for sample in some] for some in state["buffer"]]
+        self.controller.load_state_dict(state["controller"])
+        if self.normalizer is not None:
+            with contextlib.suppress(TypeError):
+                self.normalizer.load_state_dict(state["normalizer"])
+
+
+def _tensor(logps: Sequence[float | None] | None) -> Tensor | None:
+    return None if logps is None else torch.tensor([torch.nan if x is None else x for x in logps])
+
+
+def _checked(found: list[Sampled], number: int) -> list[Sampled]:
+    """What a sampler gave.
+
+    Raises:
+        ValueError: another number of responses, an empty one, or log-probs that are not one for each token.
+    """
+    if len(found) != number:
+        raise ValueError(f"sampler: got {len(found)} responses, want {number}")
+    for i, response in enumerate(found):
+        if not response.ids:
+            raise ValueError(f"sampler: got no tokens in response {i}, want at least what ends it")
+        if response.logps is not None and len(response.logps) != len(response.ids):
+            raise ValueError(
+                f"sampler: got {len(response.logps)} log-probs in response {i}, want {len(response.ids)}, one a token"
+            )
+    return found
