@@ -363,7 +363,10 @@ def _checked(found: list[Sampled], number: int) -> list[Sampled]:
         raise ValueError(f"sampler: got {len(found)} responses, want {number}")
     for i, response in enumerate(found):
         if not response.ids:
-            raise ValueError(f"sampler: got no tokens in response {i}, want at least what ends it")
+            got = "no token ids" if response.ids is None else "an empty list of token ids"
+            raise ValueError(
+                f"sampler: got {got} in response {i}, want those that were sampled (`ids=True` of a server)"
+            )
         if response.logps is not None and len(response.logps) != len(response.ids):
             raise ValueError(
                 f"sampler: got {len(response.logps)} log-probs in response {i}, want {len(response.ids)}, one a token"

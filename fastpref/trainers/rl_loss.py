@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs, linear_token_statistics, models
 from fastpref.common.segments import segment_sums
+from fastpref.objectives.kl import TokenKL
 from fastpref.objectives.surrogates import (
     BatchSize,
     Surrogate,
@@ -24,7 +25,7 @@ from fastpref.objectives.surrogates import (
 from fastpref.trainers import rl_metrics
 from fastpref.trainers.base import Items
 from fastpref.trainers.config import unsupported
-from fastpref.trainers.forward import scored_hidden, to_device
+from fastpref.trainers.forward import by_sequence, head_labels, head_rows, hidden_rows, to_device
 from fastpref.trainers.metrics import HIGHEST, LOWEST
 from fastpref.trainers.policy import ReferencedTrainer
 from fastpref.trainers.rollouts import RolloutCollator, Sample, Samples
@@ -104,7 +105,7 @@ class SampleLosses(ReferencedTrainer):
             return
         if self.args.measures_kl:
             rows = self._reference_rows(part)
-            both = self.inside(self.model, lambda: self._exact_kl(part, scored_hidden(self.inner, part), rows))
+            both = self.inside(self.model, lambda: self._exact_kl(part, _hidden(self.inner, part), rows))
             self._keep(samples, part, old_logps=both.logps, ref_logps=both.ref_logps, kl=both.kl)
         else:
             if old:
@@ -142,31 +143,34 @@ class SampleLosses(ReferencedTrainer):
         )  # fmt: skip
 
     def _options(self, part: Mapping[str, Any], head: models.Head) -> dict[str, Any]:
-        return {"temperature": self.args.temperature, "scored_rows": sum(part["sizes"]), **head.options()}
+        return {"temperature": self.args.temperature, "scored_rows": head_labels(part)[1], **head.options()}
 
     def _logps(self, inner: Any, part: Mapping[str, Any]) -> Tensor:
-        hidden, head = scored_hidden(inner, part), models.read_head(inner)
-        return linear_token_logprobs(hidden, head.weight, part["labels"], head.bias, **self._options(part, head))
+        hidden, head = _hidden(inner, part), models.read_head(inner)
+        found = linear_token_logprobs(hidden, head.weight, head_labels(part)[0], head.bias, **self._options(part, head))
+        return by_sequence(found, part)
 
     def _reference_rows(self, part: dict[str, Any]) -> ReferenceRows:
         with self.reference.model() as reference:
             inner = models.inner_model(reference)
             wrapped = self.model if self.reference.own is None else reference
-            hidden = self.inside(wrapped, lambda: scored_hidden(inner, part))
+            hidden = self.inside(wrapped, lambda: _hidden(inner, part))
             head = models.read_head(inner)
             if self.reference.own is None and head.weight.requires_grad:  # trained values come back after this block
                 head = head._replace(weight=head.weight.detach().clone())
         return ReferenceRows(hidden, head)
 
-    def _exact_kl(self, part: Mapping[str, Any], hidden: Tensor, rows: ReferenceRows) -> Any:
+    def _exact_kl(self, part: Mapping[str, Any], hidden: Tensor, rows: ReferenceRows) -> TokenKL:
         head = self.head()
         if rows.head.options() != head.options():
             raise unsupported("ref_model", rows.head.options(), f"its logits are not transformed as the policy's, "
                               f"{head.options()}")  # fmt: skip
-        return linear_token_kl(
-            hidden, head.weight, rows.hidden, rows.head.weight, part["labels"], head.bias, rows.head.bias,
+        found = linear_token_kl(
+            hidden, head.weight, rows.hidden, rows.head.weight, head_labels(part)[0], head.bias, rows.head.bias,
             **self._options(part, head),
         )  # fmt: skip
+        values: list[Any] = [by_sequence(value, part) for value in found if value is not None]
+        return TokenKL(*values)
 
     # an update
 
@@ -196,29 +200,30 @@ class SampleLosses(ReferencedTrainer):
         sizes, number = part["cu_seqlens"].diff().long(), len(part["labels"])
         wanted = ("entropy",) if self._wants_entropy() else ()
         tokens = linear_token_statistics(
-            hidden, head.weight, part["labels"], head.bias, wanted, **self._options(part, head)
+            hidden, head.weight, head_labels(part)[0], head.bias, wanted, **self._options(part, head)
         )
-        logps, old = tokens.logps, samples.joined("old_logps", device)
+        logps, old = by_sequence(tokens.logps, part), samples.joined("old_logps", device)
+        entropy = None if tokens.entropy is None else by_sequence(tokens.entropy, part)
         advantages = spread(samples.each("advantage", device), sizes, number)
         theirs = samples.joined("sampler_logps", device) if self.corrects else None
         ratios = None if theirs is None or old is None else self._sampler_ratios(old, theirs, sizes)
-        by_sequence = None
+        of_sampler = None
         if ratios is not None and self.surrogate.loss_type == "vespo":
-            by_sequence = sampler_log_ratio(ratios, sizes, self.args.vllm_importance_sampling_mode)
-        found = surrogates(logps, old, advantages, sizes, self.surrogate, by_sequence)
+            of_sampler = sampler_log_ratio(ratios, sizes, self.args.vllm_importance_sampling_mode)
+        found = surrogates(logps, old, advantages, sizes, self.surrogate, of_sampler)
         losses = found.losses
-        if ratios is not None and by_sequence is None:
+        if ratios is not None and of_sampler is None:
             losses = losses * ratios
-        kept = self._kept_tokens(logps, old, theirs, tokens.entropy, advantages, sizes)
+        kept = self._kept_tokens(logps, old, theirs, entropy, advantages, sizes)
         losses = losses if kept is None else losses * kept
         weights = token_weights(sizes, number, self.weighting, batch, logps.dtype)
         loss = (losses * weights).sum()
         loss = loss + self._kl_term(part, hidden, logps, found.ratio, sizes, batch, weights)
         policy_loss = loss.detach()
-        loss = loss + self._entropy_term(tokens.entropy, kept, batch)
+        loss = loss + self._entropy_term(entropy, kept, batch)
         if balance is not None:
             loss = loss + balance * (len(samples.samples) / batch.sequences / batch.batches)
-        self._add_update_metrics(found, tokens.entropy, sizes, policy_loss * batch.batches)
+        self._add_update_metrics(found, entropy, sizes, policy_loss * batch.batches)
         self.add_loss(loss.detach() * batch.sequences, len(samples.samples))
         return loss
 
@@ -340,3 +345,8 @@ class _Measured:
 
 def _sequence_means(values: Tensor, sizes: Tensor) -> Tensor:
     return (segment_sums(values, sizes) / sizes.clamp(min=1)).float()
+
+
+def _hidden(model: Any, part: Mapping[str, Any]) -> Tensor:
+    """The hidden states of the rows that the head multiplies."""
+    return hidden_rows(model, part).index_select(0, head_rows(part))

@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
 LOSS, GRADIENT = 1e-6, 1e-5
+TERMS = {"vespo": 7.0, "cispo": 7.0}  # their losses are sums of log-probs, of this size here; of others, of ratios
 OLD = {"num_iterations": 2, "beta": 0.04}  # the second update is off-policy
 CASES = {
     "rloo": ("RLOO", {"num_iterations": 2}),
@@ -65,7 +66,13 @@ def theirs(method, folder, tmp_path, options, monkeypatch):
 
 
 def run(trainer_class, config_class, folder, tmp_path, options, **more):
-    options = {"reward_weights": [1.0, 0.5], "seed": 7, "disable_dropout": True, "learning_rate": 2e-5} | options
+    options = {
+        "reward_weights": [1.0, 0.5],
+        "seed": 7,
+        "disable_dropout": True,
+        "optim": "sgd",
+        "learning_rate": 1e-3 if "RLOO" in config_class.__name__ else 3e-2,
+    } | options
     functions = [length_reward] if options["reward_weights"] is None else [length_reward, vowel_reward]
     gradients = Gradients()
     with warnings.catch_warnings():
@@ -89,7 +96,7 @@ def test_updates_are_those_of_trl(case, folder, tmp_path, monkeypatch):
     )  # fmt: skip
     assert {"reward", "reward_std", "completions/mean_length", "entropy"} <= found[0].keys()
     for one, other in zip(found, wanted, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=LOSS, rel=LOSS)
+        assert one["loss"] == pytest.approx(other["loss"], abs=LOSS * TERMS.get(case, 1.0), rel=0)
         shared = one.keys() & other.keys() - {"step_time", "loss", "epoch"}
         assert not {n for n in other if n not in one}, "a metric of TRL is missing"
         for name in shared:
