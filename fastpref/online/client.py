@@ -76,7 +76,7 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._start(self._http.aclose()).result()
+        self._start(self._closed()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -117,6 +117,13 @@ class Client:
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _closed(self) -> None:
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await self._http.aclose()
 
     async def _answer(self, request: Request) -> Answer:
         body = {"model": self.server.model, **request.body(), **self.server.extra_body}

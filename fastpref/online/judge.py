@@ -95,8 +95,9 @@ def judge_file(
     """Writes the records with a judge's scores as JSON lines, as `fastpref pairs` reads them. Returns a report.
 
     Every answer is on the disk when it comes, in `OUTPUT.answers.jsonl`, which is kept: it says what the judge said. A
-    stopped run goes on from there and loses no more than the requests that were under way. An answer that is no verdict
-    is never guessed at (see `Judging` and `verdicts.scores`): it is counted, and what needs it has no score.
+    stopped run goes on from there. It loses only requests that were under way; of a model on this machine, the window
+    of batches. An answer that is no verdict is never guessed at (see `Judging` and `verdicts.scores`): it is counted,
+    and what needs it has no score.
 
     Args:
         judge: a `Server`, or a model on this machine and its tokenizer.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastpref.common.terminal import hide_library_bars
 from fastpref.data.sampling import Prompt
 from fastpref.online.records import Record, read_records
 
@@ -75,6 +76,7 @@ def load_pairs(path: str | os.PathLike[str]) -> list[Record]:
     from fastpref.data.files import load_records
     from fastpref.data.template import without_none
 
+    hide_library_bars()
     records = [without_none(record) for record in formats.paired(load_records(path)).to_list()]
     if "chosen" not in records[0]:
         raise ValueError(f"{path}: got token ids, want texts or messages")

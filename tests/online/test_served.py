@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -198,8 +200,6 @@ def test_a_server_that_dies_and_comes_back(tmp_path, whole) -> None:
 
 def generate_until(ready, then, url, out):
     """Generates on a thread until `ready`. Returns the error."""
-    import threading
-
     errors = []
 
     def work() -> None:
@@ -251,6 +251,24 @@ def test_a_crash_while_the_output_is_written(scripted, tmp_path, whole, monkeypa
     generated(url, out)
     assert out.read_bytes() == whole
     assert scripted_server.repeated(scripted.got(url)) <= 4
+
+
+def test_an_interrupt_gives_up_what_is_under_way_at_once(scripted, tmp_path, capsys) -> None:
+    out, prompts = tmp_path / "out.jsonl", write_lines(tmp_path / "prompts.jsonl", PROMPTS)
+    log = tmp_path / "out.jsonl.answers.jsonl"
+
+    def interrupt() -> None:
+        while not log.exists() or log.read_bytes().count(b"\n") < 5:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    begin = time.perf_counter()
+    command = ["generate", "--prompts", str(prompts), "--output", str(out), "--server", scripted.url("stall@5")]
+    assert cli.main(command) == 130
+    assert time.perf_counter() - begin < 30, "a request waits for its answer for up to 300 s"
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+    assert log.read_bytes().count(b"\n") == 5
 
 
 def test_requests_at_once_are_bounded(scripted, tmp_path) -> None:
