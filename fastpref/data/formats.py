@@ -50,6 +50,10 @@ UNPAIRED = (
     "conversations, label",
     "prompt_ids, completion_ids, label",
 )
+COMPLETIONS = (
+    "prompt, completion", "messages", "conversations", "prompt, chosen, rejected", "prompt_ids, completion_ids",
+    "prompt", "instruction", "prompt_ids",
+)  # fmt: skip
 PAIR = ("chosen", "rejected")
 STEPWISE = ("prompt, completions, labels", "input_ids, labels")
 PROMPTS = ("prompt", "messages", "conversations", "instruction")
@@ -196,6 +200,32 @@ def unpaired(dataset: Any, num_proc: int | None = None) -> Any:
     if "label" in columns and columns & {"conversations", "messages"}:
         return _map(dataset, _response_of_turns, columns, num_proc)
     raise _not_understood(columns, UNPAIRED + PAIRED[:-2])
+
+
+def completions(dataset: Any, num_proc: int | None = None) -> Any:
+    """Any accepted format of completions as `prompt, completion`, or as `prompt` alone. Token ids stay as they are.
+
+    Of a pair the chosen response is the completion. Of messages it is the last one if that is the assistant's, which
+    the first record decides for all. `label` is not needed.
+
+    Raises:
+        ValueError: the columns are of no accepted format, or a record is wrong. The message says which.
+    """
+    columns, first = peek(dataset)
+    if {"chosen", "rejected"} <= columns:
+        return paired(dataset, num_proc).rename_columns({"chosen": "completion"}).remove_columns("rejected")
+    if "prompt_ids" in columns:
+        return dataset
+    if {"prompt", "completion"} <= columns:
+        return _map(dataset, _explicit_single, columns, num_proc)
+    if "prompt" in columns:
+        return dataset
+    if columns & {"conversations", "messages"}:
+        answered = _turns(first)[-1]["role"] == "assistant"
+        return _map(dataset, _response_of_turns if answered else _prompt_of_turns, columns, num_proc)
+    if "instruction" in columns:
+        return _map(dataset, _prompt_of_instruction, columns, num_proc)
+    raise _not_understood(columns, COMPLETIONS)
 
 
 def _explicit_single(example: Record) -> Record:

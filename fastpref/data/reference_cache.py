@@ -66,6 +66,8 @@ class Fingerprint:
 class ReferenceCache:
     """Values `[examples, columns]` in shards under `folder/fingerprint`."""
 
+    option = "reference_cache"  # what the trainer calls its folder
+
     def __init__(self, folder: str | os.PathLike[str], fingerprint: str, examples: int, columns: int) -> None:
         self.folder = Path(folder) / fingerprint
         self._fingerprint, self._columns = fingerprint, columns
@@ -76,6 +78,9 @@ class ReferenceCache:
         for shard, examples in enumerate(self._shards):
             if self._read(shard) is None:
                 yield shard, examples
+
+    def _shape(self, shard: int) -> tuple[int, int]:
+        return len(self._shards[shard]), self._columns
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.safetensors"
@@ -89,8 +94,7 @@ class ReferenceCache:
         try:
             with safe_open(path, framework="pt") as file:
                 values, metadata = file.get_tensor("values"), file.metadata() or {}
-            wanted = (len(self._shards[shard]), self._columns)
-            if metadata == self._metadata(values) and tuple(values.shape) == wanted:
+            if metadata == self._metadata(values) and tuple(values.shape) == self._shape(shard):
                 return values
             reason = "its checksum, fingerprint or shape is another"
         except (SafetensorError, OSError, KeyError) as error:
@@ -123,9 +127,12 @@ class ReferenceCache:
             FileNotFoundError: shards are missing.
         """
         found = [self._read(shard) for shard in range(len(self._shards))]
-        if any(values is None for values in found):
-            raise FileNotFoundError(
-                f"{self.folder}: {sum(v is None for v in found)} of {len(found)} shards are missing; if ranks run on "
-                "several machines, reference_cache must be a folder that all of them see"
-            )
+        self._refuse_missing(sum(values is None for values in found))
         return torch.cat([v for v in found if v is not None]) if found else torch.empty(0, self._columns)
+
+    def _refuse_missing(self, number: int) -> None:
+        if number:
+            raise FileNotFoundError(
+                f"{self.folder}: {number} of {len(self._shards)} shards are missing; if ranks run on several machines, "
+                f"{self.option} must be a folder that all of them see"
+            )

@@ -16,6 +16,8 @@ from fastpref.trainers.config import (
     RewardConfig,
     SimPOConfig,
 )
+from fastpref.trainers.distillation import DistillationTrainer
+from fastpref.trainers.distillation_config import DistillationConfig
 from fastpref.trainers.paired import CPOTrainer, DPOTrainer, IPOTrainer, ORPOTrainer, SimPOTrainer
 from fastpref.trainers.reward import PRMTrainer, RewardTrainer
 from fastpref.trainers.rl_config import GRPOConfig, RLOOConfig
@@ -27,6 +29,8 @@ __all__ = [
     "CPOTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "DistillationConfig",
+    "DistillationTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "IPOConfig",

@@ -44,6 +44,10 @@ METHODS = {
         "GRPO", "grpo", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
         "2402.03300",
     ),
+    "Distillation": Method(
+        "on-policy distillation", "distillation",
+        "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", "2306.13649",
+    ),
     "Reward": Method(
         "Reward", "reward-trainer", "Training language models to follow instructions with human feedback", "2203.02155"
     ),

@@ -53,6 +53,15 @@ def head_labels(batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
     return batch["head_labels"], len(batch["head_labels"])
 
 
+def at_head_rows(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Values of `rows` `[M, ...]` as values of `head_rows`: the inverse of `by_sequence`."""
+    if "head_index" not in batch:
+        return values
+    index = batch["head_index"]
+    one = torch.empty(len(batch["head_rows"]), dtype=torch.long, device=index.device)
+    return values.index_select(0, one.scatter_(0, index, torch.arange(len(index), device=index.device)))
+
+
 def by_sequence(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """Values of `head_rows` as values of `rows` `[M]`, in the order of the sequences."""
     return take_rows(values, batch["head_index"]) if "head_index" in batch else values

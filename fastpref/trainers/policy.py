@@ -133,6 +133,16 @@ class PolicyTrainer(PreferenceTrainer):
         found = linear_token_logprobs(hidden, head.weight, labels, head.bias, scored_rows=scored, **head.options())
         return by_sequence(found, part)
 
+    def place_frozen(self, model: Any, in_steps: bool) -> Any:
+        """Another model on its device. If it runs `in_steps` of training it is sharded like the policy, else whole."""
+        if not self.is_fsdp_enabled:
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+        if not in_steps or not self.accelerator.is_fsdp2:
+            return model.to(self.args.device)
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(self.accelerator, model)
+
 
 class ReferencedTrainer(PolicyTrainer):
     """Trains a language model against a reference model.
@@ -167,7 +177,7 @@ class ReferencedTrainer(PolicyTrainer):
         )
         self._refuse_scattered(self.reference.before)
         if self.reference.own is not None:
-            self.reference.own = self._placed(self.reference.own)
+            self.reference.own = self.place_frozen(self.reference.own, in_steps=not self.precomputes)
         if args.sync_ref_model:
             self.add_callback(SyncReference(self.reference.own, self.accelerator.unwrap_model))
         if self.precomputes:
@@ -199,16 +209,6 @@ class ReferencedTrainer(PolicyTrainer):
         precomputed from the policy.
         """
         return self.reference.own
-
-    def _placed(self, reference: Any) -> Any:
-        """The reference on its device. If it runs in every step it is sharded like the policy, else it is whole."""
-        if not self.is_fsdp_enabled:
-            return self.accelerator.prepare_model(reference, evaluation_mode=True)
-        if self.precomputes or not self.accelerator.is_fsdp2:
-            return reference.to(self.args.device)
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-        return fsdp2_prepare_model(self.accelerator, reference)
 
     def _loaded_reference(self, ref_model: Any) -> Any:
         if isinstance(ref_model, str):
@@ -299,7 +299,7 @@ class ReferencedTrainer(PolicyTrainer):
     def _reference_of(self, model: Any, examples: list[dict[str, Any]]) -> Tensor:
         part = to_device(self.reference_part(examples), self.args.device)
         with self.accelerator.autocast():
-            return self.reference_logps(model, part).float().view(len(self.reference_columns), -1).t()
+            return self.reference_logps(model, part).float().view(len(self.reference_columns), -1).t().cpu()
 
     def _progress(self, name: str, total: int) -> Any:
         return _Progress(f"reference log-probs of the {name} data", total, disable=self.args.disable_tqdm)

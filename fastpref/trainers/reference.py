@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -125,10 +125,14 @@ def fingerprint(reference: Reference, dataset: Any, columns: Sequence[str], sett
 
 
 def fill_cache(
-    cache: ReferenceCache, dataset: Any, compute: Callable[[list[dict[str, Any]]], Tensor], *, tokens: int,
+    cache: ReferenceCache, dataset: Any, compute: Callable[[list[dict[str, Any]]], Iterable[Tensor]], *, tokens: int,
     rank: int, world: int, progress: Callable[[int], None],
+    joined: Callable[[list[Tensor]], Tensor] = torch.stack,
 ) -> None:  # fmt: skip
-    """Computes what the cache lacks. The ranks share the shards. `compute` gives `[len(examples), columns]`."""
+    """Computes what the cache lacks. The ranks share the shards.
+
+    `compute` gives the values of each example, on the CPU. `joined` makes a shard of them.
+    """
     for shard, rows in cache.missing():
         if shard % world != rank:  # by its number: another rank may write while this one looks
             continue
@@ -138,10 +142,10 @@ def fill_cache(
         found: dict[int, Tensor] = {}
         while order:
             batch = _take(order, lengths, tokens)
-            for i, value in zip(batch, compute([examples[i] for i in batch]).cpu(), strict=True):
+            for i, value in zip(batch, compute([examples[i] for i in batch]), strict=True):
                 found[i] = value
             progress(len(batch))
-        cache.write(shard, torch.stack([found[i] for i in range(len(examples))]))
+        cache.write(shard, joined([found[i] for i in range(len(examples))]))
 
 
 def _take(order: list[int], lengths: Sequence[int], tokens: int) -> list[int]:
