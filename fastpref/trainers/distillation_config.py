@@ -48,7 +48,12 @@ class DistillationConfig(PolicyConfig):
     top_k: int = option(0, "Most likely tokens to sample from; 0 is everything.")
     min_p: float | None = option(None, "Least probability of a token, relative to the most likely one.")
     repetition_penalty: float = option(1.0, "1 is none.")
-    teacher_model_name_or_path: str | None = option(None, "The teacher, where the trainer gets none: as teacher_model.")
+    teacher_model_name_or_path: str | None = option(
+        None,
+        "The teacher, where the trainer gets none: a folder, a hub id or an adapter's folder. Without one, a student with "
+        "adapters learns from itself without them.",
+        aliases=["--teacher"],
+    )
     teacher_model_revision: str | None = option(None, "Its revision on the hub.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(None, "For from_pretrained of the teacher.")
     cache_teacher: bool = option(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastpref.models import Head, adapters, inner_model
 from fastpref.trainers.config import unsupported
 
-WANT = "a causal language model, its name, an adapter's folder, or None with adapters on the student"
+WANT = "a causal language model, a name or an adapter's folder (or None with adapters on the student: itself without)"
 
 
 def load_teacher(teacher: Any, args: Any) -> Any:

@@ -29,6 +29,8 @@ from fastpref.online import (
 from fastpref.trainers import (
     CPOConfig,
     CPOTrainer,
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -156,6 +158,7 @@ def train(folder: str) -> None:
     ORPOTrainer(folder, args=ORPOConfig(folder)).train()
     CPOTrainer(folder, args=CPOConfig(folder)).train()
     SimPOTrainer(folder, args=SimPOConfig(folder)).train()
+    DistillationTrainer(folder, folder, args=DistillationConfig(folder, beta=0.5, lmbda=0.5)).train()
     RewardTrainer(folder, args=RewardConfig(folder)).train()
     PRMTrainer(folder, args=PRMConfig(folder)).train()
     RLOOTrainer(folder, folder, args=RLOOConfig(folder, kl_estimator="exact")).train()

@@ -46,6 +46,7 @@ METHODS = {
     "orpo": Method(trainers.ORPOTrainer, "CAUSAL_LM"),
     "cpo": Method(trainers.CPOTrainer, "CAUSAL_LM"),
     "simpo": Method(trainers.SimPOTrainer, "CAUSAL_LM"),
+    "distill": Method(trainers.DistillationTrainer, "CAUSAL_LM"),
     "reward": Method(trainers.RewardTrainer, "SEQ_CLS"),
     "prm": Method(trainers.PRMTrainer, "TOKEN_CLS"),
 }

@@ -32,6 +32,7 @@ PANELS = (
     Panel("Accuracy", {"accuracy": TRAINING}, level=0.5, percent=True, legend="lower right"),
     Panel("KL estimate z0", {"kl": TRAINING}, level=0.0),
     Panel("Log-probs of responses", {"logps/chosen": ("chosen", GREEN), "logps/rejected": ("rejected", RED)}),
+    Panel("Log-probs of tokens", {"logps/student": ("student", BLUE), "logps/teacher": ("teacher", GREEN)}),
     Panel(
         "Rewards in a batch",
         {"max_reward": ("highest", GREEN), "mean_reward": ("mean", BLUE), "min_reward": ("lowest", RED)},
