@@ -50,8 +50,8 @@ class DistillationConfig(PolicyConfig):
     repetition_penalty: float = option(1.0, "1 is none.")
     teacher_model_name_or_path: str | None = option(
         None,
-        "The teacher, where the trainer gets none: a folder, a hub id or an adapter's folder. Without one, a student with "
-        "adapters learns from itself without them.",
+        "The teacher, where the trainer gets none: a folder, a hub id or an adapter's folder. Without one, a student "
+        "with adapters learns from itself without them.",
         aliases=["--teacher"],
     )
     teacher_model_revision: str | None = option(None, "Its revision on the hub.")
