@@ -220,12 +220,27 @@ class RewardHead(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """The model below the head."""
-        return getattr(self, self._backbone_name)
+        found = self._modules.get(self._backbone_name)  # Mamba's name for it is this property's
+        if found is None:
+            raise AttributeError("backbone")
+        return found
+
+    base_model = backbone  # as transformers calls it
 
     @property
     def config(self) -> Any:
         """The backbone's transformers configuration."""
         return self.backbone.config
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's."""
+        backbone: Any = self.backbone
+        return backbone.get_input_embeddings()
+
+    def set_attn_implementation(self, name: str) -> None:
+        """As the method of transformers' models."""
+        backbone: Any = self.backbone
+        backbone.set_attn_implementation(name)
 
     @classmethod
     def from_causal_lm(cls, model: nn.Module) -> RewardHead:
@@ -313,6 +328,10 @@ class RewardHead(nn.Module):
             hidden = hidden.squeeze(0)
         elif last_index is None:
             last_index = _ends(attention_mask, hidden)
+        return self.score_rows(hidden, last_index, cu_seqlens)
+
+    def score_rows(self, hidden: Tensor, last_index: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Rewards `[S]` in fp32 of hidden states `[S, T, d]`, or `[N, d]` with `last_index` or `cu_seqlens`."""
         weight, bias = _head(hidden, self.score.weight, self.score.bias)
         index, layout = _last_rows(hidden, last_index, cu_seqlens)
         return torch.ops.fastpref.row_scores(hidden, weight, bias, index, layout)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs
+from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs, sequence_logprobs
 from fastpref.data import encode, images
 from fastpref.data.batches import batches_by_length, pad_id, padded
 from fastpref.data.ids import IGNORE_INDEX
@@ -17,6 +17,8 @@ from fastpref.data.packing import Scored
 from fastpref.data.vision import Vision
 from fastpref.models import hidden_states, output_head
 from fastpref.objectives.reward import RewardHead
+from fastpref.trainers.forward import by_sequence, head_labels, hidden_rows
+from fastpref.trainers.trees import PromptTrees
 
 
 class TokenSequence(NamedTuple):
@@ -138,28 +140,66 @@ def policy_scores(
             f"{len(head.weight)} and {head.options()}"
         )
     found = torch.zeros(5, len(sequences), dtype=torch.float64)
-    for chosen in batches_by_length([len(s.prompt) + len(s.response) for s in sequences], batch_size):
-        some = [sequences[i] for i in chosen]
-        ids, mask, labels = (x.to(head.weight.device) for x in _labelled(some, pad_id(images.tokenizer_of(tokenizer))))
-        seen = seen_inputs(some, tokenizer, ids)
-        hidden = hidden_states(model, ids, mask, **seen)
+    for run in _runs([model] if reference is None else [model, reference], sequences, tokenizer, batch_size):
+        labels = run.labels
         if ref_head is None:
-            logps = linear_token_logprobs(hidden, head.weight, labels, head.bias, **head.options())
-            columns = [logps]
+            columns = [linear_token_logprobs(run.hidden[0], head.weight, labels, head.bias, **head.options())]
         else:
             both = linear_token_kl(
-                hidden, head.weight, hidden_states(reference, ids, mask, **seen), ref_head.weight, labels, head.bias,
-                ref_head.bias, **head.options(),
+                run.hidden[0], head.weight, run.hidden[1], ref_head.weight, labels, head.bias, ref_head.bias,
+                **head.options(),
             )  # fmt: skip
             assert both.logps is not None and both.ref_logps is not None
             columns = [both.logps, both.ref_logps, both.kl, kl_estimate(both.logps, both.ref_logps, "k3")]
-        sums = [(labels != IGNORE_INDEX).sum(1), *(c.double().sum(1) for c in columns)]
-        found[: len(sums), chosen] = torch.stack([s.double() for s in sums]).cpu()
+        sums = [run.tokens, *map(run.total, columns)]
+        found[: len(sums), run.chosen] = torch.stack([s.double() for s in sums]).cpu()
         if progress:
-            progress(len(chosen))
+            progress(len(run.chosen))
     if ref_head is None:
         return PolicyScores(found[0], found[1], None, None, None)
     return PolicyScores(*found)
+
+
+class _Run(NamedTuple):
+    """A batch of sequences that has gone through some models' backbones."""
+
+    chosen: list[int]  # which sequences
+    hidden: list[Tensor]  # of each model, rows that the head multiplies
+    labels: Tensor  # the tokens that they score
+    tokens: Tensor  # [S], how many each sequence has
+    total: Callable[[Tensor], Tensor]  # values of the labels, summed over each sequence's tokens [S]
+
+
+def _runs(models: Sequence[Any], sequences: Sequence[TokenSequence], tokenizer: Any, size: int) -> Iterator[_Run]:
+    if any(isinstance(sequence, PicturedSequence) for sequence in sequences):
+        for chosen in batches(sequences, size, "padded"):
+            yield _padded_run(models, chosen, [sequences[i] for i in chosen], tokenizer)
+        return
+    trees = [PromptTrees(model) for model in models]
+    if len({one.layout for one in trees}) > 1:
+        trees = [PromptTrees(model, "padded") for model in models]
+    for chosen in batches(sequences, size, trees[0].layout):
+        yield _tree_run(trees, chosen, [sequences[i] for i in chosen])
+
+
+def _padded_run(models: Sequence[Any], chosen: list[int], some: Sequence[TokenSequence], tokenizer: Any) -> _Run:
+    device = next(models[0].parameters()).device
+    ids, mask, labels = (x.to(device) for x in _labelled(some, pad_id(images.tokenizer_of(tokenizer))))
+    seen = seen_inputs(some, tokenizer, ids)
+    hidden = [hidden_states(model, ids, mask, **seen) for model in models]
+    return _Run(chosen, hidden, labels, (labels != IGNORE_INDEX).sum(1), lambda values: values.double().sum(1))
+
+
+def _tree_run(trees: Sequence[PromptTrees], chosen: list[int], some: Sequence[TokenSequence]) -> _Run:
+    packed = [_packed(one, some) for one in trees]
+    batch = packed[0]
+    edges = batch["cu_seqlens"]
+
+    def total(values: Tensor) -> Tensor:
+        return sequence_logprobs(by_sequence(values, batch).double(), batch["labels"], cu_seqlens=edges)
+
+    hidden = [one.hidden(each) for one, each in zip(trees, packed, strict=True)]
+    return _Run(chosen, hidden, head_labels(batch)[0], edges.diff(), total)
 
 
 def _labelled(sequences: Iterable[TokenSequence], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,6 +211,24 @@ def _labelled(sequences: Iterable[TokenSequence], pad_token_id: int) -> tuple[Te
         at = sequence.scored()
         labels[i, at - 1] = ids[i, at]
     return ids, mask, labels
+
+
+def _packed(trees: PromptTrees, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
+    return trees.batch(*zip(*((s.prompt, s.response, s.mask) for s in sequences), strict=True))
+
+
+def batches(sequences: Sequence[TokenSequence], size: int, layout: str) -> Iterator[list[int]]:
+    """Batches of indices: responses to one prompt together where it runs once, else of similar length."""
+    lengths = [len(s.prompt) + len(s.response) for s in sequences]
+    if layout != "shared":
+        yield from batches_by_length(lengths, size)
+        return
+    longest: dict[tuple[int, ...], int] = {}
+    prompts = [tuple(s.prompt) for s in sequences]
+    for prompt, length in zip(prompts, lengths, strict=True):
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    order = sorted(range(len(prompts)), key=lambda i: (-longest[prompts[i]], prompts[i]))
+    yield from (order[i : i + size] for i in range(0, len(order), size))
 
 
 def seen_inputs(sequences: Sequence[TokenSequence], processor: Any, input_ids: Tensor) -> dict[str, Any]:
@@ -192,13 +250,24 @@ def rewards(
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """A reward model's scores of whole sequences, fp64 `[S]` on the CPU."""
-    device = model.score.weight.device
     found = torch.zeros(len(sequences), dtype=torch.float64)
-    for chosen in batches_by_length([len(s.prompt) + len(s.response) for s in sequences], batch_size):
+    pictured = any(isinstance(sequence, PicturedSequence) for sequence in sequences)
+    trees = None if pictured else PromptTrees(model)
+    for chosen in batches(sequences, batch_size, "padded" if trees is None else trees.layout):
         some = [sequences[i] for i in chosen]
-        rows = [sequence.prompt + sequence.response for sequence in some]
-        ids, mask = (x.to(device) for x in padded(rows, pad_id(images.tokenizer_of(tokenizer)), "right"))
-        found[chosen] = model(ids, mask, **seen_inputs(some, tokenizer, ids)).double().cpu()
+        if trees is None:
+            score = _padded_rewards(model, some, tokenizer)
+        else:
+            batch = _packed(trees, some)
+            score = model.score_rows(hidden_rows(model, batch), batch["last_rows"])
+        found[chosen] = score.double().cpu()
         if progress:
             progress(len(chosen))
     return found
+
+
+def _padded_rewards(model: RewardHead, some: Sequence[TokenSequence], tokenizer: Any) -> Tensor:
+    rows = [sequence.prompt + sequence.response for sequence in some]
+    device = model.score.weight.device
+    ids, mask = (x.to(device) for x in padded(rows, pad_id(images.tokenizer_of(tokenizer)), "right"))
+    return model(ids, mask, **seen_inputs(some, tokenizer, ids))

@@ -22,6 +22,7 @@ from fastpref.trainers.paired import CPOTrainer, DPOTrainer, IPOTrainer, ORPOTra
 from fastpref.trainers.reward import PRMTrainer, RewardTrainer
 from fastpref.trainers.rl_config import GRPOConfig, RLOOConfig
 from fastpref.trainers.rl_methods import GRPOTrainer, RLOOTrainer
+from fastpref.trainers.trees import PromptTrees, ResponseLogps
 from fastpref.trainers.unpaired import KTOTrainer
 
 __all__ = [
@@ -42,8 +43,10 @@ __all__ = [
     "PRMConfig",
     "PRMTrainer",
     "PreferenceConfig",
+    "PromptTrees",
     "RLOOConfig",
     "RLOOTrainer",
+    "ResponseLogps",
     "RewardConfig",
     "RewardTrainer",
     "SimPOConfig",

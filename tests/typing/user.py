@@ -43,6 +43,8 @@ from fastpref.trainers import (
     ORPOTrainer,
     PRMConfig,
     PRMTrainer,
+    PromptTrees,
+    ResponseLogps,
     RewardConfig,
     RewardTrainer,
     RLOOConfig,
@@ -149,6 +151,12 @@ def served() -> list[str]:
         return []
     print(report["unparsable"], reward(["Once", "Once"], [" upon", " more"]))
     return [answer.text for answer in answers if answer.ids and answer.logps]
+
+
+def sampled(model: torch.nn.Module) -> float:
+    found = ResponseLogps(*PromptTrees(model)([[1, 2]] * 2, [[3], [4, 5]], entropy=True))
+    loss_fn = fastpref.PolicyGradientLoss()
+    return float(loss_fn(found.logps, found.labels, torch.ones(2), cu_seqlens=found.cu_seqlens).loss)
 
 
 def train(folder: str) -> None:
