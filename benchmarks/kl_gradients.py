@@ -3,7 +3,8 @@
     python -m benchmarks.kl_gradients [--json FILE]
 
 A small Llama whose responses are few enough to go through all of them, in fp64 (but for its norms, which are fp32 in
-transformers). So means and variances over responses are sums, and a bias of 0 is below 1e-6. Two gradients are wanted, and they are not the same:
+transformers). So means and variances over responses are sums, and a bias of 0 is below 1e-6. Two gradients are wanted,
+and they are not the same:
 
 - `sequence`: of the KL of whole responses, KL(policy || reference) = E sum_t x_t, x_t the log-ratio of token t. It has
   two parts: a token changes the KL at its own place, and which places come later.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def world(policy: LlamaForCausalLM, reference: LlamaForCausalLM, sampler: LlamaF
     )  # fmt: skip
 
 
-def jacobian(values: Tensor, parameters: list[Tensor]) -> Tensor:
+def jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The gradients of `values` `[Y, T]`, flat: `[Y, T, P]`."""
     rows = []
     for value in values.flatten():

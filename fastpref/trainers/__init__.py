@@ -18,6 +18,7 @@ from fastpref.trainers.config import (
 )
 from fastpref.trainers.distillation import DistillationTrainer
 from fastpref.trainers.distillation_config import DistillationConfig
+from fastpref.trainers.overoptimization import StopOveroptimization
 from fastpref.trainers.paired import CPOTrainer, DPOTrainer, IPOTrainer, ORPOTrainer, SimPOTrainer
 from fastpref.trainers.reward import PRMTrainer, RewardTrainer
 from fastpref.trainers.rl_config import GRPOConfig, RLOOConfig
@@ -51,4 +52,5 @@ __all__ = [
     "RewardTrainer",
     "SimPOConfig",
     "SimPOTrainer",
+    "StopOveroptimization",
 ]

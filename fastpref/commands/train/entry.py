@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "distill", "reward", "prm")
+METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "distill", "reward", "prm", "rloo", "grpo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

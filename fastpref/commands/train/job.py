@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpref import models, trainers
-from fastpref.commands.train import adapters, summary
-from fastpref.commands.train.options import LAST, RunOptions, read_options
+from fastpref.commands.train import adapters, rewards, summary
+from fastpref.commands.train.options import LAST, OnlineOptions, RunOptions, read_options
 from fastpref.commands.train.progress import TrainingProgress
 from fastpref.common import memory, terminal
 from fastpref.data import formats, pairs
@@ -49,6 +49,8 @@ METHODS = {
     "distill": Method(trainers.DistillationTrainer, "CAUSAL_LM"),
     "reward": Method(trainers.RewardTrainer, "SEQ_CLS"),
     "prm": Method(trainers.PRMTrainer, "TOKEN_CLS"),
+    "rloo": Method(trainers.RLOOTrainer, "CAUSAL_LM"),
+    "grpo": Method(trainers.GRPOTrainer, "CAUSAL_LM"),
 }
 
 
@@ -92,9 +94,11 @@ def prepare(method: str, argv: Sequence[str]) -> Job:
     if going_on is not None:
         _go_on(going_on, method, options.model, args, fields)
     progress = TrainingProgress()
+    more, callbacks = rewards.online_arguments(options, args) if isinstance(options, OnlineOptions) else ({}, [])
     trainer = METHODS[method].trainer(
         model=load_model(options.model, args), args=args, train_dataset=train, eval_dataset=heldout,
-        peft_config=peft_config, quantization_config=adapters.quantization(options, args), callbacks=[progress],
+        peft_config=peft_config, quantization_config=adapters.quantization(options, args),
+        callbacks=[progress, *callbacks], **more,
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

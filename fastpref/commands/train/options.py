@@ -14,6 +14,7 @@ from transformers.hf_argparser import string_to_bool
 
 from fastpref.commands.train.adapters import AdapterOptions, checked
 from fastpref.trainers.config import PreferenceConfig
+from fastpref.trainers.rl_config import OnlineConfig
 
 LAST = "last"
 
@@ -46,6 +47,29 @@ class RunOptions(AdapterOptions):
     )
 
 
+@dataclass
+class OnlineOptions(RunOptions):
+    """The same, and what rewards responses."""
+
+    reward: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What rewards responses, one or several: a reward model's folder or hub id, or a function, as "
+            "module:name or file.py:name, called with (prompt, responses), or as TRL does if it has `completions`."
+        },
+    )
+    heldout_reward: list[str] | None = field(
+        default=None, metadata={"help": "The same, but nothing is learnt from it: it shows a reward that is exploited."}
+    )
+    stop_at_kl: float | None = field(
+        default=None, metadata={"help": "Stop where the exact KL of a response is above this, in nats."}
+    )
+    stop_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop where the held-out reward was below its best for so many logs while --reward rose."},
+    )
+
+
 def read_options(
     method: str, config_class: type[PreferenceConfig], argv: Sequence[str]
 ) -> tuple[RunOptions, dict[str, Any]]:
@@ -54,12 +78,13 @@ def read_options(
     Raises:
         ValueError: names the option, or the file and its key.
     """
-    parser = _Parser([RunOptions, config_class], prog=f"fastpref train {method}", allow_abbrev=False)
+    kind = OnlineOptions if issubclass(config_class, OnlineConfig) else RunOptions
+    parser = _Parser([kind, config_class], prog=f"fastpref train {method}", allow_abbrev=False)
     given = parser.given(argv)
     if "config" in given:
         given = _from_yaml(parser, Path(given["config"])) | given
-    own = {known.name for known in fields(RunOptions)}
-    options = RunOptions(**{name: value for name, value in given.items() if name in own})
+    own = {known.name for known in fields(kind)}
+    options = kind(**{name: value for name, value in given.items() if name in own})
     return _checked(options), {name: value for name, value in given.items() if name not in own}
 
 

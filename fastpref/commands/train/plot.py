@@ -33,6 +33,9 @@ PANELS = (
     Panel("KL estimate z0", {"kl": TRAINING}, level=0.0),
     Panel("Log-probs of responses", {"logps/chosen": ("chosen", GREEN), "logps/rejected": ("rejected", RED)}),
     Panel("Log-probs of tokens", {"logps/student": ("student", BLUE), "logps/teacher": ("teacher", GREEN)}),
+    Panel("Reward of sampled responses", {"reward": TRAINING}, legend="lower right"),
+    Panel("Exact KL from the reference, nats a response", {"kl/exact": TRAINING}, level=0.0, legend="upper left"),
+    Panel("Tokens of a response", {"completions/mean_length": TRAINING}),
     Panel(
         "Rewards in a batch",
         {"max_reward": ("highest", GREEN), "mean_reward": ("mean", BLUE), "min_reward": ("lowest", RED)},
@@ -63,7 +66,11 @@ def training_curves(history: History, path: str | os.PathLike[str], title: str) 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in PANELS if any(points(history, metric)[0] for metric in panel.series)]
+    panels = [
+        panel
+        for panel in (*PANELS, *heldout_panels(history))
+        if any(points(history, metric)[0] for metric in panel.series)
+    ]
     if not panels:
         raise ValueError("history: got no logged losses, want at least 1")
     columns = 2 if len(panels) < 5 else 3
@@ -79,6 +86,54 @@ def training_curves(history: History, path: str | os.PathLike[str], title: str) 
         axes.set_visible(False)
     for axes in list(grid.flat)[max(0, len(panels) - columns) : len(panels)]:
         axes.set_xlabel("step", color=INK)
+    figure.savefig(path, dpi=150, facecolor="white")
+
+
+def heldout(history: History) -> list[str]:
+    """The metrics of scorers that online training only looks at."""
+    return sorted(
+        {name for entry in history for name in entry if name.startswith("heldout/") and name.endswith("mean")}
+    )
+
+
+def heldout_panels(history: History) -> list[Panel]:
+    return [Panel(f"Held-out scorer: {name.split('/')[1]}", {name: TRAINING}) for name in heldout(history)]
+
+
+def overoptimization(histories: Mapping[str, History], path: str | os.PathLike[str]) -> None:
+    """Draws the reward and held-out scores of runs over their exact KL from the reference, and their length over steps.
+
+    Args:
+        histories: what runs logged, by name. They need `track_kl`.
+        path: the picture to write.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: nothing logged an exact KL.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not any("kl/exact" in entry for history in histories.values() for entry in history):
+        raise ValueError("histories: got no kl/exact, want runs with track_kl=True")
+    titles = {"reward": "reward that is trained on"}
+    for history in histories.values():
+        titles |= {name: f"held-out: {name.split('/')[1]}" for name in heldout(history)}
+    names = list(titles)
+    figure = Figure(figsize=(4.6 * (len(names) + 1), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, metric in zip(figure.subplots(1, len(names) + 1), [*names, "completions/mean_length"], strict=True):
+        for (name, history), colour in zip(histories.items(), (BLUE, RED, GREEN, INK), strict=False):
+            x = "kl/exact" if metric in titles else "step"
+            found = [(e[x], e[metric]) for e in history if x in e and metric in e and "kl/exact" in e]
+            xs, ys = ([pair[i] for pair in found] for i in (0, 1))
+            axes.plot(smooth(xs) if x != "step" else xs, smooth(ys), ".-", color=colour, markersize=3, label=name)
+        axes.set_title(titles.get(metric, "tokens of a response"), loc="left", fontsize=11.5, color=INK)
+        axes.set_xlabel("exact KL, nats a response" if metric in titles else "step", color=INK)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(histories) > 1:
+            axes.legend(frameon=False, fontsize=9.5)
     figure.savefig(path, dpi=150, facecolor="white")
 
 

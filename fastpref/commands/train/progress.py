@@ -20,6 +20,8 @@ SHOWN = {
     "rewards/accuracies": ("accuracy", "4.0%"),
     "accuracy": ("accuracy", "4.0%"),
     "kl": ("KL", ".4f"),
+    "reward": ("reward", "+.3f"),
+    "kl/exact": ("exact KL", ".3f"),
 }
 
 

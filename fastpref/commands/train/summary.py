@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.commands.train.options import RunOptions
-from fastpref.commands.train.plot import training_curves
+from fastpref.commands.train.plot import overoptimization, training_curves
 from fastpref.commands.train.progress import TrainingProgress
 from fastpref.common import memory
 from fastpref.validate.machine import machine
@@ -124,15 +124,18 @@ def write(run: Run, folder: Path) -> tuple[list[str], str | None]:
     """Writes the files. Returns (their names, what could not be made or None)."""
     text = json.dumps(_finite(asdict(run)), indent=1, allow_nan=False)
     (folder / "training.json").write_text(text + "\n", encoding="utf-8")
-    plot, problem = folder / "summary.png", None
+    plot, problem, more = folder / "summary.png", None, []
     try:
         training_curves(run.history, plot, run.title)
+        if any("kl/exact" in entry for entry in run.history):
+            overoptimization({run.title: run.history}, folder / "reward-kl.png")
+            more = ["reward-kl.png"]
     except ImportError as error:
         problem = f"no plots: {error}; run `pip install matplotlib`"
         plot.unlink(missing_ok=True)  # an earlier run's
     image = plot.read_bytes() if plot.exists() else None
     (folder / "summary.html").write_text(page(run, image), encoding="utf-8")
-    return ["training.json", *(["summary.png"] if image else []), "summary.html"], problem
+    return ["training.json", *(["summary.png"] if image else []), *more, "summary.html"], problem
 
 
 STYLE = """

@@ -1,0 +1,49 @@
+"""What `fastpref train rloo` and `grpo` give their trainer besides: rewards by name, and when to stop."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from fastpref.commands.train.options import OnlineOptions
+from fastpref.online.judges import function_scorer, load_function, reward_function
+from fastpref.trainers.overoptimization import StopOveroptimization
+from fastpref.trainers.rl_config import OnlineConfig
+
+
+def reward_of(spec: str) -> Any:
+    """A function, or the name of a reward model, from how `--reward` names it.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    if ":" not in spec:
+        return spec
+    function = load_function(spec)
+    if "completions" in inspect.signature(function).parameters:
+        return function
+    return reward_function(function_scorer(function), spec.rpartition(":")[2])
+
+
+def online_arguments(options: OnlineOptions, args: OnlineConfig) -> tuple[dict[str, Any], list[Any]]:
+    """(arguments of the trainer, callbacks).
+
+    Raises:
+        ValueError: there is no reward, or a rule to stop by lacks what it looks at.
+    """
+    if not options.reward:
+        raise ValueError("--reward: got none, want a reward model, module:name or file.py:name")
+    rewards, heldout = _all(options.reward), _all(options.heldout_reward or [])
+    callbacks = []
+    if options.stop_at_kl is not None:
+        args.track_kl = True
+    if options.stop_patience is not None and len(heldout) != 1:
+        raise ValueError(f"--stop_patience: got it with {len(heldout)} of --heldout_reward, want one to look at")
+    if options.stop_at_kl is not None or options.stop_patience is not None:
+        callbacks.append(StopOveroptimization(options.stop_at_kl, options.stop_patience))
+    return {"reward_funcs": rewards, "heldout_funcs": heldout or None}, callbacks
+
+
+def _all(specs: Sequence[str]) -> list[Any]:
+    return [reward_of(spec) for spec in specs]

@@ -1,0 +1,80 @@
+"""`fastpref train rloo` and `grpo`: rewards by name, what is written, and when a run stops."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from fastpref.commands import cli
+from fastpref.commands.train.plot import overoptimization
+from fastpref.trainers import StopOveroptimization
+
+SHORT = [
+    "--model", "tiny", "--use_cpu", "true", "--max_steps", "2", "--per_device_train_batch_size", "4",
+    "--num_generations", "2", "--max_completion_length", "6", "--save_strategy", "no", "--disable_tqdm", "true",
+]  # fmt: skip
+
+
+def test_a_run_by_two_kinds_of_functions(tmp_path, capsys) -> None:
+    (tmp_path / "judge.py").write_text(
+        "def brief(prompt, responses):\n    return [-len(r) for r in responses]\n"
+        "def wordy(completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+    )
+    out = tmp_path / "out"
+    command = ["train", "rloo", *SHORT, "--output_dir", str(out), "--reward", f"{tmp_path}/judge.py:brief",
+               f"{tmp_path}/judge.py:wordy", "--reward_weights", "1.0", "0.5", "--heldout_reward",
+               f"{tmp_path}/judge.py:wordy", "--track_kl", "true"]  # fmt: skip
+    assert cli.main(command) == 0
+    history = json.loads((out / "training.json").read_text())["history"]
+    first = next(entry for entry in history if "reward" in entry)
+    assert first["reward"] == pytest.approx(first["rewards/brief/mean"] + 0.5 * first["rewards/wordy/mean"], rel=1e-4)
+    assert first["heldout/wordy/mean"] == pytest.approx(first["rewards/wordy/mean"])
+    assert first["kl/exact"] == pytest.approx(0, abs=1e-5)
+    assert {"model.safetensors", "summary.png", "reward-kl.png"} <= {path.name for path in out.iterdir()}
+    assert cli.main(["train", "grpo", *SHORT, "--output_dir", str(tmp_path / "no")]) == 2
+    assert "--reward: got none" in capsys.readouterr().err
+
+
+def logged(rule: StopOveroptimization, entries: list[dict[str, float]]) -> int | None:
+    """The step at which a rule stops."""
+    control, state = TrainerControl(), TrainerState()
+    for step, entry in enumerate(entries, 1):
+        state.global_step = step
+        rule.on_log(None, state, control, logs=entry)
+        if control.should_training_stop:
+            return step
+    return None
+
+
+def test_stops_by_kl(capsys) -> None:
+    entries = [{"reward": 0.0, "kl/exact": kl} for kl in (0.1, 0.5, 2.5)]
+    assert logged(StopOveroptimization(max_kl=2.0), entries) == 3
+    assert "stopped at step 3: kl/exact is 2.5 nats a response, and max_kl is 2" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="track_kl=True"):
+        logged(StopOveroptimization(max_kl=2.0), [{"reward": 0.0}])
+
+
+def test_stops_by_a_heldout_scorer(capsys) -> None:
+    """Not while both fall: that is a bad step, and nothing that is exploited."""
+    rule = {"patience": 2, "smoothing": 0.0}
+    rising = [{"reward": r, "heldout/b/mean": h} for r, h in ((0, 0), (1, 1), (2, 0.5), (3, 0.4), (4, 0.3))]
+    assert logged(StopOveroptimization(**rule), rising) == 4
+    assert "since step 2 heldout/b/mean went from 1 to 0.4 while the reward went from 1 to 3" in capsys.readouterr().out
+    falling = [{"reward": -x, "heldout/b/mean": -x} for x in range(6)]
+    assert logged(StopOveroptimization(**rule), falling) is None
+    half = StopOveroptimization(**rule)
+    logged(half, rising[:3])
+    other = StopOveroptimization.from_state(half.state())
+    assert logged(other, rising[3:]) == 1, "it goes on from a checkpoint"
+
+
+def test_runs_are_drawn_beside_each_other(tmp_path) -> None:
+    run = [
+        {"step": i, "reward": i, "kl/exact": i / 2, "heldout/x/mean": -i, "completions/mean_length": 5} for i in (1, 2)
+    ]
+    overoptimization({"a": run, "b": run}, tmp_path / "found.png")
+    assert (tmp_path / "found.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="track_kl"):
+        overoptimization({"a": [{"step": 1, "reward": 0.0}]}, tmp_path / "none.png")
