@@ -36,9 +36,7 @@ class StopOveroptimization(TrainerCallback, ExportableState):
         smoothing: float = 0.7,
     ) -> None:  # fmt: skip
         if max_kl is None and patience is None:
-            raise ValueError(
-                "max_kl: got None without patience, want at least one of them: there is nothing to stop by"
-            )
+            raise ValueError("max_kl: got None without patience, want one of them: there is nothing to stop by")
         if max_kl is not None:
             checks.positive("max_kl", max_kl)
         if patience is not None:
@@ -93,8 +91,8 @@ class StopOveroptimization(TrainerCallback, ExportableState):
             return None
         best = self._best
         return (
-            f"since step {best['step']:.0f} {name} went from {best['heldout']:.3g} to {second:.3g} while the reward went "
-            f"from {best['reward']:.3g} to {reward:.3g} (moving averages)"
+            f"since step {best['step']:.0f} {name} went from {best['heldout']:.3g} to {second:.3g} while the "
+            f"reward went from {best['reward']:.3g} to {reward:.3g} (moving averages)"
         )
 
     def _smooth(self, name: str, value: float) -> float:

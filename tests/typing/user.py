@@ -51,6 +51,7 @@ from fastpref.trainers import (
     RLOOTrainer,
     SimPOConfig,
     SimPOTrainer,
+    StopOveroptimization,
 )
 
 
@@ -169,5 +170,6 @@ def train(folder: str) -> None:
     DistillationTrainer(folder, folder, args=DistillationConfig(folder, beta=0.5, lmbda=0.5)).train()
     RewardTrainer(folder, args=RewardConfig(folder)).train()
     PRMTrainer(folder, args=PRMConfig(folder)).train()
-    RLOOTrainer(folder, folder, args=RLOOConfig(folder, kl_estimator="exact")).train()
+    RLOOTrainer(folder, folder, args=RLOOConfig(folder, kl_estimator="exact"),
+                callbacks=[StopOveroptimization(max_kl=8.0)]).train()  # fmt: skip
     GRPOTrainer(folder, [folder], args=GRPOConfig(folder, loss_type="cispo")).train()

@@ -66,11 +66,8 @@ def training_curves(history: History, path: str | os.PathLike[str], title: str) 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [
-        panel
-        for panel in (*PANELS, *heldout_panels(history))
-        if any(points(history, metric)[0] for metric in panel.series)
-    ]
+    known = (*PANELS, *heldout_panels(history))
+    panels = [panel for panel in known if any(points(history, metric)[0] for metric in panel.series)]
     if not panels:
         raise ValueError("history: got no logged losses, want at least 1")
     columns = 2 if len(panels) < 5 else 3
@@ -91,9 +88,8 @@ def training_curves(history: History, path: str | os.PathLike[str], title: str) 
 
 def heldout(history: History) -> list[str]:
     """The metrics of scorers that online training only looks at."""
-    return sorted(
-        {name for entry in history for name in entry if name.startswith("heldout/") and name.endswith("mean")}
-    )
+    names = {name for entry in history for name in entry}
+    return sorted(name for name in names if name.startswith("heldout/") and name.endswith("/mean"))
 
 
 def heldout_panels(history: History) -> list[Panel]:

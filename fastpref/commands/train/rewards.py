@@ -9,7 +9,6 @@ from typing import Any
 from fastpref.commands.train.options import OnlineOptions
 from fastpref.online.judges import function_scorer, load_function, reward_function
 from fastpref.trainers.overoptimization import StopOveroptimization
-from fastpref.trainers.rl_config import OnlineConfig
 
 
 def reward_of(spec: str) -> Any:
@@ -26,7 +25,7 @@ def reward_of(spec: str) -> Any:
     return reward_function(function_scorer(function), spec.rpartition(":")[2])
 
 
-def online_arguments(options: OnlineOptions, args: OnlineConfig) -> tuple[dict[str, Any], list[Any]]:
+def online_arguments(options: OnlineOptions, args: Any) -> tuple[dict[str, Any], list[Any]]:
     """(arguments of the trainer, callbacks).
 
     Raises:
