@@ -143,7 +143,7 @@ def _methods() -> list[str]:
     from transformers import TrainingArguments
 
     from fastpref.commands.train.job import METHODS
-    from fastpref.commands.train.options import RunOptions
+    from fastpref.commands.train.options import OnlineOptions, RunOptions
     from fastpref.trainers.config import PreferenceConfig
 
     theirs = {f.name: f for f in fields(TrainingArguments)}
@@ -157,6 +157,9 @@ def _methods() -> list[str]:
     ]  # fmt: skip
     for name, method in METHODS.items():
         rest = [f for f in fields(method.config) if f.name not in shared or _default(f) != _default(shared[f.name])]
+        if name in ("rloo", "grpo"):
+            known = {f.name for f in fields(RunOptions)}
+            rest = [f for f in fields(OnlineOptions) if f.name not in known] + rest
         parts += [f"### fastpref train {name}", _fields(rest)]
     return parts
 

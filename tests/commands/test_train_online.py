@@ -25,13 +25,16 @@ def test_a_run_by_two_kinds_of_functions(tmp_path, capsys) -> None:
     out = tmp_path / "out"
     command = ["train", "rloo", *SHORT, "--output_dir", str(out), "--reward", f"{tmp_path}/judge.py:brief",
                f"{tmp_path}/judge.py:wordy", "--reward_weights", "1.0", "0.5", "--heldout_reward",
-               f"{tmp_path}/judge.py:wordy", "--track_kl", "true"]  # fmt: skip
+               f"{tmp_path}/judge.py:wordy", "--track_kl", "true", "--eval_split", "0.03",
+               "--per_device_eval_batch_size", "4"]  # fmt: skip
     assert cli.main(command) == 0
     history = json.loads((out / "training.json").read_text())["history"]
     first = next(entry for entry in history if "reward" in entry)
     assert first["reward"] == pytest.approx(first["rewards/brief/mean"] + 0.5 * first["rewards/wordy/mean"], rel=1e-4)
     assert first["heldout/wordy/mean"] == pytest.approx(first["rewards/wordy/mean"])
     assert first["kl/exact"] == pytest.approx(0, abs=1e-5)
+    ends = json.loads((out / "training.json").read_text())["evaluations"]
+    assert ends["before"]["eval_reward"] != ends["after"]["eval_reward"]
     assert {"model.safetensors", "summary.png", "reward-kl.png"} <= {path.name for path in out.iterdir()}
     assert cli.main(["train", "grpo", *SHORT, "--output_dir", str(tmp_path / "no")]) == 2
     assert "--reward: got none" in capsys.readouterr().err
@@ -71,9 +74,8 @@ def test_stops_by_a_heldout_scorer(capsys) -> None:
 
 
 def test_runs_are_drawn_beside_each_other(tmp_path) -> None:
-    run = [
-        {"step": i, "reward": i, "kl/exact": i / 2, "heldout/x/mean": -i, "completions/mean_length": 5} for i in (1, 2)
-    ]
+    measured = {"heldout/x/mean": -1.0, "completions/mean_length": 5.0}
+    run = [{"step": i, "reward": i, "kl/exact": i / 2, **measured} for i in (1, 2)]
     overoptimization({"a": run, "b": run}, tmp_path / "found.png")
     assert (tmp_path / "found.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="track_kl"):
