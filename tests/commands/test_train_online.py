@@ -13,7 +13,7 @@ from fastpref.trainers import StopOveroptimization
 
 SHORT = [
     "--model", "tiny", "--use_cpu", "true", "--max_steps", "2", "--per_device_train_batch_size", "4",
-    "--num_generations", "2", "--max_completion_length", "6", "--save_strategy", "no", "--disable_tqdm", "true",
+    "--num_generations", "2", "--max_completion_length", "6", "--save_strategy", "no", "--disable_tqdm", "true", "--learning_rate", "1e-2",
 ]  # fmt: skip
 
 
