@@ -34,6 +34,7 @@ from fastpref.data.pairs import Pair
 from fastpref.integrations import trl as fast_trl
 from fastpref.integrations.transformers import batch_loss, pair_batch, reference_logps
 from tests import trl_hosts
+from tests.support_distillation import distilled
 
 EXAMPLES, STEPS, LEARNING_RATE = 4, 2, 0.05
 LOOP_LEARNING_RATE = 0.4  # so that what SGD adds is not lost in the last bits of the weights
@@ -382,7 +383,7 @@ LOOPS = ("plain-dpo", "plain-kto", "head-dpo", "accelerate-dpo", "accelerate-kto
 KINDS: dict[str, Callable] = {
     "ours": ours, "trl": trl, "unpatched": functools.partial(trl, patch=contextlib.nullcontext), "loop": loop,
     "resumed": resumed, "evaluated": evaluated, "refused": refused, "uneven": uneven,
-    "adapted": adapted,
+    "adapted": adapted, "distilled": distilled,
 }  # fmt: skip
 
 

@@ -259,7 +259,9 @@ class DistillationTrainer(PolicyTrainer):
             on_policy = not any(example["completion_ids"] for example in examples)
         if not on_policy:
             return batch
-        found = self.data_collator(self._answered(examples, number, training))
+        answered, responses = self._answered(examples, number, training)
+        self._count_completions(responses, training, batch.get("real", True))
+        found = self.data_collator(answered)
         found.pop("kept")
         if "real" in batch:
             found["real"] = batch["real"]
@@ -271,8 +273,10 @@ class DistillationTrainer(PolicyTrainer):
         """A batch's number in the run, the same on every rank: it decides whether and how the batch is answered."""
         return self.state.global_step * self.args.gradient_accumulation_steps + batch
 
-    def _answered(self, examples: list[dict[str, Any]], number: int, training: bool) -> list[dict[str, Any]]:
-        """The examples with the student's completions in place of their own."""
+    def _answered(
+        self, examples: list[dict[str, Any]], number: int, training: bool
+    ) -> tuple[list[dict[str, Any]], list[Response]]:
+        """The examples with the student's completions in place of their own, and these as they were sampled."""
         args, k = self.args, self.args.num_generations if training else 1
         how = Sampling(
             1, args.max_completion_length, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed,
@@ -287,8 +291,7 @@ class DistillationTrainer(PolicyTrainer):
                 some = [items[i] for i in chosen]
                 found = sample_batch(self.inner, self.tokenizer_in_use, prompts, some, how)
                 responses.update(zip(some, found, strict=True))
-        self._count_completions(list(responses.values()), training)
-        return [self._example(prompts[item[0]], responses[item]) for item in items]
+        return [self._example(prompts[item[0]], responses[item]) for item in items], list(responses.values())
 
     def _example(self, prompt: list[int], response: Response) -> dict[str, Any]:
         ids = response.ids
@@ -296,7 +299,8 @@ class DistillationTrainer(PolicyTrainer):
             ids = ids[: max(0, self.args.max_length - len(prompt))]
         return {"prompt_ids": prompt, "completion_ids": ids, "length": len(prompt) + len(ids)}
 
-    def _count_completions(self, responses: list[Response], training: bool) -> None:
+    def _count_completions(self, responses: list[Response], training: bool, real: bool) -> None:
+        responses = responses if real else []
         sums, number = self._sums["train" if training else "eval"], float(len(responses))
         ended = [float(len(r.ids)) for r in responses if r.finished]
         totals = {

@@ -12,6 +12,7 @@ from support_trainers import config, furthest, pairs, tiny, train, weights
 from torch.profiler import ProfilerActivity, profile
 
 from fastpref import reference
+from fastpref.commands import cli
 from fastpref.plans import head as plans_head
 from fastpref.trainers import DistillationConfig, DistillationTrainer
 
@@ -237,3 +238,17 @@ def test_what_cannot_teach_is_refused(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             config(DistillationConfig, tmp_path, **options)
+
+
+def test_the_command_trains_writes_and_draws(tmp_path, capsys):
+    folder, data = str(tmp_path / "teacher"), str(tmp_path / "data.jsonl")
+    for part in (another(), tiny()[1]):
+        part.save_pretrained(folder)
+    completions(6).to_json(data)
+    options = f"--model tiny --data {data} --output_dir {tmp_path / 'out'} --max_steps 2 --max_completion_length 4"
+    more = "--beta 0.5 --lmbda 0.5 --eval_split 0.2 --per_device_train_batch_size 2 --learning_rate 1e-3"
+    assert cli.main(["train", "distill", *options.split()]) == 2
+    assert "teacher_model: got None, want a causal language model" in capsys.readouterr().err
+    assert cli.main(["train", "distill", *options.split(), "--teacher", folder, *more.split()]) == 0
+    said = capsys.readouterr().out
+    assert "logps/teacher" in said and (tmp_path / "out" / "summary.png").is_file()

@@ -30,6 +30,7 @@ REFUSED = ["fsdp2/refused:precompute", "fsdp2/refused:budget"]
 CASES = [f"{wrapper}/{name}" for wrapper, name in itertools.product(("ddp", "fsdp2"), NAMES)]
 CASES.remove("fsdp2/ours:budget-dpo")
 UNEVEN = [f"ddp/uneven:{case}" for case in support.UNEVEN] + ["fsdp2/uneven:kto"]
+DISTILLED = ["ddp/distilled:online", "ddp/distilled:cached", "ddp/distilled:on-policy", "fsdp2/distilled:online"]
 BUGS = {  # found by these cases
     "fsdp2/loop:head-dpo": "a-head-sharded-on-its-own-gets-the-mean-gradient",
     "fsdp2/loop:plain-dpo": "fully_shard-gathers-without-an-accelerator",
@@ -63,7 +64,7 @@ def launch(folder: Path, cases: list[str], **environment: str) -> dict:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> dict:
-    return launch(tmp_path_factory.mktemp("ranks"), [*CASES, *ALIKE, *REFUSED, *UNEVEN])
+    return launch(tmp_path_factory.mktemp("ranks"), [*CASES, *ALIKE, *REFUSED, *UNEVEN, *DISTILLED])
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,17 @@ def test_two_ranks_are_one_process(case, ranks, one):
     assert_alike(found, wanted)
     if "saved" in wanted:
         assert difference(found["saved"], wanted["saved"]) < 2e-6
+
+
+@pytest.mark.parametrize("case", DISTILLED)
+def test_two_ranks_distil_as_one_process(case, ranks, one):
+    """On the data, by cached hidden states, and on the same samples; the last batch is uneven."""
+    found, wanted = ranks[case], one(case.partition("/")[2])
+    assert_alike(found, wanted)
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+    sampled = {"completions/mean_length", "completions/clipped_ratio", "completions/mean_terminated_length"}
+    for a, b in zip(found["logs"], wanted["logs"], strict=True):
+        assert {key: a.get(key) for key in sampled} == {key: b.get(key) for key in sampled}
 
 
 @pytest.mark.parametrize("case", UNEVEN)
