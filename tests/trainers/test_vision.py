@@ -9,6 +9,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from peft import LoraConfig
 from support_vision import FAMILIES, one_sequence, own_logps, picture, records
 
 from fastpref import RewardHead
@@ -74,6 +75,44 @@ def test_dpo_has_the_losses_of_trl(family, tmp_path):
     wanted = logs(theirs)
     check_against(wanted, logs(ours))
     check_against(wanted, logs(patched))
+
+
+TRAINED = {  # what trains: LoRA's target modules, or all but the tower
+    "lora on the language part": r".*language_model.*\.(q_proj|v_proj)",
+    "lora on all": "all-linear",
+    "frozen tower": None,
+}
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_parts_train_as_in_trl(what, tmp_path):
+    model, processor = FAMILIES["qwen2_vl"]()
+    if TRAINED[what] is None:
+        model.model.visual.requires_grad_(False)
+    dataset = Dataset.from_list(records())
+    found = []
+    for trainer, config in ((trl.DPOTrainer, trl.DPOConfig), (DPOTrainer, DPOConfig)):
+        more: dict[str, Any] = {"reference_cache": str(tmp_path / "cache")} if config is DPOConfig else {}
+        args = config(str(tmp_path / "out"), **options(learning_rate=1e-2, **more))
+        peft_config = None
+        if TRAINED[what] is not None:
+            peft_config = LoraConfig(target_modules=TRAINED[what], r=4, init_lora_weights=True, task_type="CAUSAL_LM")
+        theirs = trainer is trl.DPOTrainer and peft_config is None
+        torch.manual_seed(0)
+        one = trainer(
+            copy.deepcopy(model), copy.deepcopy(model) if theirs else None, args, train_dataset=dataset,
+            processing_class=processor, peft_config=peft_config,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        for name, parameter in one.model.named_parameters():  # the two draw their factors in different orders
+            if "lora_A" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+        found.append(logs(one))
+        moved = {name for name, p in one.model.named_parameters() if not torch.equal(p, before[name])}
+        assert any("language_model" in name for name in moved)
+        assert any(".visual." in name for name in moved) == (what == "lora on all")
+    check_against(*found)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
