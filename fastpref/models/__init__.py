@@ -18,6 +18,7 @@ from fastpref.models.small import convert_gguf as convert_gguf
 from fastpref.models.small import load as load
 from fastpref.models.small import smollm2 as smollm2
 from fastpref.models.small import tiny as tiny
+from fastpref.models.small_vision import tiny_vision as tiny_vision
 from fastpref.models.wrappers import evaluating as evaluating
 from fastpref.models.wrappers import has_parameters as has_parameters
 from fastpref.models.wrappers import inner_model as inner_model

@@ -9,6 +9,7 @@ import fastpref
 from fastpref import models
 from fastpref.data.collate import collate_pairs, tokenize_pairs
 from fastpref.data.pairs import sample_pairs
+from fastpref.data.shapes import shape_pairs
 from fastpref.integrations.transformers import batch_loss, pair_batch, reference_logps
 from fastpref.online import (
     Judging,
@@ -120,6 +121,8 @@ def settings(hidden: Tensor, weight: Tensor, labels: Tensor) -> str:
 
 
 def loop() -> None:
+    model, processor = models.tiny_vision(seed=0)
+    DPOTrainer(model, args=None, train_dataset=shape_pairs(2), processing_class=processor)
     model, tokenizer = models.tiny(["a few words"])
     pairs = tokenize_pairs(sample_pairs()[0], tokenizer, max_length=64)
     batch = pair_batch(pairs[:2], tokenizer.pad_token_id)
