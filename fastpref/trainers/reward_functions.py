@@ -89,7 +89,7 @@ class RewardFunctions:
             rewards[i] = rewards[i] if i in waiting else function(**given)
             found[:, i] = self._checked(rewards[i], len(records), self.names[i])
         missing = found.isnan().all(1)
-        if missing.any():
+        if len(self) and missing.any():
             first = int(missing.nonzero()[0])
             warnings.warn(
                 f"reward_funcs: {int(missing.sum())} of {len(records)} responses got no reward from any function, and "
