@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 
 from fastpref.data.ids import IGNORE_INDEX
-from fastpref.data.packing import Scored, in_order, pack, scored_tokens, split_by_tokens
+from fastpref.data.packing import Scored, in_order, pack_sequences, scored_tokens, split_by_tokens
 from fastpref.data.vision import Vision, in_context
 from fastpref.models import Limits, attention
+from fastpref.reference import comparisons
 
 Example = dict[str, Any]
 
@@ -64,13 +66,18 @@ class PackedCollator:
         pictured = self.vision if examples and "pixels" in examples[0] else None
         if pictured is not None:
             groups = in_context(groups, examples)
-        batch = pack(groups, self.layout, self.pad_token_id, count_copies=self.count_copies)
+        sequences = self.in_order(groups)
+        batch = pack_sequences(sequences, self.layout, self.pad_token_id, count_copies=self.count_copies)
         places, shape = batch.pop("places"), batch["input_ids"].shape
         if pictured is not None:
             batch["vision"] = pictured.inputs(groups, examples, self.layout, places, shape)
         if not self.ours:
             batch.pop(attention.KWARG, None)
         return batch | self.placed(places, examples)
+
+    def in_order(self, groups: Sequence[Sequence[Scored]]) -> list[Scored]:
+        """The sequences of all groups in the order of a batch."""
+        return in_order(groups)
 
     def placed(self, places: Sequence[np.ndarray], examples: Sequence[Example]) -> dict[str, Any]:
         """What a part holds of where its sequences' tokens are: `places`, for each sequence, in the flattened rows."""
@@ -148,6 +155,44 @@ class RewardCollator(PackedCollator):
         if None in margins:
             raise ValueError(f"margin: got None beside {next(m for m in margins if m is not None)}, want all or none")
         return {"margin": torch.tensor(margins, dtype=torch.float32)}
+
+
+@dataclass
+class ListCollator(PackedCollator):
+    """Ranked responses as `prompt_ids, list_ids, list_sizes, ranks`, perhaps with a reference's log-probs.
+
+    The sequences of a batch are prompt after prompt.
+
+    With `whole` nothing is scored token by token: a reward is of the last row.
+    """
+
+    whole: bool = False
+
+    def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
+        return [[self._sequence(e, start, end) for start, end in _cuts(e["list_sizes"])] for e in examples]
+
+    def _sequence(self, example: Example, start: int, end: int) -> Scored:
+        prompt, ids = example["prompt_ids"], example["prompt_ids"] + example["list_ids"][start:end]
+        mask = example.get("list_mask")
+        return Scored(ids, len(ids) if self.whole else len(prompt), None, None if mask is None else mask[start:end])
+
+    def in_order(self, groups: Sequence[Sequence[Scored]]) -> list[Scored]:
+        return [sequence for group in groups for sequence in group]
+
+    def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
+        sizes = [len(e["ranks"]) for e in examples]
+        ranks, group = torch.cat([torch.tensor(e["ranks"]) for e in examples]), torch.arange(len(sizes))
+        group = group.repeat_interleave(torch.tensor(sizes))
+        found: dict[str, Any] = {"ranks": ranks, "group": group, "groups": tuple(sizes)}
+        if self.whole:  # here, since an accelerator would have to be waited for
+            found["compared"] = comparisons(ranks, group)._asdict()
+        if examples[0].get("ref_logps") is not None:
+            found["ref_logps"] = torch.cat([torch.tensor(e["ref_logps"], dtype=torch.float32) for e in examples])
+        return found
+
+
+def _cuts(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
 
 
 @dataclass

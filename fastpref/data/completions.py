@@ -13,7 +13,7 @@ from fastpref.data.encode import part, prompt_ids, token_ids
 from fastpref.data.formats import column_names
 from fastpref.data.hidden_cache import HiddenCache
 from fastpref.data.packing import Scored
-from fastpref.data.tokenize import IDS, Record, _fitting, _masks, _response_columns, _tokenized
+from fastpref.data.tokenize import IDS, Record, _masks, _response_columns, fitting, tokenized
 
 SIDE = ("completion",)
 
@@ -34,12 +34,12 @@ def tokenize_completions(
     """
     columns = {"prompt_ids": IDS, "completion_ids": IDS} | (_masks(dataset, SIDE, options))
     row = _completion_row if has_completions(dataset) else _prompt_row
-    return _tokenized(dataset, row, columns, (), name, num_proc, tokenizer=tokenizer, max_length=max_length, **options)
+    return tokenized(dataset, row, columns, (), name, num_proc, tokenizer=tokenizer, max_length=max_length, **options)
 
 
 def _completion_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
     prompt, responses, found = part(example, SIDE, tokenizer, **options)
-    kept = _fitting([prompt], responses, SIDE, max_length)
+    kept = fitting([prompt], responses, SIDE, max_length)
     if kept is None:
         return None
     row = {"prompt_ids": prompt, "length": len(prompt) + len(kept[0].ids), "remarks": found}

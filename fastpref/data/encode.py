@@ -168,26 +168,28 @@ def _only_text(side: str, messages: Sequence[Record]) -> str:
     return message["content"]
 
 
-def wholes(example: Record, tokenizer: Any, *, responses_as_written: bool = False) -> tuple[list[list[int]], int]:
-    """([chosen, rejected] as whole sequences, remarks).
+def wholes(
+    example: Record, tokenizer: Any, sides: Sequence[str] = PAIR, *, responses_as_written: bool = False
+) -> tuple[list[list[int]], int]:
+    """([chosen, rejected], or other `sides`, as whole sequences, remarks).
 
-    Each comes after the prompt. The prompt is empty where the two have nothing in common.
+    Each comes after the prompt. The prompt is empty where they have nothing in common.
     """
     prompt = example.get("prompt", [])
     if prompt is None:
         raise ValueError("prompt: got None, want a text or messages")
     if responses_as_written:
-        asked, responses, found = _as_written(example, PAIR, tokenizer)
+        asked, responses, found = _as_written(example, sides, tokenizer)
         return [asked + response.ids for response in responses], found
-    if is_conversational(example, ("prompt", *PAIR) if prompt else PAIR):
+    if is_conversational(example, ("prompt", *sides) if prompt else sides):
         options, found, sequences = template.template_options(example), 0, []
-        for side in PAIR:
+        for side in sides:
             text, ids = template.text_and_ids(tokenizer, [*prompt, *example[side]], **options)
             sequences.append(ids)
             found |= _altered(text, example[side])
         return sequences, found | _same(sequences)
     # the EOS token is looked for in the whole: in an implicit prompt's texts it may be in common
-    texts = [with_eos((prompt or "") + example[side], tokenizer) for side in PAIR]
+    texts = [with_eos((prompt or "") + example[side], tokenizer) for side in sides]
     sequences = [text_ids(tokenizer, text) for text in texts]
     return sequences, _same(sequences)
 

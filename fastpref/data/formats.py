@@ -75,14 +75,14 @@ def paired(dataset: Any, num_proc: int | None = None) -> Any:
     if {"chosen_ids", "rejected_ids"} <= columns:
         return dataset
     if not {"chosen", "rejected"} <= columns:
-        raise _not_understood(columns, PAIRED)
-    return _map(dataset, _explicit_pair, columns, num_proc)
+        raise not_understood(columns, PAIRED)
+    return convert(dataset, _explicit_pair, columns, num_proc)
 
 
 def _explicit_pair(example: Record) -> Record:
     """A pair from a record whose columns say what it is: `prompt`, turns, an instruction, or whole conversations."""
     if "prompt" in example:
-        return _explicit(example, PAIR)
+        return explicit(example, PAIR)
     turns = {"conversations", "messages"} & set(example)
     if turns and not _begins_before_the_response(example["chosen"]):
         return {"prompt": _system(example) + _turns(example)} | _responses(example)
@@ -96,7 +96,7 @@ def _begins_before_the_response(value: Any) -> bool:
     return is_conversational(value) and value[0]["role"] != "assistant"
 
 
-def _explicit(example: Record, sides: Sequence[str]) -> Record:
+def explicit(example: Record, sides: Sequence[str]) -> Record:
     """A prompt and the responses to it: all texts, or all messages.
 
     Raises:
@@ -196,10 +196,10 @@ def unpaired(dataset: Any, num_proc: int | None = None) -> Any:
     if "label" in columns and {"prompt_ids", "completion_ids"} <= columns:
         return dataset
     if "label" in columns and {"prompt", "completion"} <= columns:
-        return _map(dataset, _explicit_single, columns, num_proc)
+        return convert(dataset, _explicit_single, columns, num_proc)
     if "label" in columns and columns & {"conversations", "messages"}:
-        return _map(dataset, _response_of_turns, columns, num_proc)
-    raise _not_understood(columns, UNPAIRED + PAIRED[:-2])
+        return convert(dataset, _response_of_turns, columns, num_proc)
+    raise not_understood(columns, UNPAIRED + PAIRED[:-2])
 
 
 def completions(dataset: Any, num_proc: int | None = None) -> Any:
@@ -217,19 +217,19 @@ def completions(dataset: Any, num_proc: int | None = None) -> Any:
     if "prompt_ids" in columns:
         return dataset
     if {"prompt", "completion"} <= columns:
-        return _map(dataset, _explicit_single, columns, num_proc)
+        return convert(dataset, _explicit_single, columns, num_proc)
     if "prompt" in columns:
         return dataset
     if columns & {"conversations", "messages"}:
         answered = _turns(first)[-1]["role"] == "assistant"
-        return _map(dataset, _response_of_turns if answered else _prompt_of_turns, columns, num_proc)
+        return convert(dataset, _response_of_turns if answered else _prompt_of_turns, columns, num_proc)
     if "instruction" in columns:
-        return _map(dataset, _prompt_of_instruction, columns, num_proc)
-    raise _not_understood(columns, COMPLETIONS)
+        return convert(dataset, _prompt_of_instruction, columns, num_proc)
+    raise not_understood(columns, COMPLETIONS)
 
 
 def _explicit_single(example: Record) -> Record:
-    return _explicit(example, ("completion",))
+    return explicit(example, ("completion",))
 
 
 def _unpair(batch: Record) -> Record:
@@ -257,7 +257,7 @@ def stepwise(dataset: Any, num_proc: int | None = None) -> Any:
     columns, _ = peek(dataset)
     if {"input_ids", "labels"} <= columns or {"prompt", "completions", "labels"} <= columns:
         return dataset
-    raise _not_understood(columns, STEPWISE)
+    raise not_understood(columns, STEPWISE)
 
 
 def prompts(dataset: Any, num_proc: int | None = None) -> Any:
@@ -272,11 +272,11 @@ def prompts(dataset: Any, num_proc: int | None = None) -> Any:
     elif "prompt" in columns:
         pass
     elif columns & {"conversations", "messages"}:
-        dataset = _map(dataset, _prompt_of_turns, columns, num_proc)
+        dataset = convert(dataset, _prompt_of_turns, columns, num_proc)
     elif "instruction" in columns:
-        dataset = _map(dataset, _prompt_of_instruction, columns, num_proc)
+        dataset = convert(dataset, _prompt_of_instruction, columns, num_proc)
     else:
-        raise _not_understood(columns, PROMPTS + PAIRED[:-2])
+        raise not_understood(columns, PROMPTS + PAIRED[:-2])
     return dataset.select_columns(["prompt"])
 
 
@@ -314,16 +314,22 @@ def peek(dataset: Any) -> tuple[set[str], Record]:
     return set(first), first
 
 
-def _not_understood(columns: set[str], wanted: tuple[str, ...]) -> ValueError:
+def not_understood(columns: set[str], wanted: tuple[str, ...]) -> ValueError:
+    """The error for columns of no accepted format."""
     return ValueError(f"dataset: got columns {', '.join(sorted(columns))}; want one of: {' | '.join(wanted)}")
 
 
-def _map(dataset: Any, convert: Callable[[Record], Record], columns: set[str], num_proc: int | None) -> Any:
+def convert(dataset: Any, one: Callable[[Record], Record], columns: set[str], num_proc: int | None) -> Any:
+    """Every record by the function `one`, whose columns come in place of those it was made from.
+
+    Raises:
+        ValueError: `one` raised it; with the record's number.
+    """
     options = {"num_proc": num_proc, "desc": "Converting records"} if hasattr(dataset, "__len__") else {}
     return dataset.map(
         _converted, with_indices=True, remove_columns=[name for name in CONVERTED if name in columns],
         # datasets finds a cached result by the function's name: not one of another version
-        fn_kwargs={"convert": convert, "version": __version__}, **options,
+        fn_kwargs={"convert": one, "version": __version__}, **options,
     )  # fmt: skip
 
 

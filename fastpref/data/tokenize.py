@@ -51,7 +51,7 @@ def tokenize_paired(
     """
     columns = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS} | _masks(dataset, PAIR, options)
     numbers = ("ref_chosen_logps", "ref_rejected_logps", "margin")
-    return _tokenized(
+    return tokenized(
         dataset, _paired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
     )
 
@@ -76,7 +76,7 @@ def tokenize_unpaired(
     if mismatched:
         columns |= kl_columns
         numbers += ("ref_KL_logps",)
-    dataset = _tokenized(
+    dataset = tokenized(
         dataset, _unpaired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
     )
     found = {**columns, **_present(dataset, numbers), **prepared_columns(dataset), "length": "int32"}
@@ -102,7 +102,7 @@ def tokenize_reward(
     `prompts` there is `prompt_hash`, which tells prompts apart.
     """
     columns = {"chosen_ids": IDS, "rejected_ids": IDS} | _prompt_hash(prompts)
-    return _tokenized(
+    return tokenized(
         dataset, _reward_row, columns, ("margin",), name, num_proc, tokenizer=tokenizer, max_length=max_length,
         prompts=prompts, **options,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def tokenize_reference_free(
     columns = {
         "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS, "chosen_skip": "int32", "rejected_skip": "int32",
     } | _masks(dataset, PAIR, options)  # fmt: skip
-    return _tokenized(
+    return tokenized(
         dataset, _reference_free_row, columns, (), name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
     )
 
@@ -144,7 +144,7 @@ def tokenize_stepwise(
     `max_completion_length` are kept, and of the sequence the first `max_length`. `prompts` is as in `tokenize_reward`.
     """
     columns = {"input_ids": IDS, "labels": IDS} | _prompt_hash(prompts)
-    return _tokenized(
+    return tokenized(
         dataset, _stepwise_row, columns, (), name, num_proc, tokenizer=tokenizer, max_length=max_length,
         max_prompt_length=max_prompt_length, max_completion_length=max_completion_length,
         step_separator=step_separator, train_on_last_step_only=train_on_last_step_only, prompts=prompts,
@@ -156,7 +156,7 @@ def tokenize_stepwise(
 
 def _paired_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
     prompt, responses, found = part(example, PAIR, tokenizer, **options)
-    kept = _fitting([prompt, prompt], responses, PAIR, max_length)
+    kept = fitting([prompt, prompt], responses, PAIR, max_length)
     if kept is None:
         return None
     length = len(prompt) + sum(len(response.ids) for response in kept)
@@ -166,7 +166,7 @@ def _paired_row(example: Record, tokenizer: Any, max_length: int | None, **optio
 def _unpaired_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
     """A record's row. The completion stays whole here: it is cut later, after another prompt too."""
     prompt, responses, found = part(example, ("completion",), tokenizer, **options)
-    if _fitting([prompt], responses, ("completion",), max_length) is None:
+    if fitting([prompt], responses, ("completion",), max_length) is None:
         return None
     if example["label"] not in (False, True):
         raise ValueError(f"label: got {example['label']!r}, want True or False")
@@ -174,7 +174,7 @@ def _unpaired_row(example: Record, tokenizer: Any, max_length: int | None, **opt
     return row | _response_columns(responses, ("completion",))
 
 
-def _fitting(
+def fitting(
     contexts: Sequence[list[int]], responses: Sequence[Response], sides: Sequence[str], max_length: int | None
 ) -> list[Response] | None:
     """The responses cut to their room after their contexts. None if one of them has no room, or nothing scored in it.
@@ -222,7 +222,7 @@ def _reward_row(
     if "chosen_ids" in example:
         (chosen, rejected), found = (token_ids(example, f"{side}_ids") for side in PAIR), 0
     else:
-        (chosen, rejected), found = wholes(example, tokenizer, **options)
+        (chosen, rejected), found = wholes(example, tokenizer, PAIR, **options)
     for side, ids in zip(PAIR, (chosen, rejected), strict=True):
         if not ids:
             raise ValueError(f"{side}: got no tokens, want at least 1")
@@ -239,7 +239,7 @@ def _reference_free_row(example: Record, tokenizer: Any, max_length: int | None,
     for side, response in zip(PAIR, responses, strict=True):
         if not response.ids:
             raise ValueError(f"{side}: got a response of no tokens, want at least 1, such as EOS: its mean is taken")
-    kept = _fitting(contexts, responses, PAIR, max_length)
+    kept = fitting(contexts, responses, PAIR, max_length)
     if kept is None:
         return None
     n = common_prefix_length(*contexts)
@@ -297,10 +297,11 @@ def _masks(dataset: Any, sides: Sequence[str], options: Mapping[str, bool]) -> d
     return {f"{side}_mask": MASK for side in sides} if given or options.get("assistant_only_loss") else {}
 
 
-def _tokenized(
+def tokenized(
     dataset: Any, row: Callable[..., Record | None], columns: Mapping[str, Any], numbers: Sequence[str], name: str,
     num_proc: int | None, **options: Any,
 ) -> Any:  # fmt: skip
+    """A data set row by row: what `row` makes of each record, without those for which it returns None."""
     found = {**columns, **_present(dataset, numbers), **prepared_columns(dataset), "length": "int32"}
     sized = hasattr(dataset, "__len__")
     told = Remarks(name, options["max_length"], stream=not sized)

@@ -73,6 +73,12 @@ def _last_rows(hidden: Tensor, last_index: Tensor | None, cu_seqlens: Tensor | N
     return index, layout
 
 
+def row_rewards(hidden: Tensor, head_weight: Tensor, last_index: Tensor, head_bias: Tensor | None = None) -> Tensor:
+    """The rewards `[S]` of sequences that end at `last_index` `[S]`; arguments as in `BradleyTerryLoss.from_hidden`."""
+    weight, bias = _head(hidden, head_weight, head_bias)
+    return torch.ops.fastpref.row_scores(hidden, weight, bias, *_last_rows(hidden, last_index, None))
+
+
 class BradleyTerryLoss(nn.Module):
     """`mean(-log sigmoid(r_w - r_l - margin)) + center_coefficient * mean((r_w + r_l)^2)`.
 
@@ -153,8 +159,9 @@ class BradleyTerryLoss(nn.Module):
         return RewardOutput(loss, *metrics.unbind(0))
 
     def from_rankings(
-        self, rewards: Tensor, ranks: Tensor, group: Tensor, method: str = "pairs", nu: float | None = None
-    ) -> RewardOutput:
+        self, rewards: Tensor, ranks: Tensor, group: Tensor, method: str = "pairs", nu: float | None = None, *,
+        compared: reference.Comparisons | None = None,
+    ) -> RewardOutput:  # fmt: skip
         """From several responses to each prompt. All tensors are `[n]`, in any order.
 
         Args:
@@ -164,9 +171,11 @@ class BradleyTerryLoss(nn.Module):
                 2203.02155, eq. 1). Responses of equal rank are not compared. `"plackett_luce"`, `"rao_kupper"` and
                 `"davidson"` are as in `ListDPOLoss`, with rewards in place of its scores.
             nu: of the last two, as in `ListDPOLoss`.
+            compared: the pairs of different ranks, if they are known: `fastpref.reference.comparisons(ranks, group)`.
 
         The loss is the mean over groups. A group with nothing to compare does not count. The rewards, margins and
-        accuracies of the output are those of all pairs of different ranks. One host sync finds them.
+        accuracies of the output are those of all pairs of different ranks. One host sync finds them
+        if they are not given.
         """
         checks.choice("method", method, tuple(RANKING_METHODS))
         objective = list_objective(RANKING_METHODS[method], 1.0, nu)
@@ -179,7 +188,7 @@ class BradleyTerryLoss(nn.Module):
         checks.same_device("group", group, "rewards", rewards)
         rewards = widened(rewards)
         loss, *_ = torch.ops.fastpref.list_loss(rewards, None, None, None, ranks, group, encode(objective), -100)
-        compared = reference.comparisons(ranks, group)
+        compared = reference.comparisons(ranks, group) if compared is None else compared
         if self.center_coefficient:
             loss = loss + reference.ranking_center(rewards, compared, self.center_coefficient)
         values = rewards.detach()

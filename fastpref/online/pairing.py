@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastpref.common import checks
+from fastpref.data.judgements import COMBINE, judged_scores, ranks_of
 from fastpref.online import statistics
 from fastpref.online.prompts import checked_prompt, checked_responses
 from fastpref.online.records import Record
@@ -34,8 +35,10 @@ class PairRules:
     """Which responses to a prompt become a pair.
 
     Args:
-        how: `"best-worst"`, one pair a prompt; `"best-rest"`, the best one against each other; or `"all"`.
-        min_margin: the least difference of scores. Equal scores are never a pair.
+        how: `"best-worst"`, one pair a prompt; `"best-rest"`, the best one against each other; `"all"`; or `"list"`,
+            all responses with their ranks, in one record.
+        min_margin: the least difference of scores. Equal scores are never a pair. In a list, scores closer than that
+            to the best one of a rank share the rank.
         max_pairs_per_prompt: how many pairs of a prompt are kept: those with the largest margins.
         min_agreement: with several judges, the least share of them that prefers the chosen one.
         combine: how several judges' scores become one. `"mean"` is for scores on one scale. `"rank"` is the mean over
@@ -51,12 +54,15 @@ class PairRules:
     only_finished: bool = False
 
     def __post_init__(self) -> None:
-        checks.choice("how", self.how, HOW)
+        checks.choice("how", self.how, (*HOW, LIST))
         checks.choice("combine", self.combine, COMBINE)
         checks.within("min_margin", self.min_margin, 0, math.inf)
         checks.within("min_agreement", self.min_agreement, 0, 1, closed=True)
         if self.max_pairs_per_prompt is not None:
             checks.positive("max_pairs_per_prompt", self.max_pairs_per_prompt)
+        if self.how == LIST and (self.max_pairs_per_prompt is not None or self.min_agreement):
+            name = "min_agreement" if self.min_agreement else "max_pairs_per_prompt"
+            raise ValueError(f"{name}: got {getattr(self, name)} with how 'list', want it with pairs")
 
 
 class Candidate(NamedTuple):
@@ -68,43 +74,12 @@ class Candidate(NamedTuple):
     ids: list[int] | None = None  # the sampled tokens
 
 
-def _borda(judged: np.ndarray) -> np.ndarray:
-    """Scores `[judges, k]` as one Borda score for each response, `[k]`."""
-    wins = np.sign(judged[:, :, None] - judged[:, None, :]).sum(2)  # won minus lost
-    others = max(judged.shape[1] - 1, 1)
-    return ((wins / others + 1) / 2).mean(0)
-
-
-COMBINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {"mean": lambda judged: judged.mean(0), "rank": _borda}
+LIST = "list"
 HOW: dict[str, Callable[[int], Sequence[tuple[int, int]]]] = {  # of k candidates, the best one first
     "best-worst": lambda k: [(0, k - 1)] if k > 1 else [],
     "best-rest": lambda k: [(0, i) for i in range(1, k)],
     "all": lambda k: list(combinations(range(k), 2)),
 }
-
-
-def judged_scores(record: Mapping[str, Any], count: int, where: str) -> np.ndarray:
-    """Scores `[judges, count]`, higher is better, NaN where a judge had no opinion.
-
-    They come from `scores` (numbers, a list of such lists, or an object of them) or from `ranks` (lower is better).
-
-    Raises:
-        ValueError: there are none, or not one for each response.
-    """
-    name = "scores" if record.get("scores") is not None else "ranks"
-    values: Any = record.get(name)
-    if isinstance(values, Mapping):
-        values = list(values.values())
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"{where}: got no scores and no ranks, want one of them")
-    rows = values if isinstance(values[0], list) else [values]
-    try:
-        judged = np.array([[math.nan if v is None else float(v) for v in row] for row in rows])
-    except (TypeError, ValueError):
-        judged = np.empty(0)
-    if judged.shape != (len(rows), count) or np.isinf(judged).any():
-        raise ValueError(f"{where}: got {name} {values!r:.80}, want {count} numbers, one per response, of each judge")
-    return judged if name == "scores" else -judged
 
 
 def make_pairs(records: Sequence[Record], rules: PairRules | None = None) -> tuple[list[Record], dict[str, Any]]:
@@ -113,6 +88,9 @@ def make_pairs(records: Sequence[Record], rules: PairRules | None = None) -> tup
     A pair has `prompt`, `chosen`, `rejected` (messages; text, if the prompt is), `margin`, `chosen_score`,
     `rejected_score`, and the record's other fields. With several judges it has `agreement`; from `response_ids` it has
     `chosen_response_ids` and `rejected_response_ids`. TRL's reward trainer takes `margin` as the margin of its loss.
+
+    With `how="list"` a record is a prompt's responses, at least two, with their `ranks` and `scores`, best first; see
+    `fastpref.data.ranked`. The report's figures are then of the best and the worst of each.
 
     Of responses that differ only in white space, the first counts. Line breaks and the indentation of lines are a real
     difference.
@@ -123,15 +101,21 @@ def make_pairs(records: Sequence[Record], rules: PairRules | None = None) -> tup
     """
     rules = rules or PairRules()
     pairs: list[Record] = []
+    lists: list[Record] = []
     counts: Counter[str] = Counter()
     scored: list[tuple[int, float, int]] = []  # (prompt, score, characters) of each candidate
     for i, record in enumerate(records):
         candidates = _candidates(record, f"record {i}", rules, counts)
         scored += [(i, c.score, len(c.text)) for c in candidates]
-        made = _pairs_of(candidates, rules, counts)
+        if rules.how == LIST:
+            made = [(candidates[0], candidates[-1])] if len(candidates) > 1 else []
+            lists += [_list(record, candidates, rules.min_margin)] if made else []
+        else:
+            made = _pairs_of(candidates, rules, counts)
         counts["prompts without a pair"] += not made
         pairs += [_pair(record, *two) for two in made]
-    return pairs, _report(len(records), pairs, counts, scored)
+    report = _report(len(records), pairs, counts, scored)
+    return (lists if rules.how == LIST else pairs), report
 
 
 def _candidates(record: Record, where: str, rules: PairRules, counts: Counter[str]) -> list[Candidate]:
@@ -221,6 +205,16 @@ def _pair(record: Record, chosen: Candidate, rejected: Candidate) -> Record:
     if len(chosen.judged) > 1:
         pair["agreement"] = agreement(chosen, rejected)
     return pair | {name: value for name, value in record.items() if name not in MADE_HERE and name not in pair}
+
+
+def _list(record: Record, candidates: Sequence[Candidate], min_margin: float) -> Record:
+    """A prompt's candidates, the best one first, in one record."""
+    scores = [c.score for c in candidates]
+    found = {"prompt": record["prompt"], "responses": [c.text for c in candidates], "scores": scores}
+    found["ranks"] = ranks_of(np.array(scores), min_margin)
+    if all(c.ids is not None for c in candidates):
+        found["response_ids"] = [c.ids for c in candidates]
+    return found | {name: value for name, value in record.items() if name not in MADE_HERE}
 
 
 def characters(response: Any) -> int:

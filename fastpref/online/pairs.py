@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.common.files import check_writable
+from fastpref.data.judgements import COMBINE
 from fastpref.online.command import at_least, command
 from fastpref.online.mixing import mix_pairs
-from fastpref.online.pairing import COMBINE, HOW, PairRules, make_pairs
+from fastpref.online.pairing import HOW, LIST, PairRules, make_pairs
 from fastpref.online.prompts import load_pairs
 from fastpref.online.records import Record, read_records, write_records, write_whole
 
@@ -21,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, PairRules()
     add("--scores", required=True, metavar="IN.jsonl", help="records with prompt, responses, and scores or ranks")
     add("--output", required=True, metavar="OUT.jsonl", help="pairs as TRL and `fastpref train` read them")
-    add("--how", choices=HOW, default=default.how, help="which responses to pair (default: %(default)s)")
+    add("--how", choices=(*HOW, LIST), default=default.how,
+        help="which responses to pair; list: all of them with their ranks (default: %(default)s)")  # fmt: skip
     add("--min-margin", type=at_least(float, 0), default=default.min_margin, help="(default: %(default)s)")
     add("--max-pairs-per-prompt", type=at_least(int, 1), metavar="N", help="the N with the largest margins")
     add("--min-agreement", type=at_least(float, 0), default=default.min_agreement, metavar="SHARE",
@@ -49,9 +51,10 @@ def run(args: argparse.Namespace) -> int:
     report = pairs_file(
         read_records(args.scores), args.output, rules, json_path=args.json, weight=args.weight, mix=dict(args.mix)
     )
-    print("\n".join(report_lines(report)))
+    made = "lists" if rules.how == LIST else "pairs"
+    print("\n".join(report_lines(report, made)))
     if not report["pairs"]:
-        raise ValueError(f"{args.scores}: got no pair that passes, so {args.output} was not written")
+        raise ValueError(f"{args.scores}: got no {made} that pass, so {args.output} was not written")
     return 0
 
 
@@ -65,6 +68,8 @@ def pairs_file(
     With a `weight`, or files to `mix` in, by name with their weights, all pairs have a `weight` (see
     `fastpref.online.mixing.mix_pairs`). The report then says of each source how many pairs and which weight it has.
     """
+    if rules is not None and rules.how == LIST and (mix or weight is not None):
+        raise ValueError("weight, mix: got one of them with how 'list', want it with pairs")
     pairs, report = make_pairs(records, rules)
     if pairs and (mix or weight is not None):
         sources = {"scores": (pairs, 1.0 if weight is None else weight)}
@@ -79,13 +84,13 @@ def pairs_file(
     return report
 
 
-def report_lines(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines for a terminal."""
+def report_lines(report: Mapping[str, Any], made: str = "pairs") -> list[str]:
+    """The report as lines for a terminal. `made` is the name of what was written."""
     length, margins = report["length"], report["margins"]
     rows = [
-        ("prompts", f"{report['prompts']}, {report['prompts_with_pairs']} of them with pairs"),
+        ("prompts", f"{report['prompts']}, {report['prompts_with_pairs']} of them with {made}"),
         ("responses", f"{report['responses']}"),
-        ("pairs", f"{report['pairs']}"),
+        (made, f"{report['pairs']}"),
         *((f"  dropped: {reason}", f"{count}") for reason, count in report["dropped"].items()),
     ]
     if report["pairs"]:

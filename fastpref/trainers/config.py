@@ -201,7 +201,11 @@ class ReferenceConfig(PolicyConfig):
 class DPOConfig(ReferenceConfig):
     """The fields of TRL 1.16's `DPOConfig`. `label_smoothing` acts on `sigmoid` too (cDPO); see `fastpref.DPOLoss`."""
 
-    loss_type: list[str] = list_option(lambda: ["sigmoid"], "One of the 15 loss types, or several for a mixture.")
+    loss_type: list[str] = list_option(
+        lambda: ["sigmoid"],
+        "One of the 15 loss types, or several for a mixture. For rankings: plackett_luce, all_pairs, rao_kupper or "
+        "davidson; the last two learn from ties.",
+    )
     loss_weights: list[float] | None = option(None, "One for each loss type (default: 1.0).")
     label_smoothing: float = option(0.0, "Probability that a pair's labels are flipped.")
     f_divergence_type: str = option("reverse_kl", "reverse_kl, forward_kl, js_divergence or alpha_divergence.")
@@ -209,6 +213,7 @@ class DPOConfig(ReferenceConfig):
     discopop_tau: float = option(0.05, "Temperature of discopop.")
     ld_alpha: float | None = option(None, "LD-DPO's weight of the tokens beyond the shorter response's length.")
     use_weighting: bool = option(False, "WPO: weigh each pair by the policy's confidence in it.")
+    nu: float | None = option(None, "How likely ties are, for rao_kupper (default: 3) and davidson (default: 1).")
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
@@ -295,6 +300,12 @@ class RewardConfig(PreferenceConfig):
     chat_template_path: str | None = option(None, "A Jinja file, or a tokenizer's folder, with the chat template.")
     eos_token: str | None = option(None, "Used in place of the tokenizer's.")
     center_rewards_coefficient: float | None = option(None, "Weight of the squared sum of a pair's rewards.")
+    ranking_loss: str = option(
+        "pairs",
+        "Of rankings: all their pairs, plackett_luce, rao_kupper or davidson; the last two learn from ties.",
+        choices=["pairs", "plackett_luce", "rao_kupper", "davidson"],
+    )
+    nu: float | None = option(None, "How likely ties are, for rao_kupper (default: 3) and davidson (default: 1).")
 
 
 @dataclass

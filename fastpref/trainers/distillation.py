@@ -32,8 +32,8 @@ from fastpref.trainers.forward import (
     to_device,
 )
 from fastpref.trainers.loading import given_args
-from fastpref.trainers.policy import PolicyTrainer, _Progress
-from fastpref.trainers.reference import Reference, fill_cache, fingerprint, ready_reference
+from fastpref.trainers.policy import PolicyTrainer
+from fastpref.trainers.reference import Progress, Reference, fill_cache, fingerprint, ready_reference
 
 EVALUATION = 1 << 40  # the first prompt number of an evaluation: no number of training is as high
 
@@ -207,7 +207,7 @@ class DistillationTrainer(PolicyTrainer):
 
     def _fill(self, cache: HiddenCache, dataset: Any, name: str) -> None:
         title = f"hidden states of the {name} data"
-        with _Progress(title, len(dataset), self.args.disable_tqdm) as advance, self.teacher.model() as model:
+        with Progress(title, len(dataset), self.args.disable_tqdm) as advance, self.teacher.model() as model:
             model.to(self.args.device)
             fill_cache(
                 cache, dataset, lambda examples: self._hidden_of(model, examples, cache.dtype),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpref.data import formats, tokenize
-from fastpref.data.collators import PairCollator
+from fastpref.data.collators import ListCollator, PairCollator
 from fastpref.data.encode import PAIR
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.objectives.paired import DPOLoss, IPOLoss, PairedLoss, PreferenceOutput
@@ -20,6 +20,7 @@ from fastpref.reference import TokenStatistics
 from fastpref.reference.paired import log_odds
 from fastpref.trainers.base import NLL_TERM, Items
 from fastpref.trainers.config import CPOConfig, DPOConfig, IPOConfig, ORPOConfig, SimPOConfig
+from fastpref.trainers.lists import ListTraining, any_ranked, list_loss
 from fastpref.trainers.loading import given_args
 from fastpref.trainers.policy import PolicyTrainer, ReferencedTrainer
 
@@ -31,7 +32,7 @@ SKIPS = ("chosen_skip", "rejected_skip")
 class PairTraining(PolicyTrainer):
     """How a part's pairs are scored and measured. `loss_fn` is one of fastpref's paired losses."""
 
-    loss_fn: PairedLoss
+    loss_fn: Any  # a PairedLoss
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         (hidden, balance), head = self.scored(part), self.head()
@@ -143,8 +144,10 @@ class _ReferencedPairs(PairTraining, ReferencedTrainer):
         return self.loss_fn.sequence_logps(self.token_logps(model, part), part["labels"], part["cu_seqlens"])
 
 
-class DPOTrainer(_ReferencedPairs):
+class DPOTrainer(_ReferencedPairs, ListTraining):
     """Direct preference optimisation, with the arguments and the 15 loss types of TRL 1.16's `DPOTrainer`.
+
+    It also takes several ranked responses to a prompt, and the loss types of `fastpref.ListDPOLoss`.
 
     Args:
         model: what to train: a name on the hub, a folder, a causal language model, or a PeftModel. If the folder is an
@@ -154,7 +157,8 @@ class DPOTrainer(_ReferencedPairs):
             without them.
         args: a `DPOConfig`; by default one with an `output_dir` named after the model.
         data_collator: not supported, since fastpref packs the batches; want None.
-        train_dataset: pairs in any format of `fastpref.data.formats`, as a `Dataset` or an `IterableDataset`.
+        train_dataset: pairs in any format of `fastpref.data.formats`, or rankings in one of `fastpref.data.ranked`; a
+            `Dataset` or an `IterableDataset`.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer, by default the model's.
         compute_metrics: not supported, since there are no logits; want None.
@@ -176,24 +180,40 @@ class DPOTrainer(_ReferencedPairs):
         callbacks: Any = None, optimizers: Any = (None, None), quantization_config: Any = None, peft_config: Any = None,
     ) -> None:  # fmt: skip
         args = given_args(args, DPOConfig, model, "DPO")
-        self.loss_fn = DPOLoss(
-            args.beta, args.loss_type, args.label_smoothing, args.f_divergence_type,
-            f_alpha_divergence_coef=args.f_alpha_divergence_coef, loss_weights=args.loss_weights,
-            discopop_tau=args.discopop_tau, ld_alpha=args.ld_alpha, use_weighting=args.use_weighting,
-        )  # fmt: skip
+        self.loss_fn = list_loss(args, any_ranked(train_dataset, eval_dataset))
+        if self.loss_fn is None:
+            self.loss_fn = DPOLoss(
+                args.beta, args.loss_type, args.label_smoothing, args.f_divergence_type,
+                f_alpha_divergence_coef=args.f_alpha_divergence_coef, loss_weights=args.loss_weights,
+                discopop_tau=args.discopop_tau, ld_alpha=args.ld_alpha, use_weighting=args.use_weighting,
+            )  # fmt: skip
+        else:
+            self.train_on_lists()
+        collator = ListCollator() if self.on_lists else PairCollator()
         super().__init__(
-            model, ref_model, args, PairCollator(), train_dataset, eval_dataset, processing_class,
+            model, ref_model, args, collator, train_dataset, eval_dataset, processing_class,
             peft_config=peft_config, data_collator=data_collator, compute_metrics=compute_metrics, callbacks=callbacks,
             optimizers=optimizers, quantization_config=quantization_config,
         )  # fmt: skip
-        self.refuse_budget(self.loss_fn.objective.losses)
+        if not self.on_lists:
+            self.refuse_budget(self.loss_fn.objective.losses)
+
+    def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
+        prepare = self.prepare_lists if self.on_lists else super().prepare_dataset
+        return prepare(dataset, name, args)
+
+    def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
+        return self.list_part_loss(part) if self.on_lists else super().part_loss(part, items)
+
+    def nll_tokens(self, part: Mapping[str, Any]) -> int:
+        return 0 if self.on_lists else super().nll_tokens(part)
 
     def reference_settings(self) -> list[Any]:
-        return ["ld_alpha", self.loss_fn.ld_alpha]
+        return [] if self.on_lists else ["ld_alpha", self.loss_fn.ld_alpha]
 
     def measuring(self) -> bool:
         """Also in evaluations where LD-DPO weighs tokens: their NLL has to see each token."""
-        weighted = self.loss_fn.ld_alpha is not None and "sft" in self.loss_fn.objective.losses
+        weighted = not self.on_lists and self.loss_fn.ld_alpha is not None and "sft" in self.loss_fn.objective.losses
         return super().measuring() or (weighted and not self.model.training)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.forward import by_sequence, head_labels, head_rows, hidden_rows, run_backbone, to_device
 from fastpref.trainers.loading import load_tokenizer, wrap_peft
-from fastpref.trainers.reference import Reference, SyncReference, fill_cache, fingerprint, ready_reference
+from fastpref.trainers.reference import Progress, Reference, SyncReference, fill_cache, fingerprint, ready_reference
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint
 ROUTES = "aux_loss/experts"  # what an evaluation sums
@@ -276,17 +276,35 @@ class ReferencedTrainer(PolicyTrainer):
         columns = [name for name in (*self.hashed_columns, "pixels") if name in dataset.column_names]
         key = fingerprint(self.reference, dataset, columns, settings)
         folder = self.args.reference_cache or models.cache_folder() / "reference"
-        cache = ReferenceCache(folder, key, len(dataset), len(self.reference_columns))
+        width = self.reference_width(dataset)
+        cache = ReferenceCache(folder, key, len(dataset), width)
         with self._progress(name, len(dataset)) as advance, self.reference.model() as model:
             model.to(self.args.device)  # where FSDP would bring it only for training
+
+            def compute(examples: list[dict[str, Any]]) -> Tensor:
+                found = self._reference_of(model, examples)
+                return torch.nn.functional.pad(found, (0, width - found.shape[1]))
+
             fill_cache(
-                cache, dataset, lambda examples: self._reference_of(model, examples), tokens=self.args.reference_tokens,
-                rank=self.args.process_index, world=self.args.world_size, progress=advance,
+                cache, dataset, compute, tokens=self.args.reference_tokens, rank=self.args.process_index,
+                world=self.args.world_size, progress=advance,
             )  # fmt: skip
         self.accelerator.wait_for_everyone()
-        for column, values in zip(self.reference_columns, cache.load().unbind(1), strict=True):
-            dataset = dataset.add_column(column, values.numpy())
+        return self.add_reference(dataset, cache.load())
+
+    def reference_width(self, dataset: Any) -> int:
+        """How many log-probs a cache has of each example, at most."""
+        return len(self.reference_columns)
+
+    def add_reference(self, dataset: Any, values: Tensor) -> Any:
+        """The data set with its `reference_columns`, from a cache's `[examples, width]`."""
+        for column, found in zip(self.reference_columns, values.unbind(1), strict=True):
+            dataset = dataset.add_column(column, found.numpy())
         return dataset
+
+    def by_example(self, logps: Tensor, examples: list[dict[str, Any]]) -> list[Tensor]:
+        """The log-probs of a `reference_part`'s sequences, for each of its examples."""
+        return list(logps.view(len(self.reference_columns), -1).unbind(1))
 
     def reference_settings(self) -> list[Any]:
         """What else the reference's log-probs depend on, for the cache's fingerprint."""
@@ -297,12 +315,14 @@ class ReferencedTrainer(PolicyTrainer):
         return self.data_collator.part(examples)
 
     def _reference_of(self, model: Any, examples: list[dict[str, Any]]) -> Tensor:
+        """`[examples, most that one has]`. Those that have fewer end in zeros."""
         part = to_device(self.reference_part(examples), self.args.device)
         with self.accelerator.autocast():
-            return self.reference_logps(model, part).float().view(len(self.reference_columns), -1).t().cpu()
+            found = self.by_example(self.reference_logps(model, part).float(), examples)
+        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True).cpu()
 
     def _progress(self, name: str, total: int) -> Any:
-        return _Progress(f"reference log-probs of the {name} data", total, disable=self.args.disable_tqdm)
+        return Progress(f"reference log-probs of the {name} data", total, disable=self.args.disable_tqdm)
 
     def reference_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
         """The log-probs of a part's sequences by any model, in the form that the loss takes."""
@@ -357,25 +377,3 @@ def _reference_is_lost() -> ValueError:
 
 def _datasets(given: Any) -> list[Any]:
     return list(given.values()) if isinstance(given, Mapping) else [given]
-
-
-class _Progress:
-    """A tqdm bar that appears only once something is computed: a full cache shows none."""
-
-    def __init__(self, text: str, total: int, disable: bool | None) -> None:
-        self._options = {"desc": text, "total": total, "disable": disable}
-        self._bar: Any = None
-
-    def __enter__(self) -> Callable[[int], None]:
-        return self._advance
-
-    def _advance(self, number: int) -> None:
-        from tqdm.auto import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(**self._options)
-        self._bar.update(number)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -166,3 +166,25 @@ def _take(order: list[int], lengths: Sequence[int], tokens: int) -> list[int]:
         total += lengths[order[0]]
         taken.append(order.pop(0))
     return taken
+
+
+class Progress:
+    """A tqdm bar that appears only once something is computed: a full cache shows none."""
+
+    def __init__(self, text: str, total: int, disable: bool | None) -> None:
+        self._options = {"desc": text, "total": total, "disable": disable}
+        self._bar: Any = None
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._advance
+
+    def _advance(self, number: int) -> None:
+        from tqdm.auto import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(**self._options)
+        self._bar.update(number)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref.data import formats, tokenize
-from fastpref.data.collators import PackedCollator, RewardCollator, StepCollator
+from fastpref.data import formats, ranked, tokenize
+from fastpref.data.collators import ListCollator, PackedCollator, RewardCollator, StepCollator
 from fastpref.models.adapters import active_module
+from fastpref.objectives.lists import list_objective
 from fastpref.objectives.process_reward import ProcessRewardLoss
-from fastpref.objectives.reward import BradleyTerryLoss, RewardOutput
+from fastpref.objectives.reward import RANKING_METHODS, BradleyTerryLoss, RewardOutput, row_rewards
+from fastpref.reference import TIE_MODELS, Comparisons
 from fastpref.trainers.base import Items, PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig, PRMConfig, RewardConfig, unsupported
 from fastpref.trainers.forward import hidden_rows
+from fastpref.trainers.lists import any_ranked
 from fastpref.trainers.loading import given_args, load_model, load_tokenizer, wrap_peft
 from fastpref.trainers.metrics import HIGHEST, LOWEST
 
@@ -69,11 +72,13 @@ class RewardTrainer(_HeadTrainer):
         model: a name, a folder, or a model for sequence classification with one label.
         args: a `RewardConfig`; by default one with an `output_dir` named after the model.
         data_collator: not supported; want None.
-        train_dataset: pairs, with a `margin` or without, in any format of `fastpref.data.formats`.
+        train_dataset: pairs, with a `margin` or without, in any format of `fastpref.data.formats`; or rankings in one
+            of `fastpref.data.ranked`, by the configuration's `ranking_loss`.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer, by default the model's.
         compute_metrics: called with `predictions`, the rewards `[N, 2]` of chosen and rejected responses in the order
-            of the data, and `label_ids`, zeros `[N]`: the index of the better one.
+            of the data, and `label_ids`, zeros `[N]`: the index of the better one. Not
+            with rankings.
         options: more of `DPOTrainer`'s arguments, such as `peft_config` and `callbacks`.
 
     Raises:
@@ -84,7 +89,7 @@ class RewardTrainer(_HeadTrainer):
     config_class = RewardConfig
     kind = "reward models"
     gives_scores = True
-    signature_columns = ("chosen_ids", "rejected_ids", "margin")
+    signature_columns: tuple[str, ...] = ("chosen_ids", "rejected_ids", "margin")
 
     def __init__(
         self, model: Any, args: RewardConfig | None = None, data_collator: Any = None, train_dataset: Any = None,
@@ -94,13 +99,20 @@ class RewardTrainer(_HeadTrainer):
 
         args = given_args(args, RewardConfig, model, "Reward")
         self.loss_fn = BradleyTerryLoss(args.center_rewards_coefficient or 0.0)
+        self.on_lists = args.ranking_loss in TIE_MODELS or any_ranked(train_dataset, eval_dataset)
+        list_objective(RANKING_METHODS[args.ranking_loss], 1.0, args.nu)  # refuses a wrong nu
+        if self.on_lists:
+            self.signature_columns = ("prompt_ids", "list_ids", "list_sizes", "ranks")
+            if options.get("compute_metrics") is not None:
+                raise unsupported("compute_metrics", options["compute_metrics"], "rankings have no pair of scores")
+        collator = ListCollator(whole=True) if self.on_lists else RewardCollator()
         super().__init__(
-            model, args, RewardCollator(), train_dataset, eval_dataset, processing_class,
+            model, args, collator, train_dataset, eval_dataset, processing_class,
             AutoModelForSequenceClassification, 1, data_collator=data_collator, **options,
         )  # fmt: skip
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
-        if "prompt_ids" in formats.column_names(dataset):
+        if "prompt_ids" in formats.column_names(dataset) and not self.on_lists:
             raise ValueError("train_dataset: got prompt_ids, want chosen_ids and rejected_ids as whole sequences")
         tokenizer = self.tokenizer_in_use
         if args.eos_token is not None:
@@ -109,6 +121,11 @@ class RewardTrainer(_HeadTrainer):
             tokenizer.eos_token = args.eos_token
         if args.chat_template_path is not None:
             tokenizer.chat_template = _chat_template(args.chat_template_path)
+        if self.on_lists:
+            return ranked.tokenize_ranked_whole(
+                ranked.ranked(dataset), tokenizer, max_length=args.max_length, ties=args.ranking_loss in TIE_MODELS,
+                num_proc=args.dataset_num_proc, name=name, responses_as_written=args.responses_as_written,
+            )  # fmt: skip
         return tokenize.tokenize_reward(
             self.pictured(formats.paired(dataset), formats.PAIR, args, name, whole=True), tokenizer,
             max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
@@ -117,17 +134,30 @@ class RewardTrainer(_HeadTrainer):
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         hidden, head = hidden_rows(self.inner, part), self.score_head()
-        out = self.loss_fn.from_hidden(hidden, head.weight, part["last_rows"], part.get("margin"), head.bias)
-        rewards = torch.cat([out.chosen_rewards, out.rejected_rewards])
+        if self.on_lists:
+            out, rewards = self._of_lists(hidden, head, part)
+        else:
+            out = self.loss_fn.from_hidden(hidden, head.weight, part["last_rows"], part.get("margin"), head.bias)
+            rewards = torch.cat([out.chosen_rewards, out.rejected_rewards])
         self.metrics.add_extreme("min_reward", rewards.min(), LOWEST)
         self.metrics.add_extreme("max_reward", rewards.max(), HIGHEST)
         self.metrics.add_mean("mean_reward", rewards)
         self.metrics.add_mean("accuracy", out.accuracies)
         self.metrics.add_mean("margin", out.chosen_rewards - out.rejected_rewards)
         self.add_loss(out.loss * part["examples"], part["examples"])
-        self.keep_scores(out)
+        if not self.on_lists:
+            self.keep_scores(out)
         self.count_tokens(part)
         return out.loss
+
+    def _of_lists(self, hidden: Tensor, head: nn.Linear, part: Mapping[str, Any]) -> tuple[RewardOutput, Tensor]:
+        """(loss and measures of a part's pairs of different ranks, the rewards of all its responses)."""
+        rewards = row_rewards(hidden, head.weight, part["last_rows"], head.bias)
+        out = self.loss_fn.from_rankings(
+            rewards, part["ranks"], part["group"], self.args.ranking_loss, self.args.nu,
+            compared=Comparisons(**part["compared"]),
+        )  # fmt: skip
+        return out, rewards.detach()
 
     def keep_scores(self, out: RewardOutput) -> None:
         """In an evaluation, keeps the rewards for `compute_metrics`."""

@@ -57,6 +57,29 @@ def test_which_pairs(scores, rules, wanted) -> None:
     assert made(record(scores), **rules) == wanted
 
 
+LISTS = {
+    "best first, with ranks": ([2, 9, 5, 1], {}, [B, C, A, D], [0, 1, 2, 3]),
+    "ties": ([3, 3, 1], {}, [A, B, C], [0, 0, 1]),
+    "closer than the margin: a tie": ([3, 2.5, 2, 1.9], {"min_margin": 1.0}, [A, B, C, D], [0, 0, 1, 1]),
+    "no opinion": ([None, 9, 5, 1], {}, [B, C, D], [0, 1, 2]),
+    "judges' ranks": ([[1, 2, 0], [300, 100, 200]], {"combine": "rank"}, [A, B, C], [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("scores, rules, responses, ranks", LISTS.values(), ids=LISTS)
+def test_lists(scores, rules, responses, ranks) -> None:
+    (found,), report = make_pairs([record(scores, source="x")], PairRules(how="list", **rules))
+    assert (found["responses"], found["ranks"], found["source"]) == (responses, ranks, "x")
+    assert found["scores"] == sorted(found["scores"], reverse=True) and report["pairs"] == 1
+
+
+def test_a_list_has_two_responses_and_no_rules_of_pairs() -> None:
+    lists, report = make_pairs([record([1]), record([1, 2], responses=("a", " a"))], PairRules(how="list"))
+    assert lists == [] and report["prompts_with_pairs"] == 0 and report["dropped"] == {"duplicate responses": 1}
+    with pytest.raises(ValueError, match=r"min_agreement: got 0\.5 with how 'list', want it with pairs"):
+        PairRules(how="list", min_agreement=0.5)
+
+
 def test_ranks_are_better_when_lower() -> None:
     ranked = {"prompt": PROMPT, "responses": [A, B, C], "ranks": [2, 1, 3]}
     assert made(ranked, how="all") == [(B, C), (B, A), (A, C)]
@@ -155,7 +178,7 @@ def test_records_that_are_none(changes, message) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"how": "some"}, "how: got 'some', want one of best-worst, best-rest, all"),
+        ({"how": "some"}, "how: got 'some', want one of best-worst, best-rest, all, list"),
         ({"min_margin": -1}, "min_margin: got -1, want a number in [0, inf)"),
         ({"min_agreement": 2}, "min_agreement: got 2, want a number in [0, 1]"),
         ({"max_pairs_per_prompt": 0}, "max_pairs_per_prompt: got 0, want a finite number greater than 0"),
@@ -188,4 +211,4 @@ def test_the_command_writes_what_fastpref_and_trl_read(tmp_path, capsys) -> None
             assert tokenizer(text["prompt"] + text[side])["input_ids"] == pair.prompt + getattr(pair, side)
     write_lines(scored, [record([1, 1])])
     assert cli.main(command) == 2
-    assert "got no pair that passes" in capsys.readouterr().err
+    assert "got no pairs that pass" in capsys.readouterr().err
