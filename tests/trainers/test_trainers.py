@@ -184,7 +184,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ({"layout": "rows"}, "layout: got 'rows', want one of auto, shared, packed, padded"),
+            ({"layout": "rows"}, "layout: got 'rows', want one of auto, tree, shared, packed, padded"),
             ({"truncation_mode": "keep_end"}, "truncation_mode: got 'keep_end'"),
             ({"statistics": "always"}, "statistics: got 'always'"),
             ({"token_budget": 0}, "token_budget: got 0"),
