@@ -31,7 +31,7 @@ def answer(body: dict, script: str) -> dict:
         choice["finish_reason"] = "length"
     choice |= {"message": {"role": "assistant", "content": content}} if chat else {"text": content}
     if body.get("return_token_ids") and script == "vllm":
-        choice["token_ids"] = [5, 6, 7]
+        choice["token_ids"] = [5, 6, 7] if chat else [300 + body["seed"] % 97, 300 + body["seed"] % 89, 2]
     if body.get("logprobs") and script == "vllm":
         logps = [-0.5, -1.25, -0.125]
         choice["logprobs"] = {"content": [{"logprob": p} for p in logps]} if chat else {"token_logprobs": logps}
@@ -121,6 +121,7 @@ def repeated(bodies: list[dict]) -> int:
 
 
 if __name__ == "__main__":
+    ThreadingHTTPServer.request_queue_size = 128  # connections that wait to be accepted: 5 refused some of 16 at once
     server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1]) if len(sys.argv) > 1 else 0), Handler)
     server.daemon_threads = True
     print(server.server_address[1], flush=True)
