@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastpref.online.answers import Answer, Request
-from fastpref.online.records import Journal, read_records, sidecar
+from fastpref.online.records import Journal, sidecar
 
 Key = tuple[int, int]  # (record, request of it)
 MakeRequest = Callable[[int, int], Request]
@@ -69,7 +70,7 @@ class AnswerLog:
         self.path = output.path.with_name(output.path.name + ".answers.jsonl")
         self._sizes, self._start = sizes, output.done
         self._journal = Journal(self.path, sum(sizes), output.settings, overwrite)
-        records = read_records(self.path) if self._journal.done else []
+        records = map(json.loads, self.path.read_bytes().splitlines()) if self._journal.done else ()
         self.answers: dict[Key, Answer] = {(r["record"], r["request"]): Answer.of(r) for r in records}
 
     def in_order(self, ask: Ask, request: MakeRequest, progress: Callable[[int], None]) -> Iterator[list[Answer]]:

@@ -80,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(judge_report.lines(report)))
     if args.json:
         write_whole(Path(args.json), (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    if report["answers"] and report["answers"] == report["unparsable"]["count"]:
+        raise ValueError(
+            f"{args.output}: got no verdict in {report['answers']} answers, want a judge that ends as asked"
+        )
     return 0
 
 

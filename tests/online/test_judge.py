@@ -273,6 +273,9 @@ def test_the_command(scripted, tmp_path, capsys) -> None:
     assert scripted.got(url)[0]["messages"][0]["content"].startswith("Count the e. Name a colour.\n")
     assert read_records(out)[0]["scores"] == {"e": WINS[0]}
     assert json.loads((tmp_path / "report.json").read_text())["answers"] == ANSWERS
+    nonsense = ["judge", "--responses", str(source), "--output", str(tmp_path / "nonsense.jsonl")]
+    assert cli.main([*nonsense, "--server", scripted.url("judge-nonsense")]) == 2
+    assert f"got no verdict in {ANSWERS} answers, want a judge that ends as asked" in capsys.readouterr().err
     assert cli.main([*command[:3], "--output", str(tmp_path / "b.jsonl")]) == 2
     assert "--model: got none, want one, or a --server" in capsys.readouterr().err
     assert cli.main(["judge", "--responses", str(out), "--output", str(tmp_path / "b.jsonl"), "--server", url]) == 2
