@@ -57,7 +57,11 @@ class Server:
             raise ValueError(
                 "server: got a URL with a user, a query or a fragment, want none: keys go into api_key_env"
             )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            there = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:  # of a port that is none
+            there = False
+        if not there:
             raise ValueError(f"server: got {self.url!r}, want a URL such as http://localhost:8000")
         if self.kind is not None:
             checks.choice("kind", self.kind, KINDS)

@@ -301,6 +301,12 @@ def test_keys_are_never_shown_or_written(scripted, tmp_path, monkeypatch, capsys
         assert "pass" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "http://", "http://localhost:99999", ""])
+def test_what_is_no_url(url) -> None:
+    with pytest.raises(ValueError, match=r"server: got '.*', want a URL such as http://localhost:8000"):
+        Server(url)
+
+
 def test_options_that_mean_a_local_model(scripted, tmp_path, capsys) -> None:
     prompts = write_lines(tmp_path / "prompts.jsonl", PROMPTS[:1])
     command = ["generate", "--prompts", str(prompts), "--output", str(tmp_path / "out.jsonl")]
