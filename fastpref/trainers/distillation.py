@@ -154,7 +154,10 @@ class DistillationTrainer(PolicyTrainer):
             part["teacher_hidden"] = at_head_rows(part["teacher_hidden"], part)
             return
         if self._teacher_head is not None:
-            raise ValueError("eval_dataset: got one without cached hidden states, want it given to the constructor")
+            raise ValueError(
+                "eval_dataset: got prompts alone, or one that came after the teacher was freed; want completions, given "
+                "to the constructor, or cache_teacher=False"
+            )
         with self.teacher.model() as teacher:
             wrapped = model if self.teacher.own is None else teacher
             rows = head_rows(part)
