@@ -155,8 +155,8 @@ class DistillationTrainer(PolicyTrainer):
             return
         if self._teacher_head is not None:
             raise ValueError(
-                "eval_dataset: got prompts alone, or one that came after the teacher was freed; want completions, given "
-                "to the constructor, or cache_teacher=False"
+                "eval_dataset: got prompts alone, or one that came after the teacher was freed; want completions, in "
+                "the constructor's data, or cache_teacher=False"
             )
         with self.teacher.model() as teacher:
             wrapped = model if self.teacher.own is None else teacher

@@ -81,6 +81,13 @@ def test_policy_trainers(method, options, tmp_path, monkeypatch):
     assert_nothing_waits(trainer_of(method, tmp_path, **options), monkeypatch)
 
 
+def test_distillation(tmp_path, monkeypatch):
+    model, tokenizer = tiny()
+    args = config(trainers.DistillationConfig, tmp_path, max_steps=2, lmbda=0.0, beta=0.5)
+    trainer = trainers.DistillationTrainer(model, tiny(1)[0], args, pairs(), processing_class=tokenizer)
+    assert_nothing_waits(trainer, monkeypatch)
+
+
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_groups_of_units_whose_logits_do_not_fit(method, tmp_path, monkeypatch):
     trainer = trainer_of(method, tmp_path, statistics="never")
