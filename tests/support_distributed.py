@@ -159,6 +159,7 @@ OURS = {
     "kto": ("KTO", {}),
     "reward": ("Reward", {}),
     "orpo": ("ORPO", {}),
+    "lists": ("DPO", {"loss_type": "davidson"}),
 }
 
 
@@ -188,9 +189,21 @@ def ours(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     extra = {"ref_model": tiny(seed=1)[0]} if name in ("DPO", "KTO") and case not in ("tr-dpo", "untied-dpo") else {}
     trainer = trainer_class(
-        model=model, args=args, train_dataset=trl_hosts.dataset(name.lower()), processing_class=tokenizer, **extra
-    )
+        model=model, args=args, train_dataset=rankings() if case == "lists" else trl_hosts.dataset(name.lower()),
+        processing_class=tokenizer, **extra,
+    )  # fmt: skip
     return trained(trainer, wrapper)
+
+
+def rankings() -> Any:
+    """Pairs as lists of two, three or four responses, with ties."""
+    pairs = trl_hosts.dataset("dpo")
+    others = [*pairs["chosen"], *pairs["rejected"]]
+    return pairs.map(
+        lambda row, i: {"responses": [row["chosen"], row["rejected"], *others[i : i + i % 3]],
+                        "ranks": [0, 1, 1, 0][: 2 + i % 3]},
+        with_indices=True, remove_columns=["chosen", "rejected"],
+    )  # fmt: skip
 
 
 def resumed(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:

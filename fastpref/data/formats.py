@@ -316,7 +316,11 @@ def peek(dataset: Any) -> tuple[set[str], Record]:
 
 def not_understood(columns: set[str], wanted: tuple[str, ...]) -> ValueError:
     """The error for columns of no accepted format."""
-    return ValueError(f"dataset: got columns {', '.join(sorted(columns))}; want one of: {' | '.join(wanted)}")
+    rankings = "; rankings are for DPO and reward models, and `fastpref pairs` makes pairs of them"
+    return ValueError(
+        f"dataset: got columns {', '.join(sorted(columns))}; want one of: {' | '.join(wanted)}"
+        + (rankings if "responses" in columns else "")
+    )
 
 
 def convert(dataset: Any, one: Callable[[Record], Record], columns: set[str], num_proc: int | None) -> Any:

@@ -25,10 +25,13 @@ class ListObjective(NamedTuple):
     nu: float = 1.0  # how likely ties are, for those who model them
 
 
+ASKED = 512  # responses, whose [n, n] takes 2 MB of fp64
+
+
 class Mates(NamedTuple):
     """The other responses to the same prompt, `[n, K]` with K the largest group's size.
 
-    `who` says which they are. Where a group is smaller, and at a response itself, no mask is set.
+    `who` says which they are. K may be larger. Where a group is smaller, and at a response itself, no mask is set.
     """
 
     who: Tensor
@@ -36,20 +39,23 @@ class Mates(NamedTuple):
     better: Tensor
     tied: Tensor
     sizes: Tensor  # [n], how many responses the prompt has
-    group: Tensor  # [n], numbers 0 .. G - 1
 
 
 def mates_of(ranks: Tensor, group: Tensor) -> Mates:
-    """Whom each response is compared with, from `ranks` `[n]` and `group` `[n]`: integers, in any order."""
-    _, ids, sizes = torch.unique(group, return_inverse=True, return_counts=True)
-    order = ids.argsort(stable=True)
-    starts = sizes.cumsum(0) - sizes
-    slot = torch.arange(int(sizes.max()), device=group.device)
-    real = slot < sizes[ids][:, None]
-    index = order[(starts[ids][:, None] + slot).where(real, 0)]
-    real &= index != torch.arange(len(group), device=group.device)[:, None]
-    own, other = ranks[:, None], ranks[index]
-    return Mates(index, real & (own < other), real & (own > other), real & (own == other), sizes[ids], ids)
+    """Whom each response is compared with, from `ranks` `[n]` and `group` `[n]`: integers, in any order.
+
+    Beyond `ASKED` responses the device is asked for the largest group's size. Up to there K is n, and nothing waits.
+    """
+    n = len(group)
+    ordered, order = group.sort(stable=True)
+    starts, ends = torch.searchsorted(ordered, group), torch.searchsorted(ordered, group, right=True)
+    sizes = ends - starts
+    slot = torch.arange(n if n <= ASKED else int(sizes.max()), device=group.device)
+    real = slot < sizes[:, None]
+    who = order[(starts[:, None] + slot).clamp(max=n - 1)]
+    real &= who != torch.arange(n, device=group.device)[:, None]
+    own, other = ranks[:, None], ranks[who]
+    return Mates(who, real & (own < other), real & (own > other), real & (own == other), sizes)
 
 
 def plackett_luce(scores: Tensor, mates: Mates, nu: float) -> Tensor:

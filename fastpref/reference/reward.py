@@ -66,7 +66,7 @@ def comparisons(ranks: Tensor, group: Tensor) -> Comparisons:
     mates = mates_of(ranks, group)
     winners, slots = mates.worse.nonzero(as_tuple=True)
     k = mates.sizes[winners].double()
-    groups = mates.group[winners].unique().numel()
+    groups = group[winners].unique().numel()
     return Comparisons(winners, mates.who[winners, slots], 2 / (k * (k - 1)) / max(1, groups))
 
 

@@ -114,6 +114,26 @@ def test_rewards_and_steps(tmp_path, monkeypatch):
     assert_nothing_waits(trainer, monkeypatch)
 
 
+@pytest.mark.parametrize("loss", ["plackett_luce", "davidson"])
+def test_rankings(loss, tmp_path, monkeypatch):
+    """DPO in parts whose logits do not fit, and reward models: the host knows the lists' sizes and their pairs."""
+    data = pairs().map(
+        lambda row: {"responses": [row["chosen"], row["rejected"], row["chosen"][:1]], "ranks": [0, 1, 1]},
+        remove_columns=["chosen", "rejected"],
+    )
+    model, tokenizer = tiny()
+    args = config(trainers.RewardConfig, tmp_path, max_steps=2, ranking_loss=loss, center_rewards_coefficient=0.1)
+    classifier = AutoModelForSequenceClassification.from_config(_labelled(tiny()[0].config, 1))
+    assert_nothing_waits(
+        trainers.RewardTrainer(classifier, args, train_dataset=data, processing_class=tokenizer), monkeypatch
+    )
+    args = config(trainers.DPOConfig, tmp_path, max_steps=2, loss_type=loss, statistics="never", layout="packed")
+    trainer = trainers.DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    rows = max(sum(part["sizes"]) for part in trainer.data_collator(trainer.train_dataset.to_list()[:4])["parts"])
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 4 * rows * 4 * trainer.model.config.vocab_size // 2)
+    assert "linear_list_loss" in assert_nothing_waits(trainer, monkeypatch).of_fastpref
+
+
 def _labelled(model_config, labels: int):
     model_config.num_labels = labels
     return model_config
