@@ -20,7 +20,7 @@ from fastpref.online.answers import Answer, Request
 from fastpref.online.client import Client
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.judges import Records, Scorer, Scores
-from fastpref.online.prompts import checked_prompt, checked_responses, read_responses
+from fastpref.online.prompts import checked_prompt, checked_responses, read_responses, refuse_images
 from fastpref.online.records import Journal, to_line, write_whole
 from fastpref.online.score import check_free, with_scores
 from fastpref.online.served import request_seed
@@ -164,6 +164,7 @@ def _questions(records: Sequence[Mapping[str, Any]], how: Judging) -> list[list[
     for i, record in enumerate(records):
         prompt = checked_prompt(record, f"record {i}")
         checked_responses(record, f"record {i}")
+        refuse_images(record, f"record {i}")
         try:
             verdicts.prompt_text(prompt)
         except ValueError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.common.terminal import hide_library_bars
+from fastpref.data import images
 from fastpref.data.sampling import Prompt
 from fastpref.online.records import Record, read_records
 
@@ -114,3 +115,13 @@ def checked_responses(record: Mapping[str, Any], where: str) -> list[str]:
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
         raise ValueError(f"{where}: got responses of {type(responses).__name__}, want a list of strings")
     return responses
+
+
+def refuse_images(record: Mapping[str, Any], where: str) -> None:
+    """For what reads texts only: servers and judges, to which no image is sent.
+
+    Raises:
+        ValueError: the record has images.
+    """
+    if found := images.listed(record):
+        raise ValueError(f"{where}: got {len(found)} images, want none: servers and judges get texts only")

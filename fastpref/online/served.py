@@ -17,7 +17,7 @@ from fastpref.online.answer_log import AnswerLog
 from fastpref.online.answers import Answer, Request
 from fastpref.online.client import Client
 from fastpref.online.command import Progress
-from fastpref.online.prompts import checked_prompt
+from fastpref.online.prompts import checked_prompt, refuse_images
 from fastpref.online.records import Journal, Record, to_line
 from fastpref.online.servers import Server
 
@@ -41,6 +41,7 @@ def _request(
     **wanted: bool,
 ) -> Request:  # fmt: skip
     record: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+    refuse_images(record, f"prompt {index}")
     fields = servers.sampling_fields(kind, how) | {"seed": request_seed(how.seed, index, response)}
     request = Request(record["prompt"], fields, **wanted)
     if not request.chat:
@@ -81,6 +82,7 @@ def generate_from_server(
     how = sampling or Sampling()
     for i, prompt in enumerate(prompts):
         checked_prompt(prompt, f"prompts[{i}]")
+        refuse_images(prompt, f"prompts[{i}]")  # before the first request
     with Client(server) as client:
         kind = client.server.kind or "openai"
         settings = asdict(how) | {

@@ -20,6 +20,7 @@ from fastpref.online import (
     PairRules,
     Server,
     ServerError,
+    generate_from_server,
     judge_file,
     judge_scorer,
     make_pairs,
@@ -226,6 +227,15 @@ def test_a_crash_and_other_settings(scripted, tmp_path, monkeypatch) -> None:
         judge_file(server(url), RECORDS, out, Judging(seed=1))
     judge_file(server(url), RECORDS, out)
     assert read_records(out) == SCORED
+
+
+def test_images_were_left_out_of_what_a_judge_sees(scripted, tmp_path) -> None:
+    url = scripted.url("judge-right")
+    with pytest.raises(ValueError, match="record 1: got 1 images, want none: servers and judges get texts only"):
+        judge_file(server(url), [RECORDS[0], {**RECORDS[1], "images": ["a.png"]}], tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match=r"prompts\[0\]: got 2 images, want none"):
+        generate_from_server(server(url), [{**PROMPTS[0], "images": ["a.png", "b.png"]}], tmp_path / "out.jsonl")
+    assert scripted.got(url) == []
 
 
 def test_as_a_scorer_and_a_reward(scripted) -> None:
