@@ -150,7 +150,7 @@ def _linear_token_kl(direction: str, plan: str, wrt: tuple[str, ...]) -> Operato
             found[name] = aside.linear_token_logprobs(*given, **x.transform).detach()
         return found
 
-    # reverse: K is as large as the log-ratio, thousands here, and d_weight beyond fp16. jsd: where one token has all the
+    # reverse: K is as large as the log-ratio, thousands here, and d_weight beyond fp16. jsd: where one token has all
     # probability, K is the difference of two equal numbers, and none of its digits are known to anyone
     families = tuple(f for f in _without_irrational(FAMILIES, direction) if f != "extreme" or direction == "forward")
     return Operator(
