@@ -232,3 +232,27 @@ def test_errors(wrong, message):
     with pytest.raises(ValueError) as error:
         wrong(ListDPOLoss())
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_same_bits_every_time(backend, name):
+    batch = list_batch(dtype=torch.float32)
+    runs = []
+    for _ in range(2):
+        out = call(LOSSES[name], batch, sizes=SIZES, plan="pair", workspace_bytes=6 * VOCAB * 4)
+        runs.append([*out, *torch.autograd.grad(out.loss, [batch.hidden, batch.weight])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_it_compiles_in_one_graph(backend):
+    """With sizes the units are known while it is traced; without, the gradients are recomputed."""
+    batch, loss_fn = list_batch(), LOSSES["davidson"]
+
+    def loss(hidden, group, sizes):
+        return call(loss_fn, batch._replace(hidden=hidden), group=group, sizes=sizes).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for group, sizes in ((GROUP, None), (None, SIZES), (GROUP, SIZES)):
+        want = torch.autograd.grad(loss(batch.hidden, group, sizes), batch.hidden)
+        got = torch.autograd.grad(compiled(batch.hidden, group, sizes), batch.hidden)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)

@@ -216,3 +216,42 @@ def test_a_list_s_tokens_are_those_of_its_pairs():
         n = found["list_sizes"]
         assert found["prompt_ids"] == pair["prompt_ids"] and found["list_ids"][: n[0]] == pair["chosen_ids"]
         assert found["list_ids"][n[0] : n[0] + n[1]] == pair["rejected_ids"]
+
+
+def test_a_stream_of_lists(tmp_path):
+    """The reference runs in every step; what cannot be compared is passed over."""
+    trainer = trainer_of(tmp_path, lists(9).to_iterable_dataset(), loss_type="all_pairs", max_steps=2)
+    streamed = train(trainer)
+    known = train(trainer_of(tmp_path / "known", lists(9), loss_type="all_pairs", max_steps=2,
+                             train_sampling_strategy="sequential"))  # fmt: skip
+    assert [e["loss"] for e in streamed] == pytest.approx([e["loss"] for e in known], rel=1e-5)
+
+
+def test_all_pairs_is_what_trl_s_trainer_gives_on_the_pairs(tmp_path):
+    """A list of four and its six pairs, with a reference that is another model."""
+    trl = pytest.importorskip("trl")
+    row = lists(3)[2]  # scores 1, 9, 9, 4 -> all different
+    row["scores"] = [1, 9, 8, 4]
+    prompt, texts = row["prompt"], row["responses"]
+    best_first = [texts[i] for i in (1, 2, 3, 0)]
+    made = [
+        {"prompt": prompt, "chosen": [{"role": "assistant", "content": best_first[i]}],
+         "rejected": [{"role": "assistant", "content": best_first[j]}]}
+        for i in range(4) for j in range(i + 1, 4)
+    ]  # fmt: skip
+    (policy, tokenizer), (other, _) = tiny(), tiny(seed=1)
+    common = {"beta": 0.5, "max_length": 512, "per_device_eval_batch_size": 6}
+    args = trl.DPOConfig(output_dir=str(tmp_path / "trl"), report_to="none", bf16=False, use_cpu=True, **common)
+    theirs = trl.DPOTrainer(
+        model=policy, ref_model=other, args=args, train_dataset=Dataset.from_list(made),
+        eval_dataset=Dataset.from_list(made), processing_class=tokenizer,
+    ).evaluate()  # fmt: skip
+    (policy, _), (other, _) = tiny(), tiny(seed=1)
+    args = config(DPOConfig, tmp_path, loss_type="all_pairs", reference_cache=str(tmp_path / "cache"), **common)
+    ours = DPOTrainer(
+        model=policy, ref_model=other, args=args, train_dataset=Dataset.from_list([row]),
+        eval_dataset=Dataset.from_list([row]), processing_class=tokenizer,
+    ).evaluate()  # fmt: skip
+    assert abs(theirs["eval_loss"] - 0.6931) > 0.01
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+    assert ours["eval_rewards/accuracies"] == pytest.approx(theirs["eval_rewards/accuracies"])
