@@ -48,7 +48,7 @@ def mates_of(ranks: Tensor, group: Tensor) -> Mates:
     """
     n = len(group)
     ordered, order = group.sort(stable=True)
-    starts, ends = torch.searchsorted(ordered, group), torch.searchsorted(ordered, group, right=True)
+    starts, ends = (torch.searchsorted(ordered, group.contiguous(), right=right) for right in (False, True))
     sizes = ends - starts
     slot = torch.arange(n if n <= ASKED else int(sizes.max()), device=group.device)
     real = slot < sizes[:, None]
