@@ -203,7 +203,7 @@ def _refused(example: Record, index: int) -> Record:
     if listed(example):
         raise ValueError(
             f"dataset, record {index + 1}: images: got {len(listed(example))}, want none: the model reads texts only, "
-            "or processing_class is a tokenizer and not the processor of a vision-language model"
+            "or the trainer does, or processing_class is no processor of a vision-language model"
         )
     return {}
 

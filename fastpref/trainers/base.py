@@ -16,9 +16,8 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastpref.common.memory import keep_freed_memory
-from fastpref.data import images
 from fastpref.data.collators import PackedCollator
-from fastpref.data.images import tokenizer_of
+from fastpref.data.images import PREPARED, tokenizer_of
 from fastpref.models import compile_backbone, inner_model, keep_arithmetic, limits, run_inside
 from fastpref.trainers import card
 from fastpref.trainers.config import PreferenceConfig, unsupported
@@ -34,7 +33,7 @@ from fastpref.trainers.loading import (
 )  # fmt: skip
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.streams import StreamRemarks
-from fastpref.trainers.vision import pictured, vision_of
+from fastpref.trainers.vision import pictured, ready_vision, unopened
 
 NLL_TERM = "loss/nll"  # of an evaluation's loss: a mean over tokens, where the rest is one over examples
 
@@ -69,6 +68,7 @@ class PreferenceTrainer(Trainer):
     config_class: type[PreferenceConfig] = PreferenceConfig
     loss_is_scaled_for_ga = True  # by the number of examples in an update
     gives_scores = False  # rows of `scores` in an evaluation, for `compute_metrics`
+    reads_images = False
     signature_columns: tuple[str, ...] = ()
 
     def __init__(
@@ -94,9 +94,7 @@ class PreferenceTrainer(Trainer):
         if args.dataloader_pin_memory:  # the next batch is copied while the device works on this one
             dispatch.non_blocking = True
         tokenizer = self.tokenizer_in_use = tokenizer_of(processing_class)
-        self._vision = collator.vision = vision_of(model, processing_class)
-        if self._vision is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # a batch may have no images
+        self._vision = collator.vision = ready_vision(model, processing_class, args)
         options = {name: value for name, value in options.items() if value is not None}
         super().__init__(
             model=model, args=args, data_collator=collator,
@@ -138,7 +136,7 @@ class PreferenceTrainer(Trainer):
     # data
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["length", POSITION, *images.PREPARED, *self.signature_columns]
+        self._signature_columns = ["length", POSITION, *PREPARED, *self.signature_columns]
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         """The data set tokenised, with the columns `signature_columns`."""
@@ -150,10 +148,10 @@ class PreferenceTrainer(Trainer):
         if isinstance(dataset, Mapping):
             return {key: self._prepared(value, args, key) for key, value in dataset.items()}
         with args.main_process_first(desc=f"preparing the {name} data"):
-            return self.prepare_dataset(images.undecoded(dataset), name, args)
+            return self.prepare_dataset(unopened(dataset, self.reads_images), name, args)
 
     def pictured(self, dataset: Any, sides: Sequence[str], args: Any, name: str, whole: bool = False) -> Any:
-        """The records with images as token ids, images beside them; others as they are."""
+        """The records with images as token ids, with them; others as they are."""
         return pictured(dataset, self._vision, sides, args, name, whole, late=hasattr(self, "train_dataset"))
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"):

@@ -33,6 +33,7 @@ class PairTraining(PolicyTrainer):
     """How a part's pairs are scored and measured. `loss_fn` is one of fastpref's paired losses."""
 
     loss_fn: Any  # a PairedLoss
+    reads_images = True
 
     def part_loss(self, part: Mapping[str, Any], items: Items) -> Tensor:
         (hidden, balance), head = self.scored(part), self.head()

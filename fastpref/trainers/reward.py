@@ -89,6 +89,7 @@ class RewardTrainer(_HeadTrainer):
     config_class = RewardConfig
     kind = "reward models"
     gives_scores = True
+    reads_images = True
     signature_columns: tuple[str, ...] = ("chosen_ids", "rejected_ids", "margin")
 
     def __init__(

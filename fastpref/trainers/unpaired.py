@@ -32,6 +32,7 @@ class KTOTrainer(ReferencedTrainer):
     """
 
     config_class = KTOConfig
+    reads_images = True
     signature_columns = (
         "prompt_ids", "completion_ids", "completion_mask", "label", "kl_completion_ids", "kl_completion_mask",
         "ref_logps", "ref_KL_logps",

@@ -21,6 +21,26 @@ def vision_of(model: Any, processing_class: Any) -> Vision | None:
     return Vision(processing_class, axis_positions(model))
 
 
+def ready_vision(model: Any, processing_class: Any, args: PreferenceConfig) -> Vision | None:
+    """`vision_of`. A batch may have no images, so DDP is told, as in TRL, to look for parameters that are not used."""
+    found = vision_of(model, processing_class)
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if found is not None and args.ddp_find_unused_parameters is None and not checkpointing.get("use_reentrant"):
+        args.ddp_find_unused_parameters = True
+    return found
+
+
+def unopened(dataset: Any, reads_images: bool) -> Any:
+    """The data set with images as bytes or paths, for a trainer that reads them; else without them.
+
+    Raises:
+        ValueError: a record has images, and the trainer reads none.
+    """
+    if not reads_images and images.has_images(dataset):
+        return images.without(dataset)
+    return images.undecoded(dataset)
+
+
 def pictured(
     dataset: Any, vision: Vision | None, sides: Sequence[str], args: PreferenceConfig, name: str, whole: bool = False,
     late: bool = False,

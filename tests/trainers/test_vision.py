@@ -25,6 +25,8 @@ from fastpref.trainers import (
     ORPOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SimPOConfig,
     SimPOTrainer,
 )
@@ -294,6 +296,18 @@ def test_images_in_a_text_model_are_named_with_their_record(tmp_path):
         DPOTrainer(
             model, args=DPOConfig(str(tmp_path), **options()), train_dataset=Dataset.from_list(rows[::1]),
             processing_class=tokenizer,
+        )  # fmt: skip
+
+
+def test_a_trainer_that_reads_no_images_says_so(tmp_path):
+    model, processor = FAMILIES["llava"]()
+    config = RLOOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=2)
+    with pytest.raises(
+        ValueError, match="record 1: images: got 1, want none: the model reads texts only, or the trainer"
+    ):
+        RLOOTrainer(
+            model, args=config, train_dataset=Dataset.from_list(records(2)), processing_class=processor,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
         )  # fmt: skip
 
 
