@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastpref.models import attention
@@ -101,6 +102,14 @@ def _axis_positions(body: Any, input_ids: Tensor, kinds: Tensor, grids: Tensor) 
     options = {"input_ids": input_ids, "mm_token_type_ids": kinds, "image_grid_thw": grids}
     known = inspect.signature(body.get_rope_index).parameters
     return body.get_rope_index(**{name: value for name, value in options.items() if name in known})[0]
+
+
+def in_dtype(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Pixels in the dtype of a model in half precision. Some families leave that to who calls them."""
+    dtype = inner_model(model).dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return dict(inputs)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 class Headless:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpref.common.gather import take_rows
 from fastpref.models import attention, backbone, for_head
-from fastpref.models.vision import packed_decoder
+from fastpref.models.vision import in_dtype, packed_decoder
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", attention.KWARG)
 
@@ -21,7 +21,7 @@ def run_backbone(model: Any, batch: Mapping[str, Any], **options: Any) -> Any:
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     packed = attention.KWARG in inputs
     if "vision" in batch:
-        inputs |= batch["vision"]
+        inputs |= in_dtype(batch["vision"], model)
         segments = inputs.pop(attention.KWARG, None)
         with packed_decoder(model, segments) if packed else contextlib.nullcontext():
             return backbone(model)(**inputs, use_cache=False, **options)

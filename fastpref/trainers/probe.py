@@ -21,7 +21,7 @@ from fastpref.data.collators import PackedCollator
 from fastpref.data.packing import Scored
 from fastpref.data.vision import Vision
 from fastpref.models import evaluating
-from fastpref.trainers.forward import hidden_rows, to_device
+from fastpref.trainers.forward import run_backbone, to_device
 
 TOKENS = 24
 RESPONSES = {"chosen": "yes", "rejected": "none"}
@@ -88,7 +88,7 @@ def _leak(inner: Any, trial: _Trial) -> str | None:
     handle = inner.get_input_embeddings().register_forward_hook(cut)
     try:
         with torch.enable_grad():
-            hidden = hidden_rows(inner, trial.batch)
+            hidden = _hidden(inner, trial.batch)
             if not hidden.isfinite().all():
                 return "its hidden states are not finite"
             for rows in trial.rows:
@@ -108,21 +108,42 @@ def _leak(inner: Any, trial: _Trial) -> str | None:
 
 @torch.no_grad()
 def _difference(inner: Any, trial: _Trial) -> str | None:
-    def alone() -> Tensor:
-        return torch.cat([hidden_rows(inner, batch) for batch in trial.alone]).float()
+    def alone(pixels: float = 0.0) -> Tensor:
+        return torch.cat([_hidden(inner, _moved(batch, pixels)) for batch in trial.alone]).float()
 
     quantized = any(not p.is_floating_point() for p in inner.parameters())
     eps = torch.finfo(torch.bfloat16 if quantized else torch.float32).eps
     with single_precision(inner):
-        found = hidden_rows(inner, trial.batch)[torch.cat(trial.rows)].float()
+        found = _hidden(inner, trial.batch)[torch.cat(trial.rows)].float()
         wanted = alone()
         with _rounded(inner.get_input_embeddings(), eps):
-            response = (alone() - wanted).abs().max()
+            response = (alone(pixels=eps) - wanted).abs().max()
     # every layer rounds what it adds, a few times
     layers = int(getattr(inner.config.get_text_config(), "num_hidden_layers", None) or 1)
+    if trial.batch.get("vision"):
+        tower = inner.config.vision_config
+        layers += int(getattr(tower, "num_hidden_layers", None) or getattr(tower, "depth", None) or 1)
     limit = 4 * (layers + 1) * torch.maximum(response, eps * wanted.abs().max())
     error = (found - wanted).abs().max()
     return None if error <= limit else f"its hidden states differ by {float(error):.1e}"
+
+
+def _hidden(inner: Any, batch: dict[str, Any]) -> Tensor:
+    """Hidden states `[N, d]` as the backbone gives them: rounded for the head they would differ in the last place."""
+    return run_backbone(inner, batch).last_hidden_state.flatten(0, 1)
+
+
+def _moved(batch: dict[str, Any], eps: float) -> dict[str, Any]:
+    """The batch with its pixels, if it has some, moved like `_rounded` embeddings."""
+    pixels = batch.get("vision", {}).get("pixel_values")
+    if pixels is None or not eps:
+        return batch
+    return {**batch, "vision": {**batch["vision"], "pixel_values": _up_or_down(pixels, eps)}}
+
+
+def _up_or_down(values: Tensor, eps: float) -> Tensor:
+    signs = 1.0 - 2.0 * (torch.arange(values.numel(), device=values.device) % 3 % 2)
+    return values * (1 + eps * signs.view_as(values))
 
 
 @contextlib.contextmanager
@@ -130,8 +151,7 @@ def _rounded(embeddings: nn.Module, eps: float) -> Iterator[None]:
     """Embeddings moved by one unit in the last place, up or down."""
 
     def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        signs = 1.0 - 2.0 * (torch.arange(output.numel(), device=output.device) % 3 % 2)
-        return output * (1 + eps * signs.view_as(output))
+        return _up_or_down(output, eps)
 
     handle = embeddings.register_forward_hook(move)
     try:
@@ -145,9 +165,11 @@ def single_precision(model: nn.Module) -> Iterator[None]:
     """Runs the model's forward in fp32, one layer's weights at a time, so that no second copy of the model is made."""
     kept: dict[nn.Module, list[tuple[nn.Module, str, Any, bool]]] = {}
 
-    def widen(unit: nn.Module, args: Any) -> None:
+    def widen(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        # what was cast to the dtype of a weight that is not widened yet
+        given = tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
         if unit in kept:
-            return
+            return given
         kept[unit] = []
         for module in unit.modules():
             for values, buffers in ((module._parameters, False), (module._buffers, True)):
@@ -156,6 +178,7 @@ def single_precision(model: nn.Module) -> Iterator[None]:
                         kept[unit].append((module, name, value, buffers))
                         wide: Any = value.detach().float()
                         values[name] = wide if buffers else nn.Parameter(wide, requires_grad=False)
+        return given
 
     def restore(unit: nn.Module, *_: Any) -> None:
         for module, name, value, buffers in kept.pop(unit, []):
@@ -163,14 +186,38 @@ def single_precision(model: nn.Module) -> Iterator[None]:
 
     handles = []
     for unit in units(model):
-        handles += [unit.register_forward_pre_hook(widen), unit.register_forward_hook(restore, always_call=True)]
+        handles.append(unit.register_forward_pre_hook(widen, with_kwargs=True))
+        handles.append(unit.register_forward_hook(restore, always_call=True))
     try:
-        yield
+        with _named_single(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()
         for unit in list(kept):
             restore(unit)
+
+
+def _wide(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
+
+
+@contextlib.contextmanager
+def _named_single(model: nn.Module) -> Iterator[None]:
+    """For a `with` block, its models say that their dtype is fp32. They cast pixels and features of images to it."""
+    from transformers import PreTrainedModel
+
+    classes: set[Any] = {
+        type(m) for m in model.modules() if isinstance(m, PreTrainedModel) and "dtype" not in vars(type(m))
+    }
+    for cls in classes:
+        cls.dtype = property(lambda self: torch.float32)
+    try:
+        yield
+    finally:
+        for cls in classes:
+            del cls.dtype
 
 
 def units(module: nn.Module) -> Iterator[nn.Module]:

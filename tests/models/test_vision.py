@@ -19,6 +19,17 @@ from fastpref.trainers.vision import vision_of
 PADDED = {"gemma3", "llama4"}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_tries_models_in_half_precision(family):
+    """Its own errors are below rounding there, too: the same layout as in fp32."""
+    model, processor = FAMILIES[family]()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="layout")
+        layout = choose_layout(model.bfloat16(), "auto", vision_of(model, processor))
+    assert layout == (("padded", False) if family in PADDED else ("shared", True))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} == {model.dtype}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_are_those_of_the_models_own_logits(family):
