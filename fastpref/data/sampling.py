@@ -16,6 +16,7 @@ from fastpref.data import images
 from fastpref.data.batches import WINDOW_BATCHES, batches_by_length, in_windows, pad_id, padded
 from fastpref.data.encode import prompt_ids
 from fastpref.data.randomness import draw, keys
+from fastpref.models.vision import in_dtype
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -150,7 +151,7 @@ def sample_batch(
     row = torch.tensor([prompts.index(prompt) for prompt, _ in items], device=model.device)
     ids, mask = (x.to(model.device) for x in padded([tokens[p] for p in prompts], pad_id(tokenizer), "left"))
     if pictures:
-        cache = _seen(processor, [pictures[prompt] for prompt, _ in items], model.device)
+        cache = _seen(processor, [pictures[prompt] for prompt, _ in items], model)
     else:
         cache = _prompt_cache(model, ids, mask, row) if len(prompts) < len(items) else {}
     ids, mask = ids[row], mask[row]
@@ -177,13 +178,13 @@ def sample_batch(
     return [_response(row, ends, tokenizer) for row in output[:, ids.shape[1] :].tolist()]
 
 
-def _seen(processor: Any, records: Sequence[Any], device: torch.device) -> dict[str, Any]:
+def _seen(processor: Any, records: Sequence[Any], model: Any) -> dict[str, Any]:
     """What a vision-language model takes beside the token ids of prompts with images, padded on the left."""
     opened = [[images.opened(source) for source in images.listed(record)] for record in records]
     texts = [images.texts_of(record, processor, (), len(own))[0] for record, own in zip(records, opened, strict=True)]
     found = images.process(processor, opened, texts, side="left")
-    own = {name: value for name, value in found.items() if name not in ("input_ids", "attention_mask")}
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in own.items()}
+    own = {name: value.to(model.device) for name, value in found.items() if isinstance(value, Tensor)}
+    return in_dtype({n: value for n, value in own.items() if n not in ("input_ids", "attention_mask")}, model)
 
 
 def _prompt_cache(model: Any, ids: Tensor, mask: Tensor, row: Tensor) -> dict[str, Any]:

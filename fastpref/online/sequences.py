@@ -16,6 +16,7 @@ from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.packing import Scored
 from fastpref.data.vision import Vision
 from fastpref.models import hidden_states, output_head
+from fastpref.models.vision import in_dtype
 from fastpref.objectives.reward import RewardHead
 from fastpref.trainers.forward import by_sequence, head_labels, hidden_rows
 from fastpref.trainers.trees import PromptTrees
@@ -186,7 +187,7 @@ def _padded_run(models: Sequence[Any], chosen: list[int], some: Sequence[TokenSe
     device = next(models[0].parameters()).device
     ids, mask, labels = (x.to(device) for x in _labelled(some, pad_id(images.tokenizer_of(tokenizer))))
     seen = seen_inputs(some, tokenizer, ids)
-    hidden = [hidden_states(model, ids, mask, **seen) for model in models]
+    hidden = [hidden_states(model, ids, mask, **in_dtype(seen, model)) for model in models]
     return _Run(chosen, hidden, labels, (labels != IGNORE_INDEX).sum(1), lambda values: values.double().sum(1))
 
 
@@ -270,4 +271,4 @@ def _padded_rewards(model: RewardHead, some: Sequence[TokenSequence], tokenizer:
     rows = [sequence.prompt + sequence.response for sequence in some]
     device = model.score.weight.device
     ids, mask = (x.to(device) for x in padded(rows, pad_id(images.tokenizer_of(tokenizer)), "right"))
-    return model(ids, mask, **seen_inputs(some, tokenizer, ids))
+    return model(ids, mask, **in_dtype(seen_inputs(some, tokenizer, ids), model.backbone))
