@@ -72,7 +72,7 @@ class ListTraining(ReferencedTrainer):
 
     def train_on_lists(self) -> None:
         """Sets what the columns are of lists."""
-        self.on_lists = True
+        self.on_lists, self.reads_images = True, False
         self.signature_columns = (*IDS, "ranks", "ref_logps")
         self.reference_columns, self.hashed_columns = ("ref_logps",), IDS
 

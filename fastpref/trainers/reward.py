@@ -102,6 +102,7 @@ class RewardTrainer(_HeadTrainer):
         self.loss_fn = BradleyTerryLoss(args.center_rewards_coefficient or 0.0)
         self.on_lists = args.ranking_loss in TIE_MODELS or any_ranked(train_dataset, eval_dataset)
         list_objective(RANKING_METHODS[args.ranking_loss], 1.0, args.nu)  # refuses a wrong nu
+        self.reads_images = not self.on_lists
         if self.on_lists:
             self.signature_columns = ("prompt_ids", "list_ids", "list_sizes", "ranks")
             if options.get("compute_metrics") is not None:

@@ -11,6 +11,7 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from support_vision import FAMILIES, one_sequence, own_logps, picture, records
+from transformers import TrainerCallback
 
 from fastpref import RewardHead
 from fastpref.integrations import trl_trainers
@@ -325,3 +326,35 @@ def test_the_reference_cache_knows_the_pixels(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     assert (found[0] - found[2]).abs().max() > 1e-3
+
+
+def gradients(trainer_class: Any, config_class: Any, model: Any, processor: Any, folder: str, **more: Any) -> Any:
+    """Of each step, with weights that stay as they are; the reference is another model."""
+    reference, found = copy.deepcopy(model), []
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.9)
+    config = config_class(
+        folder, precompute_ref_log_probs=False, max_grad_norm=0.0, **options(learning_rate=0.0, **more)
+    )
+    trainer = trainer_class(
+        model, reference, config, train_dataset=Dataset.from_list(records()), processing_class=processor
+    )
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            found.append(torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None]))
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    return torch.cat(found)
+
+
+def test_bf16_has_no_more_error_than_trl(tmp_path):
+    model, processor = FAMILIES["llava"]()
+    truth = gradients(trl.DPOTrainer, trl.DPOConfig, copy.deepcopy(model).double(), processor, str(tmp_path))
+    errors = [
+        float((gradients(*host, copy.deepcopy(model), processor, str(tmp_path), bf16=True) - truth).norm())
+        for host in ((trl.DPOTrainer, trl.DPOConfig), (DPOTrainer, DPOConfig))
+    ]
+    assert 0 < errors[1] <= 1.1 * errors[0] < 0.1 * float(truth.norm())
