@@ -32,11 +32,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
-# every way to train of tests/matrix/table.py, and all hosts in all precisions: hours; `make test` has a covering set.
-# Stopped, it goes on where it was; ARGS="host=patch ranks=fsdp2" tries these alone
+# every way to train of tests/matrix/table.py, all hosts in all precisions, all kernels for all GPUs: hours; `make test`
+# has covering sets. Stopped, it goes on where it was; ARGS="host=patch ranks=fsdp2" tries these alone
 matrix: $(INSTALLED)
 	$(BIN)/python -m tests.matrix.every build/matrix.jsonl $(ARGS)
-	FASTPREF_MATRIX=all $(BIN)/python -m pytest --numprocesses auto tests/integrations/test_precision.py
+	FASTPREF_MATRIX=all $(BIN)/python -m pytest --numprocesses auto tests/integrations/test_precision.py \
+		tests/kernels/test_aot.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

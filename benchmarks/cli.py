@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import compare, peers, record, suite
 from fastpref.common.files import check_writable
+from fastpref.common.terminal import INTERRUPTED
 
 EXAMPLES = """examples:
   fastpref bench --quick                     every suite in seconds, and a picture
@@ -26,7 +27,6 @@ EXAMPLES = """examples:
 TOOLS = ("distillation", "experiments", "hosts", "long_context", "resources", "roofline", "trainers", "tune", "vision")
 REPEATS = {"cpu": 5, "cuda": 20}
 QUICK_REPEATS = 3
-INTERRUPTED = 130  # the exit status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

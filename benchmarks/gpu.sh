@@ -32,9 +32,9 @@ cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 if [ "${REHEARSE:-0}" = 1 ]; then
-    rehearsal=1 device=(--device cpu --quick)
+    rehearsal=1 device=(--device cpu --quick) repeats=${REPEATS:-2}
 elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    rehearsal=0 device=(--device cuda)
+    rehearsal=0 device=(--device cuda) repeats=${REPEATS:-10}
 else
     echo "benchmarks/gpu.sh: PyTorch finds no CUDA device on this machine, so nothing was run." >&2
     exit 2
@@ -70,7 +70,7 @@ bench() { # bench SUITE SECONDS [OPTIONS...]: starts no case that would not end 
     local name=$1 limit=$2
     shift 2
     step "$name" "$limit" "$python" -m benchmarks "$name" "${device[@]}" --seconds $((limit * 6 / 10)) \
-        --repeats "${REPEATS:-10}" --json "$results" "$@"
+        --repeats "$repeats" --json "$results" "$@"
 }
 trainers() { # trainers MODEL SECONDS [OPTIONS...]
     local name=$1 limit=$2
@@ -91,7 +91,7 @@ case $part in
         ;;
     head) bench head 520 ;;
     experiments)
-        step experiments 480 "$python" -m benchmarks.experiments "${device[@]}" --repeats "${REPEATS:-10}" --json "$results"
+        step experiments 480 "$python" -m benchmarks.experiments "${device[@]}" --repeats "$repeats" --json "$results"
         if records=$(ls -t "$results"/*-experiments-cuda-*.json 2>/dev/null); then
             step tune 10 "$python" -m benchmarks.tune "${records%%$'\n'*}" --out "$results"
         fi
@@ -124,7 +124,7 @@ case $part in
         ;;
 esac
 if ls "$results"/*.json >/dev/null 2>&1 && [ "$part" != validate ]; then
-    step report 15 "$python" -m benchmarks.report "$results" --out "$results/report"
+    step report $((rehearsal ? 120 : 15)) "$python" -m benchmarks.report "$results" --out "$results/report"
 fi
 
 echo

@@ -4,8 +4,8 @@
 
 With another Triton than the installed one:
 
-    pip install --no-deps --target /tmp/triton-3.6 triton==3.6.0
-    PYTHONPATH=/tmp/triton-3.6:. python -m benchmarks.resources
+    pip install --no-deps --target FOLDER triton==3.6.0
+    PYTHONPATH=FOLDER:. python -m benchmarks.resources
 
 Compiles ahead of time for GPUs that need not be here. Each case of `launches.py` calls a launcher on meta tensors, and
 what it would have launched is compiled, so block sizes, warps and constants are those of a real call.

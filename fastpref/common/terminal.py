@@ -1,4 +1,4 @@
-"""Headings and progress bars that commands show on a terminal while they run."""
+"""What commands show on a terminal while they run: headings, progress bars; their exit status when stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+INTERRUPTED = 130  # exit status of a command that was stopped by Ctrl-C, as shells have it
 LINES = 10  # where there is no terminal, a whole run prints at most so many lines of progress
 
 

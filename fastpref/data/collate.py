@@ -89,9 +89,3 @@ def collate_pairs(pairs: Sequence[TokenizedPair], pad_token_id: int) -> PairBatc
         first = max(len(prompt), 1)  # nothing scores the first token of a sequence
         batch.labels[row, first - 1 : end - 1] = batch.input_ids[row, first:end]
     return batch
-
-
-def batches_by_length(pairs: Sequence[TokenizedPair], batch_size: int, pad_token_id: int) -> list[PairBatch]:
-    """All pairs in batches of similar length, so that there is little padding."""
-    by_length = sorted(pairs, key=TokenizedPair.longest)
-    return [collate_pairs(by_length[i : i + batch_size], pad_token_id) for i in range(0, len(by_length), batch_size)]

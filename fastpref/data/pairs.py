@@ -77,11 +77,3 @@ def sample_pairs() -> tuple[list[Pair], list[Pair]]:
     """The pairs that come with fastpref: (training, held-out)."""
     with resources.as_file(resources.files("fastpref.data")) as folder:
         return read_pairs(folder / "sample_train.jsonl"), read_pairs(folder / "sample_heldout.jsonl")
-
-
-def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out): every tenth pair is held out, at least one."""
-    if len(pairs) < 2:
-        raise ValueError(f"pairs: got {len(pairs)}, want at least 2, one of them to hold out")
-    step = min(10, len(pairs))
-    return [p for i, p in enumerate(pairs) if (i + 1) % step], pairs[step - 1 :: step]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpref.common.files import check_writable
+from fastpref.common.terminal import INTERRUPTED
 from fastpref.validate import accuracy, beyond_int32
 from fastpref.validate.cases import OPERATORS
 from fastpref.validate.inputs import LARGE_VOCABULARIES
@@ -28,7 +29,6 @@ from fastpref.validate.operator import Operator
 from fastpref.validate.run import Row, run_case, using
 
 SCHEMA = 1
-INTERRUPTED = 130  # the exit status
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUICK_FAMILIES = ("random", "masked", "odd", "empty", "integers")
 LARGE_BYTES = 12 << 30

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastpref import linear_token_logprobs, models
-from fastpref.data.collate import batches_by_length, collate_pairs, tokenize_pair, tokenize_pairs
-from fastpref.data.pairs import Pair, read_pairs, sample_pairs, split_pairs
+from fastpref.data.collate import collate_pairs, tokenize_pair, tokenize_pairs
+from fastpref.data.pairs import Pair, read_pairs, sample_pairs
 
 
 def user(text: str) -> dict[str, str]:
@@ -99,20 +99,6 @@ def test_sequences_are_cut_and_long_prompts_left_out(tiny) -> None:
         tokenize_pairs([SHORT], tokenizer, edge)
 
 
-def test_batches_hold_every_pair_once_chosen_first(tiny) -> None:
-    _, tokenizer = tiny
-    pairs = tokenize_pairs(sample_pairs()[1], tokenizer, 4096)
-    batches = batches_by_length(pairs, 4, tokenizer.pad_token_id)
-    assert [len(b.labels) for b in batches] == [8] * (len(pairs) // 4) + [2 * (len(pairs) % 4)] * (len(pairs) % 4 > 0)
-    found = []
-    for batch in batches:
-        rows = [ids[mask == 1].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
-        found += zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)
-    assert sorted(found) == sorted((p.prompt + p.chosen, p.prompt + p.rejected) for p in pairs)
-    lengths = [batch.input_ids.shape[1] for batch in batches]
-    assert lengths == sorted(lengths)
-
-
 def record(**changes: object) -> str:
     return json.dumps(TURNS._asdict() | changes)
 
@@ -154,16 +140,6 @@ def test_files_without_enough_pairs(tmp_path) -> None:
         read_pairs(path)
     path.write_text(GOOD_LINE + "\n")
     assert read_pairs(path) == [TURNS]
-    with pytest.raises(ValueError, match="got 1, want at least 2, one of them to hold out"):
-        split_pairs(read_pairs(path))
-
-
-@pytest.mark.parametrize("count, heldout", [(2, 1), (9, 1), (10, 1), (25, 2)])
-def test_every_tenth_pair_is_held_out(count, heldout) -> None:
-    pairs = [SHORT._replace(prompt=[user(str(i))]) for i in range(count)]
-    train, rest = split_pairs(pairs)
-    assert len(rest) == heldout
-    assert sorted(map(str, train + rest)) == sorted(map(str, pairs))
 
 
 def test_sample_is_large_enough_and_does_not_overlap() -> None:

@@ -144,13 +144,17 @@ def test_merge_equals_having_seen_both():
     assert one.std.item() == pytest.approx(both.std.item(), rel=1e-14)
 
 
-def _rank(rank: int, address: str, method: str, results) -> None:
+METHODS = ("running", "batch", "ema")
+
+
+def _rank(rank: int, address: str, results) -> None:
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    norm = RewardNormalizer(method)
-    for step in range(3):  # repeated calls must not count anything twice
-        norm.update(_shard(step, rank))
-        norm.all_reduce()
-    results.put((rank, norm.mean.item(), norm.std.item(), norm.state_dict()["merged"].tolist()))
+    for method in METHODS:
+        norm = RewardNormalizer(method)
+        for step in range(3):  # repeated calls must not count anything twice
+            norm.update(_shard(step, rank))
+            norm.all_reduce()
+        results.put((method, rank, norm.mean.item(), norm.std.item(), norm.state_dict()["merged"].tolist()))
     dist.destroy_process_group()
 
 
@@ -159,20 +163,27 @@ def _shard(step: int, rank: int) -> torch.Tensor:
     return torch.randn(6, generator=generator, dtype=torch.float64) * (1 + rank) + 5 * step
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
-@pytest.mark.parametrize("method", ["running", "batch", "ema"])
-def test_two_processes_equal_one(method, tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Method -> what each rank found; starting the ranks takes longer than all they do."""
+    if not dist.is_available():
+        pytest.skip("torch is built without distributed")
     context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    arguments = (str(tmp_path / "store"), method, results)
-    workers = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
+    results, store = context.SimpleQueue(), str(tmp_path_factory.mktemp("ranks") / "store")
+    workers = [context.Process(target=_rank, args=(rank, store, results)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(90)
         assert worker.exitcode == 0
-    (_, mean, std, state), (_, *same) = sorted(results.get() for _ in range(2))
-    assert same == [mean, std, state]  # to the bit
+    found = sorted(results.get() for _ in range(2 * len(METHODS)))
+    return {method: [entry[2:] for entry in found if entry[0] == method] for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(method, two_processes):
+    (mean, std, state), same = two_processes[method]
+    assert same == (mean, std, state)  # to the bit
     single = RewardNormalizer(method)
     for step in range(3):
         single.update(torch.cat([_shard(step, rank) for rank in range(2)]))
