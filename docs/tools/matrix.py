@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `tests`
 
 from tests.matrix import table
 
+RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "compatibility"
 HOSTS = ("our trainers", "TRL, patched", "TRL, subclasses", "transformers mixin, plain loop")
 
 TRAINERS, REFERENCE = "tests/trainers/test_trainers.py", "tests/trainers/test_reference.py"
@@ -92,7 +95,43 @@ def page() -> str:
         + "\n".join(lines)
         + "\n\n## The tests\n\n"
         + tests
-        + f"\n\n## How people train\n\n{how_people_train()}\n"
+        + f"\n\n## How people train\n\n{how_people_train()}\n\n{how_it_went()}\n"
+        + f"\n## Versions\n\n{versions()}\n"
+    )
+
+
+def how_it_went() -> str:
+    """What the last `make matrix` found, from its record."""
+    found = json.loads((RECORDS / "matrix.json").read_text())
+    total = Counter()
+    for counts in found["cells"].values():
+        total.update(counts)
+    parts = [
+        f"{table.AXES['ranks'][ranks]}: {sum(counts.values()):,} of {found['wanted'][ranks]:,}"
+        for ranks, counts in found["cells"].items()
+    ]
+    words = {table.RUNS: "ran", table.REFUSED: "were refused with their message", table.HOST: "ran as the host's own"}
+    outcomes = [f"{total[what]:,} {text}" for what, text in words.items()]
+    half = found["half_precision"]
+    return (
+        f"On {found['date']} (commit {found['commit']}, torch {found['versions']['torch']}, {found['machine']['cpu']}) "
+        f"{sum(total.values()):,} combinations were tried ({'; '.join(parts)}): {', '.join(outcomes)}, "
+        f"{total['fault']} did otherwise than the table says. Over {half['cells']:,} in half precision our gradients' "
+        f"error is {half['mean_ratio']:.2f} times the host's own (geometric mean)."
+    )
+
+
+def versions() -> str:
+    """What was run with other versions than the pinned ones, from its record."""
+    lines = [
+        "| torch | triton | transformers | what ran | passed | skipped | failed | when | commit |",
+        "|" + "---|" * 9,
+    ]
+    for run in json.loads((RECORDS / "versions.json").read_text()):
+        columns = ("torch", "triton", "transformers", "what", "passed", "skipped", "failed", "date", "commit")
+        lines.append("| " + " | ".join(str(run[column]) for column in columns) + " |")
+    return "By hand, on a CPU, kernels in Triton's interpreter. CI has the pins of `constraints.txt`.\n\n" + "\n".join(
+        lines
     )
 
 

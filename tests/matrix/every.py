@@ -4,11 +4,14 @@
     python -m tests.matrix.every RESULTS.jsonl host=patch ranks=ddp,fsdp2    of these values
 
 It adds a line a cell to RESULTS.jsonl, and leaves out the cells that the file has: stopped, it goes on. Exit status 1
-if a cell does not do what the table says.
+if a cell does not do what the table says. What the page of the documentation says of it is a record:
+
+    python -m tests.matrix.every --record RECORD.json COMMIT RESULTS.jsonl [RESULTS.jsonl ...]
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -24,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as the tests' conftest doe
 
 import torch
 
+from benchmarks.record import machine, versions
 from tests.matrix import ranks, run, verdict
 from tests.matrix.table import ABSENT, AXES, Cell, cells, outcome
 
@@ -91,7 +95,27 @@ def summary(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_record(path: Path, commit: str, results: list[str]) -> None:
+    """Counts of the cells tried: by ranks and by what they did, faults by name."""
+    records = [entry for file in results for entry in map(json.loads, Path(file).read_text().splitlines())]
+    tried: dict[str, Counter[str]] = {ranks_: Counter() for ranks_ in AXES["ranks"]}
+    for entry in records:
+        tried[entry["cell"].rsplit("-", 1)[1]]["fault" if entry["fault"] else entry["wanted"]] += 1
+    half = [entry["ratio"] for entry in records if entry["ratio"]]
+    wanted = Counter(cell.ranks for cell in cells() if outcome(cell).what != ABSENT)
+    found = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit, "machine": machine(),
+        "versions": versions(), "cells": {ranks_: dict(counts) for ranks_, counts in tried.items()},
+        "wanted": dict(wanted), "faults": {entry["cell"]: entry["fault"] for entry in records if entry["fault"]},
+        "half_precision": {"cells": len(half), "mean_ratio": round(verdict.mean(half), 3), "max_ratio": max(half)},
+    }  # fmt: skip
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main(argv: list[str]) -> int:
+    if argv[0] == "--record":
+        write_record(Path(argv[1]), argv[2], argv[3:])
+        return 0
     path, wanted = Path(argv[0]), chosen(argv[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {entry["cell"]: entry for entry in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
