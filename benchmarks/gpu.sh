@@ -32,9 +32,10 @@ cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 if [ "${REHEARSE:-0}" = 1 ]; then
-    rehearsal=1 device=(--device cpu --quick) repeats=${REPEATS:-2}
+    # memory is measured in processes of its own on a CPU, and in the same one on a GPU
+    rehearsal=1 device=(--device cpu --quick) repeats=${REPEATS:-2} memory=--no-memory
 elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    rehearsal=0 device=(--device cuda) repeats=${REPEATS:-10}
+    rehearsal=0 device=(--device cuda) repeats=${REPEATS:-10} memory=
 else
     echo "benchmarks/gpu.sh: PyTorch finds no CUDA device on this machine, so nothing was run." >&2
     exit 2
@@ -44,7 +45,8 @@ scratch=$(mktemp -d)
 results=$scratch/$part
 mkdir "$results"
 pack() { tar -czf "$out/$part.partial" -C "$scratch" "$part" 2>/dev/null && mv "$out/$part.partial" "$out/$part.tar.gz"; }
-while sleep 5; do pack; done &
+# ends after the archive that it is writing, not within: two would write one file
+(trap exit TERM; while :; do sleep 5 >/dev/null 2>&1 & wait $!; pack; done) &
 packer=$!
 finish() { kill "$packer" 2>/dev/null; wait "$packer" 2>/dev/null; pack; rm -rf "$scratch"; }
 trap finish EXIT
@@ -70,7 +72,7 @@ bench() { # bench SUITE SECONDS [OPTIONS...]: starts no case that would not end 
     local name=$1 limit=$2
     shift 2
     step "$name" "$limit" "$python" -m benchmarks "$name" "${device[@]}" --seconds $((limit * 6 / 10)) \
-        --repeats "$repeats" --json "$results" "$@"
+        --repeats "$repeats" $memory --json "$results" "$@"
 }
 trainers() { # trainers MODEL SECONDS [OPTIONS...]
     local name=$1 limit=$2
