@@ -2,9 +2,9 @@
 
     python examples/rlhf_toy.py FOLDER
 
-The model lists things that it knows, and stops after each with a probability of one in six. People like longer lists,
-up to a point. Nearly all lists of the model are short of that point, so that in their preferences longer is better: a
-reward model cannot know more. That is how a reward gets exploited by length.
+The model lists things that it knows, and stops after each with a probability of one in six. People like lists of ten
+things or more, and are bored by more than twenty. Nearly all lists of the model are short of that, so that in their
+preferences longer is better: a reward model cannot know more. That is how a reward gets exploited by length.
 """
 
 from __future__ import annotations
@@ -19,9 +19,30 @@ import torch
 from fastpref import models
 from fastpref.data.batches import padded
 
-THINGS = "apples bread cheese dates eggs figs grapes honey ice jam kale lemons milk nuts olives peas rice salt tea".split()
-PLACES = "market garden kitchen harbour village station school forest island castle".split()
-STOP, MOST, LIKED = 1 / 6, 32, 14  # things in a list
+THINGS = [
+    "apples",
+    "bread",
+    "cheese",
+    "dates",
+    "eggs",
+    "figs",
+    "grapes",
+    "honey",
+    "ice",
+    "jam",
+    "kale",
+    "lemons",
+    "milk",
+    "nuts",
+    "olives",
+    "peas",
+    "rice",
+    "salt",
+    "tea",
+]
+PLACES = ["market", "garden", "kitchen", "harbour", "village", "station", "school", "forest", "island", "castle"]
+STOP, MOST = 1 / 6, 32  # things in a list
+ENOUGH, BORING = 10, 20
 STEPS, BATCH = 400, 32
 
 
@@ -39,8 +60,9 @@ def words(source: random.Random) -> str:
 
 
 def liked(prompt: str, responses: list[str]) -> list[float]:
-    """How much people like each response: 1 at `LIKED` things, less for fewer and for more. The truth in this toy."""
-    return [1 - abs(len(response.split()) - LIKED) / LIKED for response in responses]
+    """How much people like each response: 1 for `ENOUGH` things up to `BORING`, else less. The truth in this toy."""
+    lengths = [len(response.split()) for response in responses]
+    return [min(n, ENOUGH) / ENOUGH - max(0, n - BORING) / BORING for n in lengths]
 
 
 def base_model(seed: int = 0) -> tuple[torch.nn.Module, object]:

@@ -26,8 +26,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 RUNS = ROOT / "build" / "docs" / "runs"
-SOURCES = ("fastpref", "kernels", "benchmarks/long_context.py", "benchmarks/results/training", "docs/tools/run.py",
-           "docs/tools/figures.mplstyle", "constraints.txt")  # fmt: skip
+SOURCES = ("fastpref", "kernels", "benchmarks/long_context.py", "benchmarks/results/training",
+           "benchmarks/results/rlhf", "docs/tools/run.py", "docs/tools/figures.mplstyle",
+           "constraints.txt")  # fmt: skip
 SUFFIXES = (".py", ".json", ".jsonl")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

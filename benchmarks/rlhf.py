@@ -1,0 +1,36 @@
+"""Makes the record of a run of `examples/rlhf_and_dpo.sh`: what its policies came to, and every step of two of them.
+
+python -m benchmarks.rlhf FOLDER [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from benchmarks import record
+
+FOLDER = record.ROOT / "benchmarks" / "results" / "rlhf"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the example's output")
+    parser.add_argument("--json", type=Path, default=FOLDER / "rlhf-and-dpo.json", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    found = json.loads((args.folder / "report.json").read_text())
+    changed = {
+        n: json.loads((args.folder / n / "training.json").read_text())["changed"] for n in ("rloo", "no-kl", "dpo")
+    }
+    new = record.new("rlhf-and-dpo", settings=changed, rows=found["rows"])
+    record.write(new | {"runs": found["runs"]}, args.json)
+    shutil.copy(args.folder / "reward-kl.png", args.json.with_suffix(".png"))
+    print(f"{args.json}, {args.json.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
