@@ -22,10 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=FOLDER / "rlhf-and-dpo.json", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     found = json.loads((args.folder / "report.json").read_text())
-    changed = {
-        n: json.loads((args.folder / n / "training.json").read_text())["changed"] for n in ("rloo", "no-kl", "dpo")
-    }
-    new = record.new("rlhf-and-dpo", settings=changed, rows=found["rows"])
+    runs = {name: json.loads((args.folder / name / "training.json").read_text()) for name in ("rloo", "no-kl", "dpo")}
+    settings = {name: run["changed"] for name, run in runs.items()}
+    new = record.new("rlhf-and-dpo", settings=settings, rows=found["rows"])
     record.write(new | {"runs": found["runs"]}, args.json)
     shutil.copy(args.folder / "reward-kl.png", args.json.with_suffix(".png"))
     print(f"{args.json}, {args.json.with_suffix('.png')}")

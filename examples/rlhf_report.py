@@ -44,7 +44,8 @@ def main(folder: Path, model: str) -> None:
     for name in POLICIES:
         records = read_records(folder / f"{name}-scores.jsonl")
         means = {
-            judge: statistics.fmean(s for r in records for s in r["scores"][judge]) for judge in ("reward", "truth")
+            judge: statistics.fmean(score for record in records for score in record["scores"][judge])
+            for judge in ("reward", "truth")
         }
         kl = 0.0 if name == "base" else exact_kl(folder / name, base, tokenizer, records)
         words = statistics.fmean(len(text.split()) for r in records for text in r["responses"])

@@ -19,28 +19,11 @@ import torch
 from fastpref import models
 from fastpref.data.batches import padded
 
-THINGS = [
-    "apples",
-    "bread",
-    "cheese",
-    "dates",
-    "eggs",
-    "figs",
-    "grapes",
-    "honey",
-    "ice",
-    "jam",
-    "kale",
-    "lemons",
-    "milk",
-    "nuts",
-    "olives",
-    "peas",
-    "rice",
-    "salt",
-    "tea",
-]
-PLACES = ["market", "garden", "kitchen", "harbour", "village", "station", "school", "forest", "island", "castle"]
+THINGS = (
+    "apples", "bread", "cheese", "dates", "eggs", "figs", "grapes", "honey", "ice", "jam", "kale", "lemons", "milk",
+    "nuts", "olives", "peas", "rice", "salt", "tea",
+)  # fmt: skip
+PLACES = ("market", "garden", "kitchen", "harbour", "village", "station", "school", "forest", "island", "castle")
 STOP, MOST = 1 / 6, 32  # things in a list
 ENOUGH, BORING = 10, 20
 STEPS, BATCH = 400, 32
