@@ -197,6 +197,22 @@ def of_ranks(folder, world):
     return trainer
 
 
+@pytest.mark.parametrize("method", ["RLOO", "GRPO"])
+def test_the_defaults_of_the_host_learn(method, tmp_path):
+    """bf16 autocast, gradient checkpointing, LoRA, the exact KL; twice on one trainer."""
+    from peft import LoraConfig
+
+    trainer = make(
+        method, tmp_path, bf16=True, gradient_checkpointing=True, max_steps=2, learning_rate=1e-2, beta=0.1,
+        kl_placement="reward", kl_estimator="exact", peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    before = weights(trainer)
+    for _ in range(2):
+        logged = train(trainer)
+        assert all(0 <= entry["kl/exact"] < 20 and entry["grad_norm"] > 0 for entry in logged if "kl/exact" in entry)
+    assert furthest(before, weights(trainer)) > 1e-4
+
+
 REFUSED = {
     "use_vllm": ("GRPO", {"use_vllm": True}, "use_vllm: got True"),
     "unknown loss": ("GRPO", {"loss_type": "ppo"}, "loss_type"),
