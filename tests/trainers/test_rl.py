@@ -112,6 +112,8 @@ def test_gradients_against_fp64(place, method, adapters, tmp_path):
     """The second update of a round, against autograd through all logits in fp64."""
     if adapters and place not in (("reward", "exact"), ("loss", "exact")):
         pytest.skip("the reference differs only where it runs in the update")
+    if method == "GRPO" and not adapters and place[1] in ("k1", "k2"):
+        pytest.skip("as in RLOO")
     beta, more = 0.3, {}
     if adapters:
         from peft import LoraConfig

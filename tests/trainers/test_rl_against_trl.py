@@ -26,8 +26,9 @@ CASES = {
                                           "reward_clip_range": (0.0, 2.0), "beta": 0.0}),
     "dapo": ("GRPO", OLD),
     "dapo, accumulated": ("GRPO", {"beta": 0.04, "gradient_accumulation_steps": 2, "steps_per_generation": 2}),
-    "grpo": ("GRPO", OLD | {"loss_type": "grpo", "use_bias_correction_kl": False}),
-    "bnpo": ("GRPO", OLD | {"loss_type": "bnpo", "scale_rewards": "batch", "entropy_coef": 0.01}),
+    "grpo": ("GRPO", OLD | {"loss_type": "grpo", "use_bias_correction_kl": False,
+                             "temperature": 1.7}),
+    "bnpo": ("GRPO", OLD | {"loss_type": "bnpo", "scale_rewards": "batch", "reward_weights": None, "entropy_coef": 0.01}),
     "dr_grpo": ("GRPO", {"num_iterations": 2, "loss_type": "dr_grpo", "scale_rewards": False, "delta": 1.01}),
     "gspo": ("GRPO", OLD | {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 1e-4}),
     "cispo": ("GRPO", OLD | {"loss_type": "cispo", "epsilon_high": 1.0}),
@@ -35,7 +36,6 @@ CASES = {
     "luspo": ("GRPO", OLD | {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
     "vespo": ("GRPO", OLD | {"loss_type": "vespo", "mask_truncated_completions": True}),
     "most uncertain tokens": ("GRPO", OLD | {"top_entropy_quantile": 0.3, "off_policy_mask_threshold": 0.001}),
-    "one function, hot": ("GRPO", OLD | {"temperature": 1.7, "reward_weights": None}),
 }  # fmt: skip
 
 
