@@ -17,7 +17,7 @@ prompts=${PROMPTS:-$output/toy/prompts.jsonl}
 heldout=${HELDOUT:-$output/toy/heldout.jsonl}
 truth=${TRUTH:-$here/rlhf_toy.py:liked}
 steps=${STEPS:-100} batch=${BATCH:-64} tokens=${TOKENS:-48} rate=${RATE:-5e-4}
-beta=${BETA:-0.8} target=${TARGET:-2}
+beta=${BETA:-1} target=${TARGET:-2} slowly=${SLOWLY:-2e-4} # RLOO with a KL: so that beta keeps up with it
 # Both have $steps updates of $batch responses: DPO's are half as many pairs.
 common="--max_steps $steps --lr_scheduler_type constant --logging_steps 1 --save_strategy no --gradient_checkpointing false"
 
@@ -45,7 +45,7 @@ rloo() { # the folder, and more options
         --reward "$output/reward" --heldout_reward "$truth" --num_generations 4 --per_device_train_batch_size "$batch" \
         --max_completion_length "$tokens" --learning_rate "$rate" --track_kl true $common "${@:2}"
 }
-rloo rloo --kl_estimator exact --beta "$beta" --kl_target "$target" --kl_horizon 400
+rloo rloo --kl_estimator exact --beta "$beta" --kl_target "$target" --learning_rate "$slowly"
 rloo no-kl --beta 0
 
 if [ ! -e "$output/dpo/config.json" ]; then
