@@ -17,7 +17,7 @@ prompts=${PROMPTS:-$output/toy/prompts.jsonl}
 heldout=${HELDOUT:-$output/toy/heldout.jsonl}
 truth=${TRUTH:-$here/rlhf_toy.py:liked}
 steps=${STEPS:-100} batch=${BATCH:-64} tokens=${TOKENS:-48} rate=${RATE:-5e-4}
-beta=${BETA:-1} target=${TARGET:-2} slowly=${SLOWLY:-2e-4} # RLOO with a KL: so that beta keeps up with it
+beta=${BETA:-1} target=${TARGET:-2} rl_rate=${RL_RATE:-2e-4} # of both RLOO runs: so that beta keeps up with the KL
 # Both have $steps updates of $batch responses: DPO's are half as many pairs.
 common="--max_steps $steps --lr_scheduler_type constant --logging_steps 1 --save_strategy no --gradient_checkpointing false"
 
@@ -43,9 +43,9 @@ fi
 rloo() { # the folder, and more options
     [ -e "$output/$1/config.json" ] || fastpref train rloo --model "$model" --data "$prompts" --output_dir "$output/$1" \
         --reward "$output/reward" --heldout_reward "$truth" --num_generations 4 --per_device_train_batch_size "$batch" \
-        --max_completion_length "$tokens" --learning_rate "$rate" --track_kl true $common "${@:2}"
+        --max_completion_length "$tokens" --learning_rate "$rl_rate" --track_kl true $common "${@:2}"
 }
-rloo rloo --kl_estimator exact --beta "$beta" --kl_target "$target" --learning_rate "$slowly"
+rloo rloo --kl_estimator exact --beta "$beta" --kl_target "$target"
 rloo no-kl --beta 0
 
 if [ ! -e "$output/dpo/config.json" ]; then
