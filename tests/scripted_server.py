@@ -30,7 +30,7 @@ def answer(body: dict, script: str) -> dict:
     if script == "cut":
         choice["finish_reason"] = "length"
     choice |= {"message": {"role": "assistant", "content": content}} if chat else {"text": content}
-    if body.get("return_token_ids") and script == "vllm":
+    if body.get("return_token_ids") and script in ("vllm", "vllm-ids"):
         choice["token_ids"] = [5, 6, 7] if chat else [300 + body["seed"] % 97, 300 + body["seed"] % 89, 2]
     if body.get("logprobs") and script == "vllm":
         logps = [-0.5, -1.25, -0.125]

@@ -101,18 +101,30 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=at_least(float, 0, exclusive=True), default=default.timeout, metavar="SECONDS",
         help="in which a request must be answered (default: %(default)s)")  # fmt: skip
     add("--retries", type=at_least(int, 0), default=default.retries, help="of a request (default: %(default)s)")
-    add("--extra-body", type=_json_object, default={}, metavar="JSON", help="fields for every request; null leaves one "
-        "out")  # fmt: skip
+    add("--extra-body", type=_json_argument, default={}, metavar="JSON", help="fields for every request; null leaves "
+        "one out")  # fmt: skip
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """Reads one.
+
+    Raises:
+        ValueError: the text is none.
+    """
     try:
         found = json.loads(text)
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a JSON object")
+        raise ValueError(f"got {text!r}, want a JSON object")
     return found
+
+
+def _json_argument(text: str) -> dict[str, Any]:
+    try:
+        return json_object(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def of_arguments(args: argparse.Namespace, local_only: Mapping[str, Any]) -> Server:

@@ -20,7 +20,7 @@ from fastpref.objectives.advantages import Advantages, weighted
 from fastpref.objectives.kl import AdaptiveKLController, FixedKLController
 from fastpref.objectives.normalize import RewardNormalizer
 from fastpref.objectives.surrogates import BatchSize
-from fastpref.trainers import rl_metrics
+from fastpref.trainers import rl_metrics, rl_sampler
 from fastpref.trainers.base import Items
 from fastpref.trainers.config import unsupported
 from fastpref.trainers.loading import given_args
@@ -216,7 +216,7 @@ class OnlineTrainer(SampleLosses):
             if hasattr(self.sampler, "update"):
                 self.sampler.update(self.accelerator.unwrap_model(self.model), self.state.global_step)
             found = list(self.sampler(prompts, how, numbers))
-            return _checked(found, len(records))
+            return rl_sampler.checked_responses(found, len(records))
         with models.evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
             return ModelSampler(self.inner, self.tokenizer_in_use, len(records))(prompts, how, numbers)
 
@@ -316,6 +316,8 @@ class OnlineTrainer(SampleLosses):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._reset()
+        if self.is_world_process_zero():
+            rl_sampler.say_what_it_samples_from(self.sampler, self.corrects)
         return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -341,6 +343,8 @@ class OnlineTrainer(SampleLosses):
         state = torch.load(path, weights_only=True)
         if state["world"] != self.args.world_size:
             raise ValueError(f"resume_from_checkpoint: got one of {state['world']} ranks, want {self.args.world_size}")
+        if self.is_world_process_zero():
+            rl_sampler.say_it_does_not_repeat(self.sampler)
         self._batches, self._prompts, self._scored = state["batches"], state["prompts"], state["scored"]
         self._buffer = [[Sample(**sample) for sample in some] for some in state["buffer"]]
         self.controller.load_state_dict(state["controller"])
@@ -351,24 +355,3 @@ class OnlineTrainer(SampleLosses):
 
 def _tensor(logps: Sequence[float | None] | None) -> Tensor | None:
     return None if logps is None else torch.tensor([torch.nan if x is None else x for x in logps])
-
-
-def _checked(found: list[Sampled], number: int) -> list[Sampled]:
-    """What a sampler gave.
-
-    Raises:
-        ValueError: another number of responses, an empty one, or log-probs that are not one for each token.
-    """
-    if len(found) != number:
-        raise ValueError(f"sampler: got {len(found)} responses, want {number}")
-    for i, response in enumerate(found):
-        if not response.ids:
-            got = "no token ids" if response.ids is None else "an empty list of token ids"
-            raise ValueError(
-                f"sampler: got {got} in response {i}, want those that were sampled (`ids=True` of a server)"
-            )
-        if response.logps is not None and len(response.logps) != len(response.ids):
-            raise ValueError(
-                f"sampler: got {len(response.logps)} log-probs in response {i}, want {len(response.ids)}, one a token"
-            )
-    return found

@@ -32,7 +32,9 @@ class Sampler(Protocol):
     """Anything that samples responses to prompts of token ids: a server, another engine.
 
     It may also have a method `update(model, step)`, which is called before every round of sampling, with the policy.
-    Without one it goes on sampling from what it has, and the importance correction is all that knows.
+    Without one it goes on sampling from what it has, and the importance correction is all that knows: this is said
+    once. `repeatable = False` says that the same numbers need not give the same responses, so that a run that is
+    resumed goes on, but not to the bit.
     """
 
     def __call__(

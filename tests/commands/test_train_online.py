@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from support_servers import Scripted
 from transformers import TrainerControl, TrainerState
 
 from fastpref.commands import cli
@@ -39,6 +40,70 @@ def test_a_run_by_two_kinds_of_functions(tmp_path, capsys) -> None:
     assert {"model.safetensors", "summary.png", "reward-kl.png"} <= {path.name for path in out.iterdir()}
     assert cli.main(["train", "grpo", *SHORT, "--output_dir", str(tmp_path / "no")]) == 2
     assert "--reward: got none" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    server = Scripted()
+    yield server
+    server.kill()
+
+
+def served(url: str, out, *more: str) -> list[str]:
+    (out.parent / "brief.py").write_text("def brief(prompt, responses):\n    return [-len(r) for r in responses]\n")
+    (out.parent / "prompts.jsonl").write_text("".join(f'{{"prompt": "Say {n}"}}\n' for n in range(8)))
+    return ["train", "rloo", *SHORT, "--output_dir", str(out), "--reward", f"{out.parent / 'brief.py'}:brief",
+            "--data", f"{out.parent / 'prompts.jsonl'}",
+            "--server", url, "--server-retries", "0", *more]  # fmt: skip
+
+
+def test_responses_from_a_server(scripted, tmp_path, capsys) -> None:
+    """It goes on from a checkpoint, and says what a server cannot promise."""
+    url, saved = scripted.url("vllm"), ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "3"]
+    with pytest.warns(UserWarning, match="weights that it holds.* its log-probs correct for that") as said:
+        assert cli.main(served(url, tmp_path / "out", *saved)) == 0
+    assert sum("weights that it holds" in str(w.message) for w in said) == 1
+    assert not any("does not repeat itself" in str(w.message) for w in said)
+    assert f"Responses from {url}, model scripted, kind vllm" in capsys.readouterr().out
+    got = scripted.got(url)
+    assert len(got) == 8 and all(body["return_token_ids"] and body["logprobs"] == 1 for body in got)
+    (first, *_) = json.loads((tmp_path / "out" / "training.json").read_text())["history"]
+    assert first["sampling/sampling_logp_difference/mean"] > 0.5
+    go_on = ["--max_steps", "3", "--resume", str(tmp_path / "out" / "checkpoint-2")]
+    with pytest.warns(UserWarning, match="does not repeat itself.* not to the bit") as said:
+        assert cli.main(served(url, tmp_path / "out", *saved, *go_on)) == 0
+    assert sum("does not repeat itself" in str(w.message) for w in said) == 1
+    assert len(scripted.got(url)) == 12, "a step that is done is not sampled again"
+
+
+def test_a_server_without_log_probs_is_for_those_who_say_so(scripted, tmp_path, capsys) -> None:
+    url, uncorrected = scripted.url("vllm-ids"), ["--vllm_importance_sampling_correction", "false"]
+    with pytest.warns(UserWarning, match="weights that it holds"):
+        assert cli.main(served(url, tmp_path / "out")) == 1
+    assert "got no logprobs of the response's tokens, which were asked for; --resume" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="nothing corrects for that, and its responses are taken for the policy's"):
+        assert cli.main(served(url, tmp_path / "out", *uncorrected, "--max_steps", "1")) == 0
+    assert "logprobs" not in scripted.got(url)[-1]
+
+
+REFUSED_SERVERS = {
+    "two models": (["--server", "many"], "it lists a, b; want a model's name"),
+    "no such kind": (["--server-kind", "mine"], "server_kind"),
+    "extra body": (["--server-extra-body", "[]"], "--server_extra_body: got '[]', want a JSON object"),
+    "no server": (["--server-model", "x"], "--server_model: got it without --server"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_SERVERS)
+def test_a_server_is_refused_before_anything_is_loaded(case, scripted, tmp_path, capsys) -> None:
+    options, message = REFUSED_SERVERS[case]
+    command = served(scripted.url("vllm"), tmp_path / "out", *options)
+    if case == "two models":
+        command[command.index("many")] = scripted.url("many")
+    if case == "no server":
+        command[command.index("--server") : command.index("--server") + 2] = []
+    assert cli.main(command) == 2
+    assert message in capsys.readouterr().err
 
 
 def logged(rule: StopOveroptimization, entries: list[dict[str, float]]) -> int | None:

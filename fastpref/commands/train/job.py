@@ -20,6 +20,7 @@ from fastpref.data import formats, pairs
 from fastpref.data.files import load_records
 from fastpref.data.weights import repeated_by_weight
 from fastpref.models.adapters import adapter_config
+from fastpref.online.servers import ServerError
 from fastpref.trainers.config import PreferenceConfig
 from fastpref.trainers.policy import ReferencedTrainer
 
@@ -208,6 +209,18 @@ def load_model(name: str, args: PreferenceConfig) -> str:
 
 
 def run(job: Job) -> int:
+    """Runs it. Returns the exit status."""
+    try:
+        return _run(job)
+    except ServerError as error:  # of responses or of rewards
+        folder = job.trainer.args.output_dir
+        print(
+            f"fastpref train: {error}; --resume goes on from the last checkpoint in {folder}, if any", file=sys.stderr
+        )
+        return 1
+
+
+def _run(job: Job) -> int:
     trainer, folder = job.trainer, job.trainer.args.output_dir
     before = None if trainer.eval_dataset is None else trainer.evaluate()
     if before is not None and isinstance(trainer, ReferencedTrainer):

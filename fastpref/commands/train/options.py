@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from fastpref.commands.train.adapters import AdapterOptions, checked
+from fastpref.commands.train.served import ServerOptions
 from fastpref.trainers.config import PreferenceConfig
 from fastpref.trainers.rl_config import OnlineConfig
 
@@ -48,8 +49,8 @@ class RunOptions(AdapterOptions):
 
 
 @dataclass
-class OnlineOptions(RunOptions):
-    """The same, and what rewards responses."""
+class OnlineOptions(ServerOptions, RunOptions):
+    """The same, and what samples and what rewards responses."""
 
     reward: list[str] | None = field(
         default=None,

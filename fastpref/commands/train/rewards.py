@@ -1,4 +1,4 @@
-"""What `fastpref train rloo` and `grpo` give their trainer besides: rewards by name, and when to stop."""
+"""What `fastpref train rloo` and `grpo` give their trainer besides: rewards by name, a sampler, and when to stop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpref.commands.train.options import OnlineOptions
+from fastpref.commands.train.served import sampler_of
 from fastpref.online.judges import function_scorer, load_function, reward_function
 from fastpref.trainers.overoptimization import StopOveroptimization
 
@@ -29,7 +30,8 @@ def online_arguments(options: OnlineOptions, args: Any) -> tuple[dict[str, Any],
     """(arguments of the trainer, callbacks).
 
     Raises:
-        ValueError: there is no reward, or a rule to stop by lacks what it looks at.
+        ValueError: there is no reward, a rule to stop by lacks what it looks at, or an option of a server is wrong.
+        ServerError: the server does not answer, or does not say which model to take.
     """
     if not options.reward:
         raise ValueError("--reward: got none, want a reward model, module:name or file.py:name")
@@ -41,7 +43,8 @@ def online_arguments(options: OnlineOptions, args: Any) -> tuple[dict[str, Any],
         raise ValueError(f"--stop_patience: got it with {len(heldout)} of --heldout_reward, want one to look at")
     if options.stop_at_kl is not None or options.stop_patience is not None:
         callbacks.append(StopOveroptimization(options.stop_at_kl, options.stop_patience))
-    return {"reward_funcs": rewards, "heldout_funcs": heldout or None}, callbacks
+    sampler = sampler_of(options, args)
+    return {"reward_funcs": rewards, "heldout_funcs": heldout or None, "sampler": sampler}, callbacks
 
 
 def _all(specs: Sequence[str]) -> list[Any]:
