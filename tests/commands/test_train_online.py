@@ -86,6 +86,29 @@ def test_a_server_without_log_probs_is_for_those_who_say_so(scripted, tmp_path, 
     assert "logprobs" not in scripted.got(url)[-1]
 
 
+def test_a_judge_from_a_file(scripted, tmp_path, capsys) -> None:
+    url, file = scripted.url("judge-right"), tmp_path / "shorter.json"
+    file.write_text(json.dumps({"server": {"url": url, "retries": 0}, "how": "grades", "rubric": "Count letters."}))
+    command = served(scripted.url("vllm"), tmp_path / "out", "--reward", f"judge:{file}", "--max_steps", "1")
+    with pytest.warns(UserWarning, match="weights that it holds"):
+        assert cli.main(command) == 0
+    (first, *_) = json.loads((tmp_path / "out" / "training.json").read_text())["history"]
+    assert 1 <= first["rewards/shorter/mean"] <= 10
+    questions = [body["messages"][-1]["content"] for body in scripted.got(url)]
+    assert len(questions) == 4 and all("Count letters." in question for question in questions)
+    for wrong, message in (
+        ({"server": url, "rubrics": "x"}, "rubrics: no such setting of a judge"),
+        ({"how": "pairs"}, "got neither of server and model"),
+        ({"server": url, "dtype": "float32"}, "dtype: got it with a server"),
+        ({"server": {"address": url}}, "address: no such setting of its server"),
+        ({"server": url, "how": "votes"}, "how: got 'votes'"),
+        ([], "got list, want an object"),
+    ):
+        file.write_text(json.dumps(wrong))
+        assert cli.main(command) == 2
+        assert f"--reward judge:{file}: {message}" in capsys.readouterr().err
+
+
 REFUSED_SERVERS = {
     "two models": (["--server", "many"], "it lists a, b; want a model's name"),
     "no such kind": (["--server-kind", "mine"], "server_kind"),

@@ -55,8 +55,9 @@ class OnlineOptions(ServerOptions, RunOptions):
     reward: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What rewards responses, one or several: a reward model's folder or hub id, or a function, as "
-            "module:name or file.py:name, called with (prompt, responses), or as TRL does if it has `completions`."
+            "help": "What rewards responses, one or several: a reward model's folder or hub id; a function, as "
+            "module:name or file.py:name, called with (prompt, responses), or as TRL does if it has `completions`; or "
+            "judge:FILE.json, a language model with its server and rubric."
         },
     )
     heldout_reward: list[str] | None = field(

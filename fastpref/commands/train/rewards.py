@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from fastpref.commands.train.judging import PREFIX, judge_reward
 from fastpref.commands.train.options import OnlineOptions
 from fastpref.commands.train.served import sampler_of
 from fastpref.online.judges import function_scorer, load_function, reward_function
@@ -16,8 +17,11 @@ def reward_of(spec: str) -> Any:
     """A function, or the name of a reward model, from how `--reward` names it.
 
     Raises:
-        ValueError: there is no such function.
+        ValueError: there is no such function, or a judge's file is wrong.
+        ServerError: a judge's server does not answer.
     """
+    if spec.startswith(PREFIX):
+        return judge_reward(spec.removeprefix(PREFIX))
     if ":" not in spec:
         return spec
     function = load_function(spec)

@@ -40,8 +40,18 @@ class ServerOptions:
     )
 
 
+def asked(server: Server) -> Server:
+    """The server with the model and the kind that it says itself, so that a wrong one is known before training.
+
+    Raises:
+        ServerError: it does not answer, or does not say which model to take.
+    """
+    with Client(server) as client:
+        return client.server
+
+
 def sampler_of(options: ServerOptions, args: Any) -> ServerSampler | None:
-    """The sampler, or None without a server. It is asked what it serves, so that a wrong one is known at once.
+    """The sampler, or None without a server.
 
     Raises:
         ServerError: the server does not answer, or does not say which model to take.
@@ -60,8 +70,7 @@ def sampler_of(options: ServerOptions, args: Any) -> ServerSampler | None:
         options.server, options.server_model, options.server_kind, options.api_key_env, options.server_concurrency,
         options.server_timeout, options.server_retries, body,
     )  # fmt: skip
-    with Client(server) as client:
-        server = client.server
+    server = asked(server)
     if args.process_index == 0:
         print(f"Responses from {server.url}, model {server.model}, kind {server.kind}", flush=True)
         if args.temperature != 1.0 and args.vllm_importance_sampling_correction:
