@@ -184,8 +184,14 @@ def _probed_logits(model: Any, head: Head) -> tuple[Tensor, Tensor]:
         seen.append(output.last_hidden_state)
         return output
 
+    def cast(layer: Any, inputs: Any) -> Any:
+        """As autocast does where it trains: TRL's CPO keeps 4-bit models' norms in fp32 and their heads in bf16."""
+        return tuple(x.to(layer.weight.dtype) for x in inputs)
+
     hooks = [body.register_forward_pre_hook(no_autocast), body.register_forward_hook(scaled)]
     layer = inner_model(model).get_output_embeddings()
+    plain = [part for part in layer.modules() if type(part) is nn.Linear]  # which multiplies what is of one dtype only
+    hooks += [part.register_forward_pre_hook(cast) for part in plain]
     hooks.append(layer.register_forward_hook(lambda layer, inputs, output: dtypes.append(output.dtype)))
     try:
         with (

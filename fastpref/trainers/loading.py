@@ -156,8 +156,10 @@ def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig, gi
     return processing_class
 
 
-def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
+def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig, half_factors: bool = True) -> Any:
     """The model, with new adapters if there is a `peft_config`. Adapters that it has are made ready to train.
+
+    With `half_factors` the low-rank factors on a quantised model train in bf16; else they stay as they are.
 
     Raises:
         TypeError: `peft_config` is not a `peft.PeftConfig`.
@@ -180,7 +182,7 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
     _refuse_other_adapters(model.peft_config.values())
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
-    if is_quantised(model):
+    if half_factors and is_quantised(model):
         # Low-rank factors train in bf16, as in QLoRA (arXiv 2305.14314, section 3). Modules that are trained whole and
         # DoRA's magnitudes would not move in bf16 (TRL #7268).
         for name, parameter in model.named_parameters():

@@ -240,6 +240,7 @@ class IPOTrainer(_ReferencedPairs):
 
 class _ReferenceFree(PairTraining):
     router_on_request = True
+    half_factors = False  # as in TRL's CPO and ORPO
     signature_columns = (*IDS, *MASKS, *SKIPS)
 
     def __init__(

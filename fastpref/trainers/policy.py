@@ -34,6 +34,7 @@ class PolicyTrainer(PreferenceTrainer):
 
     loss_fn: Any  # one of fastpref's
     router_on_request = False  # the load-balancing loss, by the model's config
+    half_factors = True  # adapters on a quantised model in bf16
 
     def __init__(
         self, model: Any, args: PreferenceConfig, collator: PackedCollator, train_dataset: Any, eval_dataset: Any,
@@ -45,7 +46,7 @@ class PolicyTrainer(PreferenceTrainer):
         if getattr(model.config, "is_encoder_decoder", False):
             raise unsupported("model", type(model).__name__, "it is an encoder-decoder; want a causal language model")
         processing_class = load_tokenizer(processing_class, model, args, given)
-        model = wrap_peft(model, peft_config, args)
+        model = wrap_peft(model, peft_config, args, self.half_factors)
         models.read_head(model)  # refuses an adapter on the head
         super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **options)
         models.output_head(self.inner)  # gives the model's own logits, or says that it does not

@@ -34,7 +34,10 @@ def fault(cell: Cell, found: run.Found, folder: Path) -> str | None:
 
 
 def is_tight(cell: Cell) -> bool:
-    return cell.precision == "fp32" and (cell.trains != "qlora" or cell.host in ("mixin", "loop"))  # TRL's are in bf16
+    if cell.precision != "fp32":
+        return False
+    in_bf16 = cell.trains == "qlora" and cell.reference != "none" and cell.host not in ("mixin", "loop")  # as TRL's DPO
+    return not in_bf16
 
 
 def ratio(cell: Cell, found: run.Found, folder: Path) -> float | None:
