@@ -330,6 +330,7 @@ class OnlineTrainer(SampleLosses):
             "buffer": [[s.state() for s in some] for some in self._buffer] if unfinished else [],
             "controller": self.controller.state_dict(),
             "normalizer": None if self.normalizer is None else self.normalizer.state_dict(),
+            "completions": self._completions.size,
         }  # fmt: skip
         torch.save(state, folder / STATE_FILE.format(rank=self.args.process_index))
         super()._save_checkpoint(model, trial)
@@ -345,6 +346,8 @@ class OnlineTrainer(SampleLosses):
             raise ValueError(f"resume_from_checkpoint: got one of {state['world']} ranks, want {self.args.world_size}")
         if self.is_world_process_zero():
             rl_sampler.say_it_does_not_repeat(self.sampler)
+            if path.parents[1].resolve() == self._completions.path.parent.resolve():  # not those of another run
+                self._completions.cut(state.get("completions", self._completions.size))
         self._batches, self._prompts, self._scored = state["batches"], state["prompts"], state["scored"]
         self._buffer = [[Sample(**sample) for sample in some] for some in state["buffer"]]
         self.controller.load_state_dict(state["controller"])

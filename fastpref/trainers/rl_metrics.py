@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ class CompletionLog:
 
     def __init__(self, folder: str, shown: int | None, unique_prompts: bool) -> None:
         self.path, self.shown, self.unique_prompts = Path(folder) / COMPLETIONS, shown, unique_prompts
+
+    @property
+    def size(self) -> int:
+        """Bytes that are written."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def cut(self, size: int) -> None:
+        """Drops what was written since the file had that size."""
+        if self.size > size:
+            os.truncate(self.path, size)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds the rows of a round."""

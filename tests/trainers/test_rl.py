@@ -42,6 +42,7 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(where, tmp_path, monkeypatch):
     """The checkpoint after the third update lies within a round of samples: two batches, twice each."""
     steered = {"beta": 0.05, "kl_placement": "reward", "kl_estimator": "exact", "kl_target": 0.5, "kl_horizon": 50}
     options = SAMPLED | steered | {"reward_normalizer": "running", "save_strategy": "steps", "save_steps": 3}
+    options |= {"log_completions": True, "num_completions_to_print": 0}
     whole = make("RLOO", tmp_path / "whole", **options)
     train(whole)
     calls = {"rollout": 0, "update": 0}
@@ -52,6 +53,7 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(where, tmp_path, monkeypatch):
             raise PowerCut
         return length_reward(**given)
 
+    reward.__name__ = length_reward.__name__
     cut = make("RLOO", tmp_path / "cut", reward, **options)
     if where == "update":
         loss = SampleLosses.part_loss
@@ -69,6 +71,8 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(where, tmp_path, monkeypatch):
     again = make("RLOO", tmp_path / "cut", **options)
     train(again, resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert furthest(weights(again), weights(whole)) == 0.0
+    cut_log, whole_log = ((tmp_path / run / "completions.jsonl").read_text() for run in ("cut", "whole"))
+    assert cut_log == whole_log and cut_log.count("\n") == 32, "a round that is sampled again is written once"
     assert again.beta == whole.beta != 0.05
     assert all(
         bool((a == b).all()) for a, b in zip(again.normalizer.buffers(), whole.normalizer.buffers(), strict=True)
