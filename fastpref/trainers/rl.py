@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref import models
+from fastpref import __version__, models
 from fastpref.data import formats
-from fastpref.data.encode import prompt_ids
 from fastpref.data.sampling import Sampling
-from fastpref.data.template import without_none
 from fastpref.objectives.advantages import Advantages, weighted
 from fastpref.objectives.kl import AdaptiveKLController, FixedKLController
 from fastpref.objectives.normalize import RewardNormalizer
@@ -27,7 +25,15 @@ from fastpref.trainers.loading import given_args
 from fastpref.trainers.reward_functions import RewardFunctions
 from fastpref.trainers.rl_config import OnlineConfig
 from fastpref.trainers.rl_loss import SampleLosses
-from fastpref.trainers.rollouts import ModelSampler, RepeatSampler, RolloutCollator, Sample, Sampled, shuffled_groups
+from fastpref.trainers.rollouts import (
+    ModelSampler,
+    RepeatSampler,
+    RolloutCollator,
+    Sample,
+    Sampled,
+    shuffled_groups,
+    with_prompt_ids,
+)
 
 EVALUATION = 2**40  # number of an evaluation's first prompt: each evaluation samples with the same random numbers
 STATE_FILE = "rollouts-{rank}.pt"  # in a checkpoint
@@ -84,20 +90,11 @@ class OnlineTrainer(SampleLosses):
             raise unsupported(f"{name}_dataset", "a stream", "want a Dataset: prompts are repeated and shuffled")
         if "prompt" not in dataset.column_names:
             dataset = formats.prompts(dataset)
-        options = args.chat_template_kwargs or {}
-
-        def ids(record: dict[str, Any], index: int) -> dict[str, Any]:
-            record = without_none(record)
-            kwargs = {**options, **record.get("chat_template_kwargs", {})}
-            try:
-                found = prompt_ids({**record, "chat_template_kwargs": kwargs}, self.tokenizer_in_use)
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{name}_dataset, record {index}: {error}") from None
-            if not found:
-                raise ValueError(f"{name}_dataset, record {index}: got a prompt without tokens, want at least 1")
-            return {"prompt_ids": found}
-
-        return dataset.map(ids, with_indices=True, num_proc=args.dataset_num_proc, desc=f"tokenizing the {name} data")
+        given = {"tokenizer": self.tokenizer_in_use, "template": args.chat_template_kwargs or {}, "name": name}
+        return dataset.map(
+            with_prompt_ids, with_indices=True, num_proc=args.dataset_num_proc, desc=f"tokenizing the {name} data",
+            fn_kwargs=given | {"version": __version__},  # datasets finds a cached result by the function's name
+        )  # fmt: skip
 
     def get_train_dataloader(self) -> Any:
         """Batches of records, each as large as what a rank samples at once."""

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fastpref.data.batches import batches_by_length
 from fastpref.data.collators import PackedCollator
+from fastpref.data.encode import prompt_ids
 from fastpref.data.packing import Scored
 from fastpref.data.sampling import Sampling, sample_batch
+from fastpref.data.template import without_none
 
 
 class Sampled(NamedTuple):
@@ -66,6 +68,25 @@ class ModelSampler:
             some = sample_batch(self.model, self.tokenizer, tokens, [numbers[i] for i in chosen], sampling)
             found.update(zip(chosen, (Sampled(r.ids, r.finished) for r in some), strict=True))
         return [found[i] for i in range(len(prompts))]
+
+
+def with_prompt_ids(
+    record: dict[str, Any], index: int, tokenizer: Any, template: dict[str, Any], name: str, version: str
+) -> dict[str, Any]:
+    """A record's prompt as token ids. `template` has more arguments of the chat template.
+
+    Raises:
+        ValueError: names the record.
+    """
+    record = without_none(record)
+    kwargs = {**template, **record.get("chat_template_kwargs", {})}
+    try:
+        found = prompt_ids({**record, "chat_template_kwargs": kwargs}, tokenizer)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{name}_dataset, record {index}: {error}") from None
+    if not found:
+        raise ValueError(f"{name}_dataset, record {index}: got a prompt without tokens, want at least 1")
+    return {"prompt_ids": found}
 
 
 @dataclass

@@ -79,6 +79,15 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(where, tmp_path, monkeypatch):
     )
 
 
+def test_tokenized_prompts_are_found_again(tmp_path):
+    """datasets names them by the function and what it gets: two trainers' are the same, another template's are not."""
+    running = (n for n in range(3))  # what a reward holds has no hash, and is nothing to the prompts
+    rewards = [length_reward, lambda completions, **_: [next(running) for _ in completions], length_reward]
+    found = [make("GRPO", tmp_path / str(i), rewards[i], **more).train_dataset._fingerprint
+             for i, more in enumerate(({}, {}, {"chat_template_kwargs": {"thinking": True}}))]  # fmt: skip
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_second_run_on_the_same_trainer_begins_anew(tmp_path):
     trainer = make("GRPO", tmp_path, **(SAMPLED | {"max_steps": 3}))
     seen = []
