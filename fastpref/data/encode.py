@@ -14,6 +14,7 @@ from fastpref.data.special_tokens import bare_ids, ended, text_ids, with_bos, wi
 
 Record = dict[str, Any]
 PAIR = ("chosen", "rejected")
+LABELLED = {"chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels"}  # whole sequences, from TRL
 OPENING = re.compile(r"(<[^<>|/\s]+>)\s*$")  # `<think>` at the end, and no control token
 
 
@@ -68,6 +69,9 @@ def part(
     Raises:
         ValueError: something in the record is wrong or does not go with the options.
     """
+    if tuple(sides) == PAIR and example.keys() >= LABELLED:
+        contexts, _, _ = _labelled(example, assistant_only_loss)
+        return _parted(min(contexts, key=len), [Response(token_ids(example, f"{side}_ids")) for side in PAIR], 0)
     if f"{sides[0]}_ids" in example:
         given = [_given(example, side, assistant_only_loss) for side in sides]
         return Parted(token_ids(example, "prompt_ids"), given, _same([response.ids for response in given]))
@@ -206,10 +210,14 @@ def in_context(
     example: Record, tokenizer: Any, *, responses_as_written: bool = False, assistant_only_loss: bool = False
 ) -> InContext:
     """Chosen and rejected with the context of each, made from texts as in TRL's CPO and ORPO."""
+    if example.keys() >= LABELLED:
+        return _labelled(example, assistant_only_loss)
     if "chosen_ids" in example or responses_as_written:
         options = {"responses_as_written": responses_as_written, "assistant_only_loss": assistant_only_loss}
         prompt, responses, found = part(example, PAIR, tokenizer, **options)
-        return InContext([prompt, prompt], responses, found)
+        skips = [example.get(f"{side}_skip") or 0 for side in PAIR]  # of data that we have tokenised
+        contexts = [prompt + response.ids[:skip] for response, skip in zip(responses, skips, strict=True)]
+        return InContext(contexts, [r.after(skip) for r, skip in zip(responses, skips, strict=True)], found)
     prompt_text, *texts = template_texts(example, tokenizer)
     found, talks = 0, not isinstance(example["prompt"], str)
     masks: list[list[int] | None] = [None, None]
@@ -328,6 +336,21 @@ def _given(example: Record, side: str, assistant_only: bool) -> Response:
         got = f"{len(mask)} values" if isinstance(mask, list) else repr(mask)
         raise ValueError(f"{name}: got {got}, want 0 or 1 for each of {len(ids)} tokens of {side}_ids")
     return Response(ids, [int(value) for value in mask])
+
+
+def _labelled(example: Record, assistant_only: bool) -> InContext:
+    """Pairs that TRL's CPO or ORPO tokenised: whole sequences, and their labels, -100 in the context."""
+    if assistant_only:
+        raise ValueError("assistant_only_loss: got chosen_labels, want messages, or token ids with a mask")
+    contexts, responses = [], []
+    for side in PAIR:
+        ids, labels = token_ids(example, f"{side}_ids"), example[f"{side}_labels"]
+        start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        if labels[start:] != ids[start:]:
+            raise ValueError(f"{side}_labels: got {labels!r:.80}, want -100 in the context, then {side}_input_ids")
+        contexts.append(ids[:start])
+        responses.append(Response(ids[start:]))
+    return InContext(contexts, responses, _same([response.ids for response in responses]))
 
 
 def _refuse_texts(assistant_only: bool) -> None:

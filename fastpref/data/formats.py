@@ -8,7 +8,9 @@ Responses and prompts are texts, or lists of messages `{"role", "content"}` (con
     messages, chosen, rejected                   the same with messages; beside a `prompt`, or responses that are
                                                  whole conversations, these columns are passed over
     instruction, chosen, rejected                Alpaca, with `input`, `system` and `history` where there are such
-    prompt_ids, chosen_ids, rejected_ids         token ids (reward models: whole sequences, without prompt_ids)
+    prompt_ids, chosen_ids, rejected_ids         token ids (reward models: whole sequences, without prompt_ids), also
+                                                 by TRL's older names, `prompt_input_ids` and so on; with
+                                                 `chosen_labels, rejected_labels` they are as in TRL's CPO and ORPO
 
 and single responses as
 
@@ -57,7 +59,8 @@ COMPLETIONS = (
 PAIR = ("chosen", "rejected")
 STEPWISE = ("prompt, completions, labels", "input_ids, labels")
 PROMPTS = ("prompt", "messages", "conversations", "instruction")
-LEGACY = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
+LEGACY = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}  # beside labels whole sequences
+LEGACY_PROMPT = {"prompt_input_ids": "prompt_ids"}
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
 ROLES |= {role: role for role in ROLES.values()}
 CONVERTED = ("conversations", "messages", "instruction", "input", "system", "history")
@@ -71,7 +74,8 @@ def paired(dataset: Any, num_proc: int | None = None) -> Any:
     """
     columns, _ = peek(dataset)
     if set(LEGACY) <= columns and "chosen_ids" not in columns:
-        return dataset.rename_columns(LEGACY)
+        before = set(LEGACY_PROMPT) <= columns and "chosen_labels" not in columns
+        return dataset.rename_columns(LEGACY | (LEGACY_PROMPT if before else {}))
     if {"chosen_ids", "rejected_ids"} <= columns:
         return dataset
     if not {"chosen", "rejected"} <= columns:

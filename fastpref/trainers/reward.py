@@ -114,8 +114,13 @@ class RewardTrainer(_HeadTrainer):
         )  # fmt: skip
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
-        if "prompt_ids" in formats.column_names(dataset) and not self.on_lists:
-            raise ValueError("train_dataset: got prompt_ids, want chosen_ids and rejected_ids as whole sequences")
+        columns = set(formats.column_names(dataset))
+        if (prompts := columns & {"prompt_ids", "prompt_input_ids"}) and not (
+            self.on_lists or "chosen_labels" in columns
+        ):
+            raise ValueError(
+                f"{name}_dataset: got {prompts.pop()}, want chosen_ids and rejected_ids as whole sequences"
+            )
         tokenizer = self.tokenizer_in_use
         if args.eos_token is not None:
             if args.eos_token not in tokenizer.get_vocab():
