@@ -113,10 +113,13 @@ def _vespo_weight(
 
 @dataclass(frozen=True)
 class BatchSize:
-    """What a batch holds, all its parts together; its loss is a sum over tokens with weights that follow from this."""
+    """What a batch holds, all its parts together; its loss is a sum over tokens with weights that follow from this.
 
-    sequences: int
-    tokens: int  # scored
+    In an evaluation `sequences` and `tokens` are means over ranks, which need not hold as many.
+    """
+
+    sequences: float
+    tokens: float  # scored
     scored: float  # what dapo, cispo and vespo divide by: the scored tokens of an update, per rank
     longest: int  # the most tokens that a response can have
     batches: int = 1  # of an update

@@ -48,6 +48,7 @@ class OnlineTrainer(SampleLosses):
     config_class: type[OnlineConfig]
     data_collator: RolloutCollator
     _buffer: list[list[Sample]]
+    _to_evaluate: int = EVALUATION  # prompts of the evaluation that runs
 
     def __init__(
         self, model: Any, reward_funcs: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any,
@@ -144,6 +145,9 @@ class OnlineTrainer(SampleLosses):
             len(samples), sum(s.tokens for s in samples), scored / self.args.world_size,
             self.args.max_completion_length, batches,
         )  # fmt: skip
+        return self._sized(samples, size)
+
+    def _sized(self, samples: Sequence[Sample], size: BatchSize) -> dict[str, Any]:
         parts = [part | {"batch": size} for part in self.data_collator.samples(samples)]
         return {"index": torch.arange(len(samples)), "parts": parts}
 
@@ -154,13 +158,27 @@ class OnlineTrainer(SampleLosses):
         return loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
+        real, world = self._real(len(inputs), self.args.eval_generations), self.args.world_size
+        own = self._own(real, len(inputs))
         (samples,) = self.sample(inputs)
-        batch = self.batch_of(samples, 1, max(1.0, self._scored))
+        size = BatchSize(real / world, self._scored / world, max(1.0, self._scored) / world,
+                         self.args.max_completion_length)  # fmt: skip
+        batch = self._sized(samples, size) | {"real": own > 0}
         return super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated = 0
-        return super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated, self._to_evaluate = 0, len(dataloader.dataset)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _real(self, size: int, repeats: int) -> int:
+        """How many of a round's responses, of all ranks, are not there because Accelerate repeats records to make the
+        ranks come out even. They come first."""
+        number = size * self.args.world_size
+        return number if self.model.training else min(number, (self._to_evaluate - self._evaluated) * repeats)
+
+    def _own(self, real: int, size: int) -> int:
+        """How many of them are this rank's."""
+        return min(size, max(0, real - self.args.process_index * size))
 
     # samples
 
@@ -168,6 +186,8 @@ class OnlineTrainer(SampleLosses):
         """Samples a response to each of this rank's records, rewards them all, and splits them into batches."""
         training = self.model.training
         repeats = self.args.num_generations if training else self.args.eval_generations
+        real = self._real(len(records), repeats)
+        own = self._own(real, len(records))
         responses, first = self._responses(records, repeats), self._advance(len(records), repeats)
         slots = [self.args.process_index * len(records) + i for i in range(len(records))]
         samples = [
@@ -179,15 +199,21 @@ class OnlineTrainer(SampleLosses):
         ]  # fmt: skip
         completions = self._texts(records, responses)
         rewards, heldout = (
-            self._everywhere(functions(records, completions, [r.ids for r in responses], self.state))
+            self._everywhere(self._rewards(functions, records, completions, responses, own))[:real]
             for functions in (self.rewards, self.heldout)
         )
+        if not own:  # what is repeated counts for nothing, but every rank has to run the same collectives
+            samples[0].learn = False
+        samples = samples[: max(1, own)]
         steps = self.args.steps_per_generation if training else 1
         batches = shuffled_groups(samples, steps, self.args.seed + first)
         with models.evaluating(self.model):
             measured = self.measure(batches, training)
-        advantages = self._judge(samples, rewards, repeats)
-        self._add_metrics(records, responses, completions, rewards, heldout, advantages, measured)
+        advantages = self._judge(samples, rewards, repeats, len(records))
+        self._add_metrics(records, responses, rewards, heldout, advantages, measured)
+        if self.args.log_completions:
+            self._log_completions(records, completions, own, rewards, advantages)
+        self.rewards.extras.clear()
         return batches
 
     def _advance(self, records: int, repeats: int) -> int:
@@ -229,15 +255,26 @@ class OnlineTrainer(SampleLosses):
 
     # rewards
 
-    def _judge(self, samples: Sequence[Sample], rewards: Tensor, repeats: int) -> Advantages:
-        """Gives every sample its advantage. `rewards` `[G, F]` are those of all ranks."""
+    def _rewards(
+        self, functions: RewardFunctions, records: Sequence[Mapping[str, Any]], completions: Sequence[Any],
+        responses: Sequence[Sampled], own: int,
+    ) -> Tensor:  # fmt: skip
+        """`[n, F]`: of the first `own` responses, and NaN for what is repeated after them."""
+        found = torch.full((len(records), len(functions)), torch.nan)
+        if own:
+            found[:own] = functions(records[:own], completions[:own], [r.ids for r in responses[:own]], self.state)
+        return found
+
+    def _judge(self, samples: Sequence[Sample], rewards: Tensor, repeats: int, size: int) -> Advantages:
+        """Gives every sample its advantage. `rewards` `[G, F]` are those of all ranks, each with `size` or fewer."""
         total = self.combined(rewards)
         if self.beta and self.args.kl_placement == "reward":
-            kl = torch.stack([s.penalty(self.args.kl_estimator) for s in samples]).float()
-            total = total - self.beta * self._everywhere(kl).to(total.device)
+            kl = torch.zeros(size)
+            kl[: len(samples)] = torch.stack([s.penalty(self.args.kl_estimator) for s in samples])
+            total = total - self.beta * self._everywhere(kl)[: len(total)].to(total.device)
         advantages = self.advantages(total, rewards, repeats)
-        begin = self.args.process_index * len(samples)
-        for i, sample in enumerate(samples, begin):
+        begin = self.args.process_index * size
+        for i, sample in enumerate(samples[: self._own(len(total), size)], begin):
             sample.advantage, sample.slope = float(advantages.values[i]), float(advantages.slope[i])
         return advantages
 
@@ -256,43 +293,47 @@ class OnlineTrainer(SampleLosses):
 
     # metrics
 
-    def add_values(self, values: Mapping[str, Tensor]) -> None:
+    def add_values(self, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
         """Adds numbers that are the same on all ranks, or that are averaged over them."""
         for name, value in values.items():
-            known = (~value.isnan()).float()
-            self.metrics.add(name, value.nan_to_num(nan=0.0).to(self.args.device), known.to(self.args.device))
+            known = weight * (~value.isnan()).float()
+            total = known * value.nan_to_num(nan=0.0)
+            self.metrics.add(name, total.to(self.args.device), known.to(self.args.device))
 
     def _add_metrics(
-        self, records: Any, responses: Any, completions: Any, rewards: Tensor, heldout: Tensor,
-        advantages: Advantages, measured: Mapping[str, Tensor],
+        self, records: Any, responses: Any, rewards: Tensor, heldout: Tensor, advantages: Advantages,
+        measured: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        lengths = self._everywhere(torch.tensor([[len(r.ids), r.finished] for r in responses]))
+        """Adds a round's. It weighs as much as it has responses: the last one of an evaluation may have fewer."""
+        real = len(rewards)
+        lengths = self._everywhere(torch.tensor([[len(r.ids), r.finished] for r in responses]))[:real]
         learnt = self._everywhere(torch.tensor([r.finished or not self.args.mask_truncated_completions
-                                                for r in responses]))  # fmt: skip
+                                                for r in responses]))[:real]  # fmt: skip
         self._scored = float((lengths[:, 0] * learnt).sum())
-        self.add_values(rl_metrics.length_metrics(lengths[:, 0], lengths[:, 1].bool()))
-        self.add_values(
-            rl_metrics.reward_metrics(rewards, self.rewards.names, self.reward_weights.to(rewards.device), advantages)
-        )
-        self.add_values(rl_metrics.function_metrics(heldout, self.heldout.names, "heldout"))
-        self.add_values(measured)
+        weights = self.reward_weights.to(rewards.device)
+        for values in (
+            rl_metrics.length_metrics(lengths[:, 0], lengths[:, 1].bool()),
+            rl_metrics.reward_metrics(rewards, self.rewards.names, weights, advantages),
+            rl_metrics.function_metrics(heldout, self.heldout.names, "heldout"), measured,
+        ):  # fmt: skip
+            self.add_values(values, real)
         if self.model.training:
             tokens = sum(len(r["prompt_ids"]) + len(s.ids) for r, s in zip(records, responses, strict=True))
             self.metrics.add_total("num_tokens", torch.full((), float(tokens), device=self.args.device))
             if "kl/exact" in measured and self.args.kl_target is not None:
                 self.add_values({"beta": torch.tensor(self.beta)})
-                self.controller.update(float(measured["kl/exact"]), len(rewards))
+                if not measured["kl/exact"].isnan():  # of a round in which no response is learnt from
+                    self.controller.update(float(measured["kl/exact"]), real)
         for functions in (self.rewards, self.heldout):
             for name, (total, count) in rl_metrics.logged_numbers(functions.numbers, self.args.world_size).items():
                 self.metrics.add(name, torch.tensor(total), float(count))
             functions.numbers.clear()
-        if self.args.log_completions:
-            self._log_completions(records, completions, rewards, advantages)
-        self.rewards.extras.clear()
 
-    def _log_completions(self, records: Any, completions: Any, rewards: Tensor, advantages: Advantages) -> None:
+    def _log_completions(
+        self, records: Any, completions: Any, own: int, rewards: Tensor, advantages: Advantages
+    ) -> None:  # fmt: skip
         begin = self.args.process_index * len(records)
-        extras = {n: v for n, v in self.rewards.extras.items() if len(v) == len(records)}
+        extras = {n: v for n, v in self.rewards.extras.items() if len(v) == own}
         self._completions.write(
             [
                 {
@@ -300,7 +341,7 @@ class OnlineTrainer(SampleLosses):
                     "rewards": dict(zip(self.rewards.names, rewards[begin + i].tolist(), strict=True)),
                     "advantage": float(advantages.values[begin + i]), **{n: v[i] for n, v in extras.items()},
                 }
-                for i, (record, completion) in enumerate(zip(records, completions, strict=True))
+                for i, (record, completion) in enumerate(zip(records[:own], completions[:own], strict=True))
             ]
         )  # fmt: skip
 

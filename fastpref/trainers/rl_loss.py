@@ -80,20 +80,24 @@ class SampleLosses(ReferencedTrainer):
 
         The samples keep them. Returns what is logged of them.
         """
-        args, found = self.args, _Measured()
+        args = self.args
         estimates = self.beta > 0 and args.kl_estimator != "exact"
         several = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
         old = self.corrects or (training and several) or (estimates and args.kl_placement == "reward")
         if not (old or estimates or args.measures_kl):
             return {}
+        found = _Measured(args.measures_kl, args.measures_kl or (old and estimates))
         for batch in batches:
             for part in self.data_collator.samples(batch):
                 self._measure_part(to_device(part, args.device), old, estimates, found)
         if args.world_size > 1:
             found.sums = self.accelerator.reduce(found.sums, "sum")
         logged = found.means(args.kl_placement == "reward")
-        if self.corrects and found.differences:
-            logged |= rl_metrics.sampler_metrics(torch.cat(found.differences), torch.cat(found.ratios))
+        if self.corrects:
+            none = torch.zeros(0)
+            logged |= rl_metrics.sampler_metrics(
+                torch.cat([none, *found.differences]), torch.cat([none, *found.ratios])
+            )
         return logged
 
     @torch.no_grad()
@@ -315,11 +319,14 @@ class SampleLosses(ReferencedTrainer):
 
 
 class _Measured:
-    """Sums of what is measured before an update."""
+    """Sums of what is measured before an update: the exact KL, the sampled one, or both.
 
-    def __init__(self) -> None:
+    Which of them is not read off the samples: a rank may have none that is learnt from.
+    """
+
+    def __init__(self, exact: bool, estimated: bool) -> None:
         self.sums = torch.zeros(4)  # exact KL, estimates, tokens, samples
-        self.exact = self.estimated = False
+        self.exact, self.estimated = exact, estimated
         self.differences: list[Tensor] = []
         self.ratios: list[Tensor] = []
 
@@ -327,9 +334,9 @@ class _Measured:
         for sample in samples:
             exact = sampled = 0.0
             if sample.kl is not None:
-                self.exact, exact = True, float(sample.kl.sum())
+                exact = float(sample.kl.sum())
             if sample.old_logps is not None and sample.ref_logps is not None:
-                self.estimated, sampled = True, float((sample.old_logps - sample.ref_logps).sum())
+                sampled = float((sample.old_logps - sample.ref_logps).sum())
             self.sums += torch.tensor([exact, sampled, sample.tokens, 1.0])
 
     def means(self, in_reward: bool) -> dict[str, Tensor]:

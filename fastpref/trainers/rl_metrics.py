@@ -49,8 +49,8 @@ def function_metrics(rewards: Tensor, names: Sequence[str], prefix: str) -> dict
 def sampler_metrics(difference: Tensor, ratio: Tensor) -> dict[str, Tensor]:
     """How far a sampler's log-probs are from the trainer's `[N]`, and the ratios that correct for it `[N]`."""
     known = difference[~difference.isnan()].abs()
-    known = known if len(known) else torch.zeros(1)
-    ratio = ratio if len(ratio) else torch.zeros(1)
+    none = torch.full((1,), torch.nan)  # where no response is learnt from
+    known, ratio = (some if len(some) else none for some in (known, ratio))
     return {
         "sampling/sampling_logp_difference/mean": known.mean(), "sampling/sampling_logp_difference/max": known.max(),
         "sampling/importance_sampling_ratio/min": ratio.min(), "sampling/importance_sampling_ratio/mean": ratio.mean(),

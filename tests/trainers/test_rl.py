@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_rl import QUIET, Gradients, Script, length_reward, prompts, train
+from support_rl import QUIET, Gradients, Script, length_reward, prompts, train, vowel_reward
 from support_trainers import furthest, tiny, weights
 
 from fastpref import trainers
@@ -196,6 +196,8 @@ def test_two_ranks_learn_what_one_learns(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")
     one = of_ranks(tmp_path / "one", 1)
+    for ours, theirs in zip(found["evaluations"], evaluations(one, tmp_path / "one", 1), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-4), "of examples that fill up a rank, none counts"
     assert furthest(found["weights"], weights(one)) < 1e-6
     logged = [entry for entry in one.state.log_history if "loss" in entry]
     for ours, theirs in zip(found["logged"], logged, strict=True):
@@ -207,9 +209,23 @@ def of_ranks(folder, world):
     trainer = make(
         "GRPO", folder, per_device_train_batch_size=8 // world, num_generations=8, beta=0.1, kl_target=1.0,
         num_iterations=2, max_steps=3, learning_rate=1e-4, optim="sgd", max_grad_norm=0.0,
+        per_device_eval_batch_size=8 // world, num_generations_eval=2, heldout_funcs=[vowel_reward],
     )  # fmt: skip
     train(trainer)
     return trainer
+
+
+def evaluations(trainer, folder, world):
+    """The last round has one prompt (the second rank has none), or three, which are on both ranks."""
+    corrected = make(
+        "RLOO", folder, sampler=Script(2), per_device_train_batch_size=8 // world, num_generations=2, beta=0.1,
+        per_device_eval_batch_size=8 // world, mask_truncated_completions=True,
+    )  # fmt: skip
+    found = [one.evaluate(prompts(number)) for one in (trainer, corrected) for number in (5, 7)]
+    timed = ("_runtime", "_per_second", "_time")
+    return [
+        {n: v for n, v in some.items() if not n.endswith(timed) and "sampling/" not in n} for some in found
+    ]  # of a sampler, means of ranks' means are logged, as in TRL
 
 
 @pytest.mark.parametrize("method", ["RLOO", "GRPO"])
@@ -269,7 +285,7 @@ def test_a_sampler_is_corrected_for(tmp_path):
 def test_evaluation_does_not_depend_on_the_batch(tmp_path):
     found = []
     for size in (4, 8):
-        trainer = make("RLOO", tmp_path, eval_dataset=prompts(4), per_device_eval_batch_size=size, track_kl=True,
+        trainer = make("RLOO", tmp_path, eval_dataset=prompts(3), per_device_eval_batch_size=size, track_kl=True,
                        heldout_funcs=[lambda completion_ids, **_: [len(ids) for ids in completion_ids]])  # fmt: skip
         found.append(trainer.evaluate())
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], abs=1e-5)
@@ -279,6 +295,9 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path):
 
 if __name__ == "__main__":
     done = of_ranks(Path(sys.argv[1]) / "two", 2)
+    evaluated = evaluations(done, Path(sys.argv[1]) / "two", 2)
     if done.is_world_process_zero():
         logged = [entry for entry in done.state.log_history if "loss" in entry]
-        torch.save({"weights": weights(done), "logged": logged}, Path(sys.argv[1]) / "found.pt")
+        torch.save(
+            {"weights": weights(done), "logged": logged, "evaluations": evaluated}, Path(sys.argv[1]) / "found.pt"
+        )
