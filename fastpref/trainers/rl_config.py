@@ -128,6 +128,9 @@ class OnlineConfig(PreferenceConfig):
         for name, reason in REFUSED.items():
             if name in known and getattr(self, name) != known[name].default:
                 raise unsupported(name, getattr(self, name), reason)
+        accelerator: Any = self.accelerator_config
+        if self.world_size > 1 and not accelerator.even_batches:
+            raise unsupported("even_batches", False, "ranks reward and compare their responses together")
         self._check_numbers()
         self._split_generation()
         self._place_kl()

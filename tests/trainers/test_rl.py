@@ -262,6 +262,13 @@ def test_refused(case, tmp_path):
         make(method, tmp_path, **options)
 
 
+def test_uneven_ranks_are_refused(tmp_path, monkeypatch):
+    """A rank without a batch would let the others wait for ever."""
+    monkeypatch.setattr(trainers.GRPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="even_batches: got False"):
+        make("GRPO", tmp_path, accelerator_config={"even_batches": False})
+
+
 def test_a_reward_function_that_errs_is_named(tmp_path):
     def short(**_):
         return [1.0]
