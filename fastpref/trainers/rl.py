@@ -239,7 +239,7 @@ class OnlineTrainer(SampleLosses):
             if hasattr(self.sampler, "update"):
                 self.sampler.update(self.accelerator.unwrap_model(self.model), self.state.global_step)
             found = list(self.sampler(prompts, how, numbers))
-            return rl_sampler.checked_responses(found, len(records))
+            return rl_sampler.checked_responses(found, len(records), self.inner.get_input_embeddings())
         with models.evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
             return ModelSampler(self.inner, self.tokenizer_in_use, len(records))(prompts, how, numbers)
 

@@ -36,11 +36,12 @@ def say_it_does_not_repeat(sampler: Any) -> None:
         )
 
 
-def checked_responses(found: list[Sampled], number: int) -> list[Sampled]:
+def checked_responses(found: list[Sampled], number: int, embeddings: Any) -> list[Sampled]:
     """What a sampler gave.
 
     Raises:
-        ValueError: another number of responses, an empty one, or log-probs that are not one for each token.
+        ValueError: another number of responses, an empty one, tokens that the policy's `embeddings` do not have, or
+            log-probs that are not one for each token.
     """
     if len(found) != number:
         raise ValueError(f"sampler: got {len(found)} responses, want {number}")
@@ -49,6 +50,11 @@ def checked_responses(found: list[Sampled], number: int) -> list[Sampled]:
             got = "no token ids" if response.ids is None else "an empty list of token ids"
             raise ValueError(
                 f"sampler: got {got} in response {i}, want those that were sampled (`ids=True` of a server)"
+            )
+        if not 0 <= min(response.ids) <= max(response.ids) < len(embeddings.weight):
+            raise ValueError(
+                f"sampler: got tokens from {min(response.ids)} to {max(response.ids)} in response {i}, want them from 0 "
+                f"to {len(embeddings.weight) - 1}: it has to use the policy's tokenizer"
             )
         if response.logps is not None and len(response.logps) != len(response.ids):
             raise ValueError(

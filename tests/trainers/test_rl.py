@@ -289,6 +289,11 @@ def test_a_sampler_is_corrected_for(tmp_path):
     assert max(float(g.abs().max()) for g in kept.gradients[0].values()) > 0
 
 
+def test_a_sampler_with_another_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"sampler: got tokens from \d+ to 60000 in response \d+, want them from 0 to"):
+        train(make("GRPO", tmp_path, sampler=Script(60000)))
+
+
 def test_evaluation_does_not_depend_on_the_batch(tmp_path):
     found = []
     for size in (4, 8):
