@@ -315,6 +315,23 @@ def uneven(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
     return found | {"evaluations": [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in evaluations]}
 
 
+def uneven_resumed(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    """Two updates of two batches, of which the very last is filled up; then the second again, from a checkpoint."""
+    data = trl_hosts.dataset("dpo")
+    data = concatenate_datasets([data, data.select([1, 3, 1])])
+    found = []
+    for checkpoint in (None, str(folder / "checkpoint-1")):
+        model, tokenizer = tiny()
+        more = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}
+        more |= {"optim": "adamw_torch", "adam_epsilon": 1.0, "gradient_accumulation_steps": 2}  # as in `resumed`
+        args = trainers.DPOConfig(output_dir=str(folder), **options(wrapper, batch // 2, **more))
+        trainer = trainers.DPOTrainer(
+            model=model, args=args, train_dataset=data, processing_class=tokenizer, ref_model=tiny(seed=1)[0]
+        )
+        found.append(trained(trainer, wrapper, resume_from_checkpoint=checkpoint))
+    return found[0] | {"resumed": found[1]["gradients"]}
+
+
 # TRL's
 
 TRL = {"dpo": {}, "apo": {"loss_type": "apo_zero_unpaired"}, "kto": {}, "reward": {}}
@@ -396,6 +413,7 @@ LOOPS = ("plain-dpo", "plain-kto", "head-dpo", "accelerate-dpo", "accelerate-kto
 KINDS: dict[str, Callable] = {
     "ours": ours, "trl": trl, "unpatched": functools.partial(trl, patch=contextlib.nullcontext), "loop": loop,
     "resumed": resumed, "evaluated": evaluated, "refused": refused, "uneven": uneven,
+    "uneven-resumed": uneven_resumed,
     "adapted": adapted, "distilled": distilled,
 }  # fmt: skip
 

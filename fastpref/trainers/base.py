@@ -22,7 +22,7 @@ from fastpref.models import compile_backbone, inner_model, keep_arithmetic, limi
 from fastpref.trainers import card
 from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.fillers import POSITION, NumberedStream, real_examples
-from fastpref.trainers.grouping import PromptSampler, prompts_of
+from fastpref.trainers.grouping import PromptSampler, prompts_of, seed_of
 from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.loading import (
     check_datasets,
@@ -187,25 +187,25 @@ class PreferenceTrainer(Trainer):
     def _get_train_sampler(self, *args: Any) -> Any:
         if not self.args.group_by_prompt:
             return super()._get_train_sampler(*args)
-        seed = None if self.args.train_sampling_strategy == "sequential" else self.args.data_seed or self.args.seed
-        prompts, size = prompts_of(self.train_dataset), self.args.train_batch_size
-        return PromptSampler(prompts, size, seed, lambda: int(self.state.epoch or 0))
+        prompts, size = prompts_of(self.train_dataset), self._train_batch_size
+        return PromptSampler(prompts, size, seed_of(self.args), lambda: int(self.state.epoch or 0))
 
     # one update: batches, and parts of them
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         """The batches of one update, and what they hold over all ranks."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
-        samples = [self._without_fillers(batch) for batch in samples]
+        samples = [self._without_fillers(batch, last=batch is samples[-1]) for batch in samples]
         return samples, self._over_ranks(self._items(samples))
 
-    def _without_fillers(self, batch: Any) -> Any:
+    def _without_fillers(self, batch: Any, last: bool = True) -> Any:
         """The batch without examples that Accelerate repeats to make the ranks come out even. If all are repeated, one
-        is kept and counts for nothing: every rank has to run the same collectives."""
+        is kept and counts for nothing: every rank has to run the same collectives. `last` as in `real_examples`."""
         kept = batch.pop("kept", None)
         if kept is None:
             return batch
-        real = real_examples(kept.examples, self.accelerator, self.args.accelerator_config.even_batches)
+        filled = self.args.accelerator_config.even_batches and not self.args.dataloader_drop_last
+        real = real_examples(kept.examples, self.accelerator, filled, last)
         if real == len(kept.examples):
             return batch
         found = self.data_collator(kept.examples[: max(1, real)])

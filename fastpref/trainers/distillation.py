@@ -249,9 +249,9 @@ class DistillationTrainer(PolicyTrainer):
         self._evaluated = 0  # every evaluation has the same random numbers
         return super().evaluation_loop(*args, **kwargs)
 
-    def _without_fillers(self, batch: Any) -> Any:
+    def _without_fillers(self, batch: Any, last: bool = True) -> Any:
         kept = batch["kept"].examples
-        batch = super()._without_fillers(batch)
+        batch = super()._without_fillers(batch, last)
         examples = kept[: sum(part["examples"] for part in batch["parts"])]
         training = self._batches is not None
         if self._batches is not None:

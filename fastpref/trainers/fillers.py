@@ -25,11 +25,18 @@ class NumberedStream(torch.utils.data.IterableDataset):
             self.stream.set_epoch(epoch)
 
 
-def real_examples(examples: Sequence[dict[str, Any]], accelerator: Any, even_batches: bool) -> int:
+def real_examples(examples: Sequence[dict[str, Any]], accelerator: Any, filled: bool, last: bool = True) -> int:
     """How many examples of a rank's batch are not repeated. They come first.
 
-    Ranks get consecutive batches of one size. In a data set only the last batch can be filled up, and Accelerate knows
-    by how much. In a stream, an example was repeated if its position is not its place.
+    Ranks get consecutive batches of one size. In a data set only the last batch can be filled up, and its length says
+    by how much: Accelerate no longer knows once a resumed run has skipped batches. In a stream, an example was repeated
+    if its position is not its place.
+
+    Args:
+        examples: the batch.
+        accelerator: whose active data loader gave it.
+        filled: whether a last batch is filled up.
+        last: whether none of the batches that the loader gave came after this one.
     """
     size, rank, world = len(examples), accelerator.process_index, accelerator.num_processes
     if POSITION in examples[0]:
@@ -37,7 +44,8 @@ def real_examples(examples: Sequence[dict[str, Any]], accelerator: Any, even_bat
         if first % (size * world) != rank * size:
             return 0
         return sum(example[POSITION] == first + i for i, example in enumerate(examples))
-    left = accelerator.gradient_state.remainder
-    if not even_batches or not accelerator.gradient_state.end_of_dataloader or left <= 0:
+    state = accelerator.gradient_state
+    if not filled or not last or not state.end_of_dataloader:
         return size
-    return min(size, max(0, left - rank * size))
+    left = len(state.active_dataloader.dataset) % (size * world)
+    return min(size, max(0, left - rank * size)) if left else size

@@ -26,6 +26,13 @@ def prompts_of(dataset: Any) -> list[Hashable]:
     return found
 
 
+def seed_of(args: Any) -> int | None:
+    """What shuffles the prompts of a trainer's configuration; None where they keep their order."""
+    if args.train_sampling_strategy == "sequential":
+        return None
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 class PromptSampler(torch.utils.data.Sampler[int]):
     """Indices in an order in which equal prompts follow one another, and cross as few borders of batches as they can.
 

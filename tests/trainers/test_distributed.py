@@ -30,6 +30,7 @@ REFUSED = ["fsdp2/refused:precompute", "fsdp2/refused:budget"]
 CASES = [f"{wrapper}/{name}" for wrapper, name in itertools.product(("ddp", "fsdp2"), NAMES)]
 CASES.remove("fsdp2/ours:budget-dpo")
 UNEVEN = [f"ddp/uneven:{case}" for case in support.UNEVEN] + ["fsdp2/uneven:kto"]
+RESUMED = "ddp/uneven-resumed:dpo"
 DISTILLED = ["ddp/distilled:online", "ddp/distilled:cached", "ddp/distilled:on-policy", "fsdp2/distilled:online"]
 BUGS = {  # found by these cases
     "fsdp2/loop:head-dpo": "a-head-sharded-on-its-own-gets-the-mean-gradient",
@@ -64,7 +65,7 @@ def launch(folder: Path, cases: list[str], **environment: str) -> dict:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> dict:
-    return launch(tmp_path_factory.mktemp("ranks"), [*CASES, *ALIKE, *REFUSED, *UNEVEN, *DISTILLED])
+    return launch(tmp_path_factory.mktemp("ranks"), [*CASES, *ALIKE, *REFUSED, *UNEVEN, RESUMED, *DISTILLED])
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,15 @@ def test_repeated_examples_of_an_uneven_batch_count_for_nothing(case, ranks, one
         assert a.keys() == b.keys()
         for key in a.keys() - {"grad_norm", "eval_model_preparation_time"}:
             assert a[key] == pytest.approx(b[key], rel=2e-5, abs=2e-6), key
+
+
+def test_an_accumulated_update_lost_real_examples_before_a_filled_batch(ranks, one):
+    """And a resumed run trained on repeated ones: it had skipped batches, and Accelerate forgot how many are left."""
+    found, wanted = ranks[RESUMED], one("uneven-resumed:dpo")
+    assert_alike(found, wanted)
+    assert len(found["gradients"]) == 2 and len(found["resumed"]) == 1
+    for name, gradient in found["gradients"][-1].items():
+        torch.testing.assert_close(found["resumed"][0][name], gradient, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from fastpref.trainers import DPOConfig, DPOTrainer
-from fastpref.trainers.grouping import PromptSampler, in_batches, prompts_of
+from fastpref.trainers.grouping import PromptSampler, in_batches, prompts_of, seed_of
 from tests.support_trainers import config, furthest, pairs, run, tiny, train, weights
 from tests.trainers.test_trees import all_pairs
 
@@ -31,6 +31,12 @@ def test_every_epoch_has_another_order_and_all_ranks_the_same():
         assert all(b == a + 1 for a, b in zip(orders[-1][::2], orders[-1][1::2], strict=True))
     assert len(set(map(tuple, orders))) > 1
     assert list(PromptSampler("abab", 2, None, lambda: 0)) == [0, 2, 1, 3]
+
+
+def test_a_data_seed_of_0_is_a_seed(tmp_path):
+    assert seed_of(config(DPOConfig, tmp_path, seed=7)) == 7
+    assert seed_of(config(DPOConfig, tmp_path, seed=7, data_seed=0)) == 0
+    assert seed_of(config(DPOConfig, tmp_path, seed=7, train_sampling_strategy="sequential")) is None
 
 
 def test_prompts_are_told_apart_by_their_token_ids():
