@@ -53,8 +53,8 @@ def checked_responses(found: list[Sampled], number: int, embeddings: Any) -> lis
             )
         if not 0 <= min(response.ids) <= max(response.ids) < len(embeddings.weight):
             raise ValueError(
-                f"sampler: got tokens from {min(response.ids)} to {max(response.ids)} in response {i}, want them from 0 "
-                f"to {len(embeddings.weight) - 1}: it has to use the policy's tokenizer"
+                f"sampler: got tokens from {min(response.ids)} to {max(response.ids)} in response {i}, want them from "
+                f"0 to {len(embeddings.weight) - 1}: it has to use the policy's tokenizer"
             )
         if response.logps is not None and len(response.logps) != len(response.ids):
             raise ValueError(
