@@ -73,10 +73,13 @@ def function_scorer(function: Judge, workers: int = 1) -> Scorer:
         if workers == 1:
             yield from (function(r["prompt"], r["responses"]) for r in records[start:])
             return
-        with ThreadPoolExecutor(workers) as pool:
+        pool = ThreadPoolExecutor(workers)
+        try:
             for begin in range(start, len(records), AHEAD * workers):
                 some = records[begin : begin + AHEAD * workers]
                 yield from pool.map(lambda r: function(r["prompt"], r["responses"]), some)
+        finally:  # not `with`, which waits: an iterator that is dropped may be closed in a thread that just starts
+            pool.shutdown(wait=False, cancel_futures=True)
 
     return score
 

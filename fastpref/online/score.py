@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from fastpref.common.files import check_writable
@@ -97,7 +98,7 @@ def _fingerprint(records: Sequence[Record], tokenizer: Any, responses_as_written
 
 def score_records(
     records: Sequence[Mapping[str, Any]], scorer: Scorer, *, name: str | None = None, start: int = 0
-) -> Iterator[Record]:
+) -> Generator[Record]:
     """Yields each record from `start` on with `scores`: a list, one number (or None: no opinion) for each response.
 
     Args:
@@ -115,15 +116,19 @@ def score_records(
         checked_responses(record, f"record {i}")
         check_free(record, name, f"record {i}")
     found = scorer(records, start)
-    for i in range(start, len(records)):
-        where = f"record {i}"
-        try:
-            scores = next(found)
-        except StopIteration:
-            raise ValueError(f"{where}: got no scores, want one list for each of {len(records)} records") from None
-        except Exception as error:
-            raise ValueError(f"{where}: the judge raised {type(error).__name__}: {error}") from error
-        yield with_scores(records[i], _checked_scores(scores, len(records[i]["responses"]), where), name)
+    try:
+        for i in range(start, len(records)):
+            where = f"record {i}"
+            try:
+                scores = next(found)
+            except StopIteration:
+                raise ValueError(f"{where}: got no scores, want one list for each of {len(records)} records") from None
+            except Exception as error:
+                raise ValueError(f"{where}: the judge raised {type(error).__name__}: {error}") from error
+            yield with_scores(records[i], _checked_scores(scores, len(records[i]["responses"]), where), name)
+    finally:  # its threads and connections end here, not when it is collected, which may be in any thread
+        if isinstance(found, Generator):
+            found.close()
 
 
 def with_scores(record: Mapping[str, Any], scores: list[float | None], name: str | None) -> Record:
@@ -188,8 +193,11 @@ def score_file(
     start = journal.done
     if journal.finished:
         return 0
-    with Progress(len(records), "prompts", start, shown=progress) as bar:
-        for record in score_records(records, scorer, name=name, start=start):
+    with (
+        Progress(len(records), "prompts", start, shown=progress) as bar,
+        closing(score_records(records, scorer, name=name, start=start)) as found,
+    ):
+        for record in found:
             journal.append([record])
             bar.update(1)
     return journal.done - start

@@ -137,6 +137,25 @@ def test_a_failing_judge_is_named_and_loses_nothing(failure, message, workers, t
     assert read_records(out) == SCORED
 
 
+@pytest.mark.parametrize("bad", [[1.0], None], ids=["wrong scores", "a full disk"])
+def test_a_failing_run_closes_its_scorer_at_once(bad, tmp_path, monkeypatch) -> None:
+    """It may hold threads. Closed by the garbage collector in a thread that was just starting, it never returned."""
+    closed = []
+
+    def scorer(records, start=0):
+        try:
+            for record in records[start:]:
+                yield bad or lengths(record["prompt"], record["responses"])
+        finally:
+            closed.append(True)
+
+    if bad is None:
+        stop_at(monkeypatch, 1)
+    with pytest.raises((ValueError, PowerCut)):
+        score_file(RECORDS, tmp_path / "out.jsonl", scorer)
+    assert closed == [True]
+
+
 def test_a_judge_may_have_no_opinion() -> None:
     (found,) = score_records(RECORDS[:1], function_scorer(lambda p, r: [None, 1]))
     assert found["scores"] == [None, 1.0]
