@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +89,13 @@ class PackedCollator:
         tokens = sum(len(s.ids) for group in groups for s in group)
         return self.pack(groups, examples) | self.extras(examples) | {"examples": len(examples), "tokens": tokens}
 
-    def split(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
-        """The examples of each part."""
+    def split(
+        self, examples: Sequence[Example], grouped: Callable[[Sequence[Example]], list[list[Scored]]] | None = None
+    ) -> list[Sequence[Example]]:
+        """The examples of each part. `grouped` gives the sequences that it runs, by default `groups`."""
         if self.token_budget is None:
             return [examples]
-        groups = self.groups(examples)
+        groups = (grouped or self.groups)(examples)
         if "pixels" in examples[0]:
             groups = in_context(groups, examples)
         ranges = split_by_tokens(groups, self.layout, self.token_budget)
@@ -225,9 +227,13 @@ class UnpairedCollator(PackedCollator):
             found["ref_logps"] = torch.tensor([e["ref_logps"] for e in examples], dtype=torch.float32)
         return found
 
+    def kl_groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
+        """The sequences of the mismatched completions."""
+        return [[_response(e, "kl_completion")] for e in examples]
+
     def kl_part(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The mismatched completions, as a part."""
-        part = self.pack([[_response(e, "kl_completion")] for e in examples], examples)
+        part = self.pack(self.kl_groups(examples), examples)
         part["examples"] = len(examples)
         if "ref_KL_logps" in examples[0]:
             part["ref_logps"] = torch.tensor([e["ref_KL_logps"] for e in examples], dtype=torch.float32)
@@ -241,7 +247,7 @@ class UnpairedCollator(PackedCollator):
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         batch = super().__call__(examples)
         if "kl_completion_ids" in examples[0]:
-            batch["kl_parts"] = [self.kl_part(some) for some in self.split(examples)]
+            batch["kl_parts"] = [self.kl_part(some) for some in self.split(examples, self.kl_groups)]
         return batch
 
 

@@ -19,6 +19,7 @@ AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 OWN_SAMPLER = "responses are sampled by fastpref or by the trainer's `sampler`"
 # field of TRL -> why nothing but its default is possible
 REFUSED = {
+    "group_by_prompt": "a prompt's samples are made together already",
     "use_vllm": "give the trainer a `sampler`, such as an OpenAI-compatible server",
     "vllm_mode": OWN_SAMPLER, "vllm_model_impl": OWN_SAMPLER, "vllm_enable_sleep_mode": OWN_SAMPLER,
     "vllm_structured_outputs_regex": OWN_SAMPLER, "vllm_server_base_url": OWN_SAMPLER, "vllm_server_host": OWN_SAMPLER,

@@ -137,3 +137,18 @@ def test_unpaired_examples_and_their_mismatched_completions():
     assert both["labels"].tolist() == [3, 6, 7, 6, 7, 3]
     assert both["input_ids"].tolist() == [[1, 2, 3, 6, 7, 5, 6, 7, 3]]
     assert torch.equal(both["cu_seqlens"], torch.tensor([0, 1, 3, 5, 6]))
+
+
+def test_mismatched_completions_keep_within_the_token_budget():
+    """They were split like the completions, which may be shorter."""
+    sizes = [(1, 9), (1, 9), (9, 1), (9, 1)]
+    examples = [
+        {"prompt_ids": [1 + i], "completion_ids": [9] * own, "label": True, "kl_completion_ids": [9] * other}
+        for i, (own, other) in enumerate(sizes)
+    ]
+    for layout in LAYOUTS:
+        batch = UnpairedCollator(layout=layout, ours=True, token_budget=12)(examples)
+        for parts in (batch["parts"], batch["kl_parts"]):
+            assert max(part["input_ids"].numel() for part in parts) <= 12
+            assert sum(part["examples"] for part in parts) == len(examples)
+        assert torch.cat([part["labels"] for part in batch["kl_parts"]]).tolist() == [9] * 20

@@ -246,6 +246,7 @@ def test_the_defaults_of_the_host_learn(method, tmp_path):
 
 REFUSED = {
     "use_vllm": ("GRPO", {"use_vllm": True}, "use_vllm: got True"),
+    "grouped already": ("RLOO", {"group_by_prompt": True}, "group_by_prompt: got True"),
     "unknown loss": ("GRPO", {"loss_type": "ppo"}, "loss_type"),
     "k1 as loss": ("GRPO", {"kl_estimator": "k1"}, "gradient of k1 is 0"),
     "k3 in reward": ("RLOO", {"kl_estimator": "k3"}, "kl_estimator: got 'k3' in the reward"),
