@@ -24,7 +24,10 @@ EXAMPLES = """examples:
   fastpref bench report results/             Markdown, PNGs and one HTML page of the records in a folder
 """
 # what is no suite, each with options of its own: python -m benchmarks NAME --help
-TOOLS = ("distillation", "experiments", "hosts", "long_context", "resources", "roofline", "trainers", "tune", "vision")
+TOOLS = (
+    "distillation", "experiments", "hosts", "kl_gradients", "long_context", "resources", "rlhf", "rl_step", "roofline",
+    "trainers", "tune", "vision",
+)  # fmt: skip
 REPEATS = {"cpu": 5, "cuda": 20}
 QUICK_REPEATS = 3
 

@@ -174,7 +174,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kl_gradients", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args(argv)
     rows = study()

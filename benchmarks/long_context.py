@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, prompt, response, rank, scratch = argv[1:]
         _step(model, int(prompt), int(response), int(rank), scratch)
         return 0
-    parser = argparse.ArgumentParser(prog="python -m benchmarks long_context", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.long_context", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default="smollm2", help="smollm2, tiny, a size of benchmarks.trainers, or a folder")
     add("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[2048, 4096, 8192],

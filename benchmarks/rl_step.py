@@ -119,7 +119,7 @@ def one(library: str, method: str, folder: str, samples: int, tokens: int, steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rl_step", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--method", choices=("grpo", "rloo"), default="grpo")
     add("--model", default="tiny", help="smollm2, tiny or a folder (default: %(default)s)")

@@ -17,7 +17,7 @@ FOLDER = record.ROOT / "benchmarks" / "results" / "rlhf"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rlhf", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="the example's output")
     parser.add_argument("--json", type=Path, default=FOLDER / "rlhf-and-dpo.json", help="(default: %(default)s)")
     args = parser.parse_args(argv)

@@ -310,6 +310,7 @@ class PackedKTO(_Policy):
 class PackedReward(_Packed):
     """The reward model's part, with the head of a model for sequence classification."""
 
+    on_lists = False
     part_loss: Any = reward.RewardTrainer.part_loss
     score_head: Any = reward.RewardTrainer.score_head
 
