@@ -74,7 +74,8 @@ def refused(capsys, *argv):
     return line
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"rloo", "grpo", "distill"}))  # these sample: tests of their own
+# those that sample have tests of their own
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"rloo", "grpo", "distill"}))
 def test_every_method_leaves_a_model_and_a_summary(method, base, files, tmp_path, capsys, monkeypatch):
     if method in ("ipo", "orpo", "cpo", "simpo"):  # with DPO's panels: drawing them would be most of the time
         monkeypatch.setattr(summary, "training_curves", lambda history, path, title: path.write_bytes(b"\x89PNG"))

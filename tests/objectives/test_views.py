@@ -214,9 +214,9 @@ CASES = [
 ]  # fmt: skip
 HEADS = [case for case in CASES if case.name.startswith(("linear_", "DPOLoss.from_hidden pair", "KTOLoss.from_hidden"))]
 WITHOUT_TENSORS = {  # results, controllers, the model classes, and what speaks of inputs without computing from them
-    "AdaptiveKLController", "FixedKLController", "ListOutput", "PairedLoss", "PenalizedRewards", "PolicyOutput", "PreferenceOutput",
-    "ProcessRewardOutput", "RewardHead", "RewardOutput", "TokenKL", "TokenStatistics", "UnpairedOutput", "explain",
-    "mismatched_indices", "set_backend",
+    "AdaptiveKLController", "FixedKLController", "ListOutput", "PairedLoss", "PenalizedRewards", "PolicyOutput",
+    "PreferenceOutput", "ProcessRewardOutput", "RewardHead", "RewardOutput", "TokenKL", "TokenStatistics",
+    "UnpairedOutput", "explain", "mismatched_indices", "set_backend",
 }  # fmt: skip
 UPSTREAM = ("plain", "expanded", "gaps")
 
