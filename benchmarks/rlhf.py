@@ -23,8 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     found = json.loads((args.folder / "report.json").read_text())
     runs = {name: json.loads((args.folder / name / "training.json").read_text()) for name in ("rloo", "no-kl", "dpo")}
-    settings = {name: run["changed"] for name, run in runs.items()}
-    new = record.new("rlhf-and-dpo", settings=settings, rows=found["rows"])
+    settings = json.dumps({name: run["changed"] for name, run in runs.items()})
+    for folder in (args.folder.resolve(), record.ROOT):  # no paths of this machine
+        settings = settings.replace(f"{folder}/", "")
+    new = record.new("rlhf-and-dpo", settings=json.loads(settings), rows=found["rows"])
     record.write(new | {"runs": found["runs"]}, args.json)
     shutil.copy(args.folder / "reward-kl.png", args.json.with_suffix(".png"))
     print(f"{args.json}, {args.json.with_suffix('.png')}")

@@ -98,7 +98,7 @@ def pictures() -> dict[str, Path]:
     from benchmarks import report, training_table
 
     found = {f"assets/{Path(report.PICTURE).name}": ROOT / report.PICTURE}
-    found["assets/rlhf-curves.png"] = ROOT / "benchmarks/results/rlhf/rlhf-curves.png"
+    found["assets/rlhf-and-dpo.png"] = ROOT / "benchmarks/results/rlhf/rlhf-and-dpo.png"
     for name in training_table.METHODS:
         found[f"assets/training/{name}.png"] = ROOT / "benchmarks/results/training" / name / "summary.png"
     return found
