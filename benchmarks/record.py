@@ -103,7 +103,7 @@ def new(
     absent: dict[str, str] | None = None,
     limits: dict[str, Any] | None = None,
 ) -> Record:
-    status = _output_of("git", "status", "--porcelain")
+    status = _output_of("git", "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")  # itself
     return {
         "schema": SCHEMA,
         "suite": suite,

@@ -10,7 +10,7 @@ from benchmarks import compare, plots, record
 from benchmarks.record import MIB, Record
 
 # kind in the record's file name -> (our provider, whom it is compared with)
-HEAD, TRAINERS, HOSTS = "head-cpu", "trainers", "hosts-cpu"
+KINDS = HEAD, TRAINERS, ALL_PAIRS, HOSTS = "head-cpu", "trainers", "all-pairs", "hosts-cpu"
 
 
 def newest(kind: str, folder: Path = compare.RESULTS) -> Path:
@@ -28,17 +28,16 @@ def newest(kind: str, folder: Path = compare.RESULTS) -> Path:
 def table() -> str:
     """A Markdown table: times in seconds, memory in MiB, their ratios, and which record they are from."""
     lines = ["| | | fastpref | it | times as fast | of its memory |", "|---|---|---|---|---|---|"]
-    head, trainers, hosts = (record.read(newest(kind)) for kind in (HEAD, TRAINERS, HOSTS))
+    head, trainers, all_pairs, hosts = (record.read(newest(kind)) for kind in KINDS)
     case = head["settings"]["cases"][0]["name"]
     for kind in ("trainable", "frozen"):
         rows = {p: record.find(head["rows"], f"{case}, {kind} head", p) for p in ("fastpref", "eager", "trl_compacted")}
         for peer, name in (("eager", "eager PyTorch"), ("trl_compacted", "TRL's fused head, scored rows")):
             lines.append(_line(f"DPO at the head, {kind}", name, rows["fastpref"], rows[peer], statistics.median))
-    for theirs, ours in zip(trainers["rows"][::2], trainers["rows"][1::2], strict=True):
-        reference = theirs["case"].removesuffix(" reference")
-        lines.append(
-            _line(f"training step, reference {reference}", "TRL's `DPOTrainer`", ours, theirs, statistics.mean)
-        )
+    for found, what in ((trainers, "training step"), (all_pairs, "training step, 4 responses a prompt")):
+        for theirs, ours in zip(found["rows"][::2], found["rows"][1::2], strict=True):
+            case = theirs["case"].removesuffix(" reference")
+            lines.append(_line(f"{what}, {case}", "TRL's `DPOTrainer`", ours, theirs, statistics.mean))
     for theirs, ours in zip(hosts["rows"][::2], hosts["rows"][1::2], strict=True):
         lines.append(_line("its own step, patched", theirs["case"], ours, theirs, statistics.mean))
     return "\n".join(lines)
@@ -55,13 +54,13 @@ def _line(what: str, name: str, ours: Any, theirs: Any, average: Any) -> str:
 
 def sources() -> str:
     """Which records the table is from, on which machines, of which commits."""
-    found = {kind: newest(kind) for kind in (HEAD, TRAINERS, HOSTS)}
+    found = {kind: newest(kind) for kind in KINDS}
     return "; ".join(f"`{path.name}` ({plots.source(record.read(path))})" for path in found.values())
 
 
 def block(picture: str) -> str:
     """What stands between the README's markers."""
-    found: list[Record] = [record.read(newest(kind)) for kind in (HEAD, TRAINERS, HOSTS)]
+    found: list[Record] = [record.read(newest(kind)) for kind in KINDS]
     missed = [t for one in found for t in one["targets"] if t["value"] is not None and not t["met"]]
     words = ""
     for target in missed:

@@ -88,7 +88,8 @@ def measure(args: argparse.Namespace, save: Callable[[record.Record], object] | 
     settings["data"] = [Path(p).name for p in args.data] if args.data else "the sample"
 
     def so_far() -> record.Record:
-        return record.new("trainers", settings=settings, rows=rows, gate=gate, targets=targets, absent=absent)
+        suite = "all-pairs" if args.cases == "all-pairs" else "trainers"
+        return record.new(suite, settings=settings, rows=rows, gate=gate, targets=targets, absent=absent)
 
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(args.model, Path(scratch))

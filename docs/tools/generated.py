@@ -49,6 +49,8 @@ def measured() -> str:
         "## Training, end to end",
         "DPO beside TRL's own `DPOTrainer`: the same pairs in the same order, the same mean loss.",
         *_tables(trainers, "trainers"),
+        "All six pairs of four responses to a prompt, a batch a prompt:",
+        *_tables(trainers, "all-pairs"),
         "## In the trainers of others",
         "A step of the host as it comes, and with fastpref's one line, on the same trainer and batch, after a "
         'comparison of losses and gradients. "head" is the step\'s peak less that of the backbone alone.',

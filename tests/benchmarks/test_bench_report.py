@@ -131,10 +131,9 @@ def test_readme_shows_its_record():
     )
 
 
-@pytest.mark.parametrize("kind", [summary.HEAD, summary.TRAINERS, summary.HOSTS])
+@pytest.mark.parametrize("kind", summary.KINDS)
 def test_readme_block_drifts_with_each_of_its_records(kind, monkeypatch, tmp_path):
-    kinds = (summary.HEAD, summary.TRAINERS, summary.HOSTS)
-    before, paths = summary.block(report.PICTURE), {known: summary.newest(known) for known in kinds}
+    before, paths = summary.block(report.PICTURE), {known: summary.newest(known) for known in summary.KINDS}
     found = record.read(paths[kind])
     for row in found["rows"]:
         row["seconds"] = [2 * s for s in row["seconds"]]
