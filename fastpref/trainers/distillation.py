@@ -25,9 +25,8 @@ from fastpref.trainers.distillation_config import DistillationConfig
 from fastpref.trainers.forward import (
     at_head_rows,
     by_sequence,
+    head_hidden,
     head_labels,
-    head_rows,
-    hidden_rows,
     scored_hidden,
     to_device,
 )
@@ -160,8 +159,7 @@ class DistillationTrainer(PolicyTrainer):
             )
         with self.teacher.model() as teacher:
             wrapped = model if self.teacher.own is None else teacher
-            rows = head_rows(part)
-            part["teacher_hidden"] = self.inside(wrapped, lambda: hidden_rows(teacher, part).index_select(0, rows))
+            part["teacher_hidden"] = self.inside(wrapped, lambda: head_hidden(teacher, part))
 
     # its cache
 

@@ -41,6 +41,11 @@ def scored_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return hidden_rows(model, batch).index_select(0, batch["rows"])
 
 
+def head_hidden(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The hidden states `[U, d]` of the rows that the head multiplies, in the order of `head_labels`."""
+    return hidden_rows(model, batch).index_select(0, head_rows(batch))
+
+
 def head_rows(batch: Mapping[str, Any]) -> Tensor:
     """The rows of a batch whose hidden states the head multiplies, once each: see `packing.distinct_rows`."""
     return batch.get("head_rows", batch["rows"])

@@ -20,7 +20,7 @@ from fastpref.reference import TokenStatistics
 from fastpref.trainers import experts, loading
 from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig, unsupported
-from fastpref.trainers.forward import by_sequence, head_labels, head_rows, hidden_rows, run_backbone, to_device
+from fastpref.trainers.forward import by_sequence, head_hidden, head_labels, head_rows, run_backbone, to_device
 from fastpref.trainers.loading import load_tokenizer, wrap_peft
 from fastpref.trainers.reference import Progress, Reference, SyncReference, fill_cache, fingerprint, ready_reference
 
@@ -65,7 +65,7 @@ class PolicyTrainer(PreferenceTrainer):
             (hidden states of the `head_rows`, weighted load-balancing loss of a mixture of experts or None).
         """
         if not self.aux_loss_enabled:
-            return hidden_rows(self.inner, part).index_select(0, head_rows(part)), None
+            return head_hidden(self.inner, part), None
         output = run_backbone(self.inner, part, output_router_logits=True)
         if not output.get("router_logits"):
             name = type(self.inner).__name__
@@ -127,11 +127,13 @@ class PolicyTrainer(PreferenceTrainer):
         rows = scored & chosen
         self.metrics.add("mean_token_accuracy", (tokens.is_top1 & rows).sum(), rows.sum())
 
-    def token_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
+    def token_logps(self, model: Any, part: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
         """The log-prob of every scored row `[M]`, by any model. For passes without gradients."""
-        hidden, head = hidden_rows(model, part).index_select(0, head_rows(part)), models.read_head(inner_model(model))
+        hidden, head = head_hidden(model, part), models.read_head(inner_model(model))
         labels, scored = head_labels(part)
-        found = linear_token_logprobs(hidden, head.weight, labels, head.bias, scored_rows=scored, **head.options())
+        found = linear_token_logprobs(
+            hidden, head.weight, labels, head.bias, temperature=temperature, scored_rows=scored, **head.options()
+        )
         return by_sequence(found, part)
 
     def place_frozen(self, model: Any, in_steps: bool) -> Any:

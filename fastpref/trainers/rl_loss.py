@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs, linear_token_statistics, models
+from fastpref import kl_estimate, linear_token_kl, linear_token_statistics, models
 from fastpref.common.segments import segment_sums
 from fastpref.objectives.kl import TokenKL
 from fastpref.objectives.surrogates import (
@@ -25,7 +25,7 @@ from fastpref.objectives.surrogates import (
 from fastpref.trainers import rl_metrics
 from fastpref.trainers.base import Items
 from fastpref.trainers.config import unsupported
-from fastpref.trainers.forward import by_sequence, head_labels, head_rows, hidden_rows, to_device
+from fastpref.trainers.forward import by_sequence, head_hidden, head_labels, to_device
 from fastpref.trainers.metrics import HIGHEST, LOWEST
 from fastpref.trainers.policy import ReferencedTrainer
 from fastpref.trainers.rollouts import RolloutCollator, Sample, Samples
@@ -109,15 +109,18 @@ class SampleLosses(ReferencedTrainer):
             return
         if self.args.measures_kl:
             rows = self._reference_rows(part)
-            both = self.inside(self.model, lambda: self._exact_kl(part, _hidden(self.inner, part), rows))
+            both = self.inside(self.model, lambda: self._exact_kl(part, head_hidden(self.inner, part), rows))
             self._keep(samples, part, old_logps=both.logps, ref_logps=both.ref_logps, kl=both.kl)
         else:
+            heat = self.args.temperature
             if old:
-                self._keep(samples, part, old_logps=self.inside(self.model, lambda: self._logps(self.inner, part)))
+                logps = self.inside(self.model, lambda: self.token_logps(self.inner, part, heat))
+                self._keep(samples, part, old_logps=logps)
             if ref:
                 with self.reference.model() as reference:
                     wrapped = self.model if self.reference.own is None else reference
-                    ref_logps = self.inside(wrapped, lambda: self._logps(models.inner_model(reference), part))
+                    inner = models.inner_model(reference)
+                    ref_logps = self.inside(wrapped, lambda: self.token_logps(inner, part, heat))
                     self._keep(samples, part, ref_logps=ref_logps)
         found.add(samples.samples)
         if self.corrects:
@@ -149,16 +152,11 @@ class SampleLosses(ReferencedTrainer):
     def _options(self, part: Mapping[str, Any], head: models.Head) -> dict[str, Any]:
         return {"temperature": self.args.temperature, "scored_rows": head_labels(part)[1], **head.options()}
 
-    def _logps(self, inner: Any, part: Mapping[str, Any]) -> Tensor:
-        hidden, head = _hidden(inner, part), models.read_head(inner)
-        found = linear_token_logprobs(hidden, head.weight, head_labels(part)[0], head.bias, **self._options(part, head))
-        return by_sequence(found, part)
-
     def _reference_rows(self, part: dict[str, Any]) -> ReferenceRows:
         with self.reference.model() as reference:
             inner = models.inner_model(reference)
             wrapped = self.model if self.reference.own is None else reference
-            hidden = self.inside(wrapped, lambda: _hidden(inner, part))
+            hidden = self.inside(wrapped, lambda: head_hidden(inner, part))
             head = models.read_head(inner)
             if self.reference.own is None and head.weight.requires_grad:  # trained values come back after this block
                 head = head._replace(weight=head.weight.detach().clone())
@@ -352,8 +350,3 @@ class _Measured:
 
 def _sequence_means(values: Tensor, sizes: Tensor) -> Tensor:
     return (segment_sums(values, sizes) / sizes.clamp(min=1)).float()
-
-
-def _hidden(model: Any, part: Mapping[str, Any]) -> Tensor:
-    """The hidden states of the rows that the head multiplies."""
-    return hidden_rows(model, part).index_select(0, head_rows(part))

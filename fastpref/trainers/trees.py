@@ -13,7 +13,7 @@ from fastpref import linear_token_statistics, models
 from fastpref.data.collators import PackedCollator
 from fastpref.data.packing import Scored
 from fastpref.models import inner_model, limits
-from fastpref.trainers.forward import by_sequence, head_labels, head_rows, hidden_rows, to_device
+from fastpref.trainers.forward import by_sequence, head_hidden, head_labels, to_device
 from fastpref.trainers.layout import choose_layout
 
 # of each model, by what was asked for: it is not tried again for every file and every window
@@ -80,7 +80,7 @@ class PromptTrees:
 
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """The hidden states `[U, d]` of the rows that the head multiplies: each with each token that it scores once."""
-        return hidden_rows(self.model, batch).index_select(0, head_rows(batch))
+        return head_hidden(self.model, batch)
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
