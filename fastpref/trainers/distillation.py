@@ -12,11 +12,9 @@ from torch import Tensor
 
 from fastpref import linear_token_kl, models
 from fastpref.data import formats
-from fastpref.data.batches import batches_by_length
 from fastpref.data.completions import CompletionCollator, has_completions, tokenize_completions
 from fastpref.data.hidden_cache import HiddenCache
 from fastpref.data.images import has_images
-from fastpref.data.sampling import Response, Sampling, sample_batch
 from fastpref.models import inner_model, is_peft
 from fastpref.trainers import teacher as teachers
 from fastpref.trainers.base import Items
@@ -33,8 +31,7 @@ from fastpref.trainers.forward import (
 from fastpref.trainers.loading import given_args
 from fastpref.trainers.policy import PolicyTrainer
 from fastpref.trainers.reference import Progress, Reference, fill_cache, fingerprint, ready_reference
-
-EVALUATION = 1 << 40  # the first prompt number of an evaluation: no number of training is as high
+from fastpref.trainers.rollouts import EVALUATION, ModelSampler, Sampled, sampling_of
 
 
 class DistillationTrainer(PolicyTrainer):
@@ -276,31 +273,24 @@ class DistillationTrainer(PolicyTrainer):
 
     def _answered(
         self, examples: list[dict[str, Any]], number: int, training: bool
-    ) -> tuple[list[dict[str, Any]], list[Response]]:
+    ) -> tuple[list[dict[str, Any]], list[Sampled]]:
         """The examples with the student's completions in place of their own, and these as they were sampled."""
         args, k = self.args, self.args.num_generations if training else 1
-        how = Sampling(
-            1, args.max_completion_length, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed,
-            args.min_p,
-        )  # fmt: skip
         first = (number * args.world_size + args.process_index) * args.train_batch_size
-        prompts = {first + i: list(example["prompt_ids"]) for i, example in enumerate(examples)}
-        items = [(prompt, response) for prompt in prompts for response in range(k)]
-        responses: dict[tuple[int, int], Response] = {}
+        items = [(first + i, response) for i in range(len(examples)) for response in range(k)]
+        prompts = [list(example["prompt_ids"]) for example in examples for _ in range(k)]
+        sampler = ModelSampler(self.inner, self.tokenizer_in_use, len(items))
         with models.evaluating(self.model), self.accelerator.autocast():
-            for chosen in batches_by_length([len(prompts[prompt]) for prompt, _ in items], len(items)):
-                some = [items[i] for i in chosen]
-                found = sample_batch(self.inner, self.tokenizer_in_use, prompts, some, how)
-                responses.update(zip(some, found, strict=True))
-        return [self._example(prompts[item[0]], responses[item]) for item in items], list(responses.values())
+            responses = sampler(prompts, sampling_of(args), items)
+        return [self._example(*both) for both in zip(prompts, responses, strict=True)], responses
 
-    def _example(self, prompt: list[int], response: Response) -> dict[str, Any]:
+    def _example(self, prompt: list[int], response: Sampled) -> dict[str, Any]:
         ids = response.ids
         if self.args.max_length is not None:
             ids = ids[: max(0, self.args.max_length - len(prompt))]
         return {"prompt_ids": prompt, "completion_ids": ids, "length": len(prompt) + len(ids)}
 
-    def _count_completions(self, responses: list[Response], training: bool, real: bool) -> None:
+    def _count_completions(self, responses: list[Sampled], training: bool, real: bool) -> None:
         responses = responses if real else []
         sums, number = self._sums["train" if training else "eval"], float(len(responses))
         ended = [float(len(r.ids)) for r in responses if r.finished]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastpref import __version__, models
 from fastpref.data import formats
-from fastpref.data.sampling import Sampling
 from fastpref.objectives.advantages import Advantages, weighted
 from fastpref.objectives.kl import AdaptiveKLController, FixedKLController
 from fastpref.objectives.normalize import RewardNormalizer
@@ -26,16 +25,17 @@ from fastpref.trainers.reward_functions import RewardFunctions
 from fastpref.trainers.rl_config import OnlineConfig
 from fastpref.trainers.rl_loss import SampleLosses
 from fastpref.trainers.rollouts import (
+    EVALUATION,
     ModelSampler,
     RepeatSampler,
     RolloutCollator,
     Sample,
     Sampled,
+    sampling_of,
     shuffled_groups,
     with_prompt_ids,
 )
 
-EVALUATION = 2**40  # number of an evaluation's first prompt: each evaluation samples with the same random numbers
 STATE_FILE = "rollouts-{rank}.pt"  # in a checkpoint
 
 
@@ -188,14 +188,16 @@ class OnlineTrainer(SampleLosses):
         repeats = self.args.num_generations if training else self.args.eval_generations
         real = self._real(len(records), repeats)
         own = self._own(real, len(records))
-        responses, first = self._responses(records, repeats), self._advance(len(records), repeats)
-        slots = [self.args.process_index * len(records) + i for i in range(len(records))]
+        first, begin = self._first, self.args.process_index * len(records)
+        numbers = [(first + slot // repeats, slot % repeats) for slot in range(begin, begin + len(records))]
+        responses = self._responses(records, numbers)
+        self._advance(len(records) * self.args.world_size // repeats)
         samples = [
             Sample(
-                first + slot // repeats, list(record["prompt_ids"]), list(response.ids),
+                group, list(record["prompt_ids"]), list(response.ids),
                 response.finished or not self.args.mask_truncated_completions, sampler_logps=_tensor(response.logps),
             )
-            for slot, record, response in zip(slots, records, responses, strict=True)
+            for (group, _), record, response in zip(numbers, records, responses, strict=True)
         ]  # fmt: skip
         completions = self._texts(records, responses)
         rewards, heldout = (
@@ -216,25 +218,19 @@ class OnlineTrainer(SampleLosses):
         self.rewards.extras.clear()
         return batches
 
-    def _advance(self, records: int, repeats: int) -> int:
-        """The number of the first prompt of a round. The next round begins after its last."""
-        prompts = records * self.args.world_size // repeats
+    @property
+    def _first(self) -> int:
+        """The number of the next round's first prompt."""
+        return self._prompts if self.model.training else EVALUATION + self._evaluated
+
+    def _advance(self, prompts: int) -> None:
         if self.model.training:
             self._prompts += prompts
-            return self._prompts - prompts
-        self._evaluated += prompts
-        return EVALUATION + self._evaluated - prompts
+        else:
+            self._evaluated += prompts
 
-    def _responses(self, records: Sequence[Mapping[str, Any]], repeats: int) -> Sequence[Sampled]:
-        args = self.args
-        first = self._prompts if self.model.training else EVALUATION + self._evaluated
-        slots = [args.process_index * len(records) + i for i in range(len(records))]
-        numbers = [(first + slot // repeats, slot % repeats) for slot in slots]
-        how = Sampling(
-            1, args.max_completion_length, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed,
-            args.min_p,
-        )  # fmt: skip
-        prompts = [record["prompt_ids"] for record in records]
+    def _responses(self, records: Sequence[Mapping[str, Any]], numbers: Sequence[tuple[int, int]]) -> Sequence[Sampled]:
+        how, prompts = sampling_of(self.args), [record["prompt_ids"] for record in records]
         if self.sampler is not None:
             if hasattr(self.sampler, "update"):
                 self.sampler.update(self.accelerator.unwrap_model(self.model), self.state.global_step)

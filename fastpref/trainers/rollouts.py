@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref.data.batches import batches_by_length
-from fastpref.data.collators import PackedCollator
+from fastpref.data.collators import Example, PackedCollator
 from fastpref.data.encode import prompt_ids
 from fastpref.data.packing import Scored
 from fastpref.data.sampling import Sampling, sample_batch
@@ -51,6 +50,17 @@ class Sampler(Protocol):
                 serve as its random seed.
         """
         ...
+
+
+EVALUATION = 2**40  # number of an evaluation's first prompt: each evaluation samples with the same random numbers
+
+
+def sampling_of(args: Any) -> Sampling:
+    """How a configuration samples, a response at a time."""
+    return Sampling(
+        1, args.max_completion_length, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed,
+        args.min_p,
+    )  # fmt: skip
 
 
 class ModelSampler:
@@ -169,27 +179,22 @@ def shuffled_groups(samples: Sequence[Sample], parts: int, seed: int) -> list[li
 
 
 class RolloutCollator(PackedCollator):
-    """Packs samples: the prompt of a group once. An example is a group's samples, or a record with its prompt's ids."""
+    """Packs samples, the prompt of a group once. An example has a `sample`, or is a record with its prompt's ids."""
 
-    def groups(self, examples: Sequence[Any]) -> list[list[Scored]]:
-        return [
-            [_scored(sample) for sample in group] if isinstance(group, list) else [_prompt(group)] for group in examples
-        ]
+    def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
+        return [[_scored(e["sample"]) if "sample" in e else _prompt(e)] for e in examples]
 
-    def __call__(self, examples: Sequence[Any]) -> Any:
+    def __call__(self, examples: Sequence[Example]) -> Any:
         return list(examples)  # records, which are yet to be answered
 
     def samples(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """The parts of a batch; each has its `samples` in the order of its sequences."""
-        groups: Any = _equal_groups(samples)
-        return [self.part(some) for some in self.split(groups)]
+        return [self.part(some) for some in self.split([{"sample": sample} for sample in samples])]
 
-    def part(self, examples: Sequence[Any]) -> dict[str, Any]:
-        part = super().part(examples)
-        ordered = [group[branch] for branch in range(len(examples[0])) for group in examples]
-        part["examples"] = len(ordered)
-        part["tokens"] = sum(len(s.ids) + len(s.prompt_ids) for s in ordered)
-        return part | {"samples": Samples(ordered)}
+    def part(self, examples: Sequence[Example]) -> dict[str, Any]:
+        samples = [example["sample"] for example in examples]
+        tokens = sum(len(s.ids) + len(s.prompt_ids) for s in samples)
+        return super().part(examples) | {"tokens": tokens, "samples": Samples(samples)}
 
 
 class Samples:
@@ -218,15 +223,3 @@ def _scored(sample: Sample) -> Scored:
 
 def _prompt(record: dict[str, Any]) -> Scored:
     return Scored(record["prompt_ids"], len(record["prompt_ids"]))
-
-
-def _equal_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Consecutive samples of one prompt, in groups that all have one size, as large as can be."""
-    runs: list[list[Sample]] = []
-    for sample in samples:
-        if runs and runs[-1][0].group == sample.group:
-            runs[-1].append(sample)
-        else:
-            runs.append([sample])
-    size = math.gcd(*map(len, runs))
-    return [run[i : i + size] for run in runs for i in range(0, len(run), size)]
