@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,17 @@ class PreferenceConfig(TrainingArguments):
         if isinstance(self.pad_to_multiple_of, str):
             text = self.pad_to_multiple_of.lower()
             self.pad_to_multiple_of = None if text in ("auto", "none", "null") else int(text)
+
+    def refuse_changed(self, reasons: Mapping[str, str]) -> None:
+        """Refuses values of fields that are there for TRL's scripts alone; `reasons` says why, by the field's name.
+
+        Raises:
+            ValueError: one of them is not at its default.
+        """
+        known = type(self).__dataclass_fields__
+        for name, reason in reasons.items():
+            if name in known and getattr(self, name) != known[name].default:
+                raise unsupported(name, getattr(self, name), reason)
 
     def _choose_precision(self) -> None:
         """bf16 unless said otherwise; fp32 with a warning where the device has no bf16.

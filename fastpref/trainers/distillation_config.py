@@ -89,9 +89,7 @@ class DistillationConfig(PolicyConfig):
         for name in ("num_generations", "max_completion_length", "teacher_tokens", "temperature"):
             checks.positive(name, getattr(self, name))
         checks.choice("teacher_cache_dtype", self.teacher_cache_dtype, STORED)
-        for name, reason in REFUSED.items():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise unsupported(name, getattr(self, name), reason)
+        self.refuse_changed(REFUSED)
         if self.router_aux_loss_coef:
             raise unsupported("router_aux_loss_coef", self.router_aux_loss_coef, "as in TRL, there is none")
         if self.cache_teacher and self.lmbda == 1:

@@ -125,10 +125,7 @@ class OnlineConfig(PreferenceConfig):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, json.loads(getattr(self, name)))
         super().__post_init__()
-        known = type(self).__dataclass_fields__
-        for name, reason in REFUSED.items():
-            if name in known and getattr(self, name) != known[name].default:
-                raise unsupported(name, getattr(self, name), reason)
+        self.refuse_changed(REFUSED)
         accelerator: Any = self.accelerator_config
         if self.world_size > 1 and not accelerator.even_batches:
             raise unsupported("even_batches", False, "ranks reward and compare their responses together")
