@@ -172,7 +172,7 @@ class Checks:
 
     def objectives(self, fastpref, reference):
         """Loss, metrics and each token's coefficient; the ignored tokens have log-probs that must not count."""
-        from fastpref.ops.paired import encode
+        from fastpref.ops.common import encode
 
         logps, labels, refs = torch.randn(40) - 2, torch.randint(0, 9, (40,)), torch.randn(8) - 9
         labels[::3] = IGNORE

@@ -20,7 +20,7 @@ from fastpref.objectives.head_inputs import (
     operator_options,
 )
 from fastpref.objectives.tokens import sequence_logprobs, statistics_by, token_logprobs
-from fastpref.ops.lists import encode
+from fastpref.ops.common import encode
 from fastpref.plans.units import whole_groups
 from fastpref.reference import LIST_LOSSES, TIE_MODELS, ListObjective, TokenStatistics
 

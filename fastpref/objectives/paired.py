@@ -19,7 +19,7 @@ from fastpref.objectives.head_inputs import (
     operator_options,
 )
 from fastpref.objectives.tokens import sequence_logprobs, statistics_by, token_statistics
-from fastpref.ops.paired import encode
+from fastpref.ops.common import encode
 from fastpref.reference import (
     F_DIVERGENCES,
     LogitTransform,

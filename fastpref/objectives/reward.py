@@ -14,7 +14,7 @@ from fastpref.common.precision import widened
 from fastpref.models import adapters, inner_model
 from fastpref.models.vision import with_images
 from fastpref.objectives.lists import check_ranks, list_objective
-from fastpref.ops.lists import encode
+from fastpref.ops.common import encode
 
 # method of `from_rankings` -> name in the specification
 RANKING_METHODS = {"pairs": "all_pairs"} | {name: name for name in ("plackett_luce", "rao_kupper", "davidson")}

@@ -20,7 +20,7 @@ from fastpref.objectives.head_inputs import (
     operator_options,
 )
 from fastpref.objectives.tokens import linear_token_logprobs, sequence_logprobs, statistics_by, token_logprobs
-from fastpref.ops.unpaired import encode
+from fastpref.ops.common import encode
 from fastpref.reference import UNPAIRED_MEANS, LogitTransform, UnpairedObjective
 
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastpref.common.precision import wide as wide
 from fastpref.plans.products import scaled_rows
+
+Objective = TypeVar("Objective")
 
 
 def first_order_only(op: Any) -> None:
@@ -25,6 +28,23 @@ def first_order_only(op: Any) -> None:
 def split_names(names: str) -> tuple[str, ...]:
     """The names in a comma-separated list. Operators take strings, but no lists of strings."""
     return tuple(name for name in names.split(",") if name)
+
+
+def encode(objective: NamedTuple) -> str:
+    """An objective as JSON: operators take strings, but no named tuples."""
+    return json.dumps(objective._asdict())
+
+
+def decoder(kind: Callable[..., Objective]) -> Callable[[str], Objective]:
+    """The inverse of `encode` for objectives of the class `kind`. It remembers what it has read."""
+
+    @functools.lru_cache(maxsize=256)
+    def decode(text: str) -> Objective:
+        fields: dict[str, Any] = json.loads(text)
+        lists: dict[str, Any] = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return kind(**(fields | lists))
+
+    return decode
 
 
 def without_autocast(f: Callable) -> Callable:
@@ -58,3 +78,20 @@ def _(gradient, coefs, of):
 
 
 first_order_only(scale_gradient)
+
+
+def register_ready_coefs(op: Any, num_inputs: int) -> None:
+    """Register the backward of an operator whose outputs are loss, metrics, d loss / d its first input."""
+
+    def save(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[2], inputs[0])
+
+    def backward(ctx, grad, *unused):
+        if grad is None:
+            return (None,) * num_inputs
+        coefs, first = ctx.saved_tensors
+        return torch.ops.fastpref.scale_gradient(coefs, grad, first), *(None,) * (num_inputs - 1)
+
+    op.register_autograd(backward, setup_context=save)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import json
-
 import torch
 from torch import Tensor
 
 from fastpref.backends import backend_for
 from fastpref.common import checks
-from fastpref.ops.common import wide, without_autocast
+from fastpref.ops.common import decoder, register_ready_coefs, wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
 from fastpref.plans import fused, plans
 from fastpref.reference import ListObjective, compared_groups
 
-
-def encode(objective: ListObjective) -> str:
-    """The objective as JSON: operators take strings, but no named tuples."""
-    return json.dumps(objective._asdict())
-
-
-@functools.lru_cache(maxsize=256)
-def decode(text: str) -> ListObjective:
-    """The inverse of `encode`."""
-    return ListObjective(**json.loads(text))
+decode = decoder(ListObjective)
 
 
 @torch.library.custom_op("fastpref::list_loss", mutates_args=())
@@ -45,20 +33,7 @@ def _(token_logps, labels, cu_seqlens, ref_logps, ranks, group, objective, ignor
     return token_logps.new_empty(()), token_logps.new_empty(6, ranks.numel()), torch.empty_like(token_logps)
 
 
-def _save_list(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], inputs[0])
-
-
-def _backward_list(ctx, grad, *unused):
-    if grad is None:
-        return (None,) * 8
-    coefs, token_logps = ctx.saved_tensors
-    return torch.ops.fastpref.scale_gradient(coefs, grad, token_logps), *(None,) * 7
-
-
-list_loss.register_autograd(_backward_list, setup_context=_save_list)
+register_ready_coefs(list_loss, num_inputs=8)
 
 
 @torch.library.custom_op("fastpref::linear_list_loss", mutates_args=())

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastpref.backends import backend_for
 from fastpref.common import checks
 from fastpref.common.segments import segment_sums
-from fastpref.ops.common import wide, without_autocast
+from fastpref.ops.common import decoder, register_ready_coefs, wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
 from fastpref.plans import fused, plans
 from fastpref.reference import PairedObjective, pair_confidence
 
 SEPARABLE_EXCEPT = ("aot", "aot_unpaired")  # these sort across the batch
 
-
-def encode(objective: PairedObjective) -> str:
-    """The objective as JSON: operators take strings, but no named tuples."""
-    return json.dumps(objective._asdict())
-
-
-@functools.lru_cache(maxsize=256)
-def decode(text: str) -> PairedObjective:
-    """The inverse of `encode`."""
-    fields: dict[str, Any] = json.loads(text)
-    lists: dict[str, Any] = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-    return PairedObjective(**(fields | lists))
+decode = decoder(PairedObjective)
 
 
 def _chosen_tokens(objective: PairedObjective, labels, cu_seqlens, lengths, pairs: int, ignore_index: int):
@@ -68,20 +53,7 @@ def _(token_logps, labels, cu_seqlens, ref_logps, lengths, pair_weights, objecti
     return token_logps.new_empty(()), token_logps.new_empty(6, num_pairs), torch.empty_like(token_logps)
 
 
-def _save_paired(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], inputs[0])
-
-
-def _backward_paired(ctx, grad, *unused):
-    if grad is None:
-        return (None,) * 11
-    coefs, token_logps = ctx.saved_tensors
-    return torch.ops.fastpref.scale_gradient(coefs, grad, token_logps), *(None,) * 10
-
-
-paired_loss.register_autograd(_backward_paired, setup_context=_save_paired)
+register_ready_coefs(paired_loss, num_inputs=11)
 
 
 @torch.library.custom_op("fastpref::linear_paired_loss", mutates_args=())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastpref.backends import backend_for
 from fastpref.common import checks
-from fastpref.ops.common import first_order_only, without_autocast
+from fastpref.ops.common import first_order_only, register_ready_coefs, without_autocast
 
 
 def _accumulate_in(*tensors: Tensor | None) -> torch.dtype:
@@ -118,20 +118,7 @@ def _(rewards, margin, center_coefficient):
     return rewards.new_empty(()), rewards.new_empty(4, rewards.shape[0] // 2), torch.empty_like(rewards)
 
 
-def _save_pairs(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], inputs[0])
-
-
-def _backward_pairs(ctx, grad, *unused):
-    if grad is None:
-        return None, None, None
-    coefs, rewards = ctx.saved_tensors
-    return torch.ops.fastpref.scale_gradient(coefs, grad, rewards), None, None
-
-
-bradley_terry.register_autograd(_backward_pairs, setup_context=_save_pairs)
+register_ready_coefs(bradley_terry, num_inputs=3)
 
 
 @torch.library.custom_op("fastpref::linear_bradley_terry", mutates_args=())

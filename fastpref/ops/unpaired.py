@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import json
-
 import torch
 from torch import Tensor
 
 from fastpref.backends import backend_for
 from fastpref.common import checks
-from fastpref.ops.common import wide, without_autocast
+from fastpref.ops.common import decoder, register_ready_coefs, wide, without_autocast
 from fastpref.ops.linear import fake_gradients, head_of, present, register_ready_gradients
 from fastpref.plans import fused, plans
 from fastpref.reference import UnpairedObjective
 
-
-def encode(objective: UnpairedObjective) -> str:
-    """The objective as JSON: operators take strings, but no named tuples."""
-    return json.dumps(objective._asdict())
-
-
-@functools.lru_cache(maxsize=256)
-def decode(text: str) -> UnpairedObjective:
-    """The inverse of `encode`."""
-    return UnpairedObjective(**json.loads(text))
+decode = decoder(UnpairedObjective)
 
 
 @torch.library.custom_op("fastpref::unpaired_loss", mutates_args=())
@@ -46,20 +34,7 @@ def _(token_logps, labels, cu_seqlens, ref_logps, desirable, shift, objective, i
     return token_logps.new_empty(()), token_logps.new_empty(2, desirable.numel()), torch.empty_like(token_logps)
 
 
-def _save_unpaired(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], inputs[0])
-
-
-def _backward_unpaired(ctx, grad, *unused):
-    if grad is None:
-        return (None,) * 8
-    coefs, token_logps = ctx.saved_tensors
-    return torch.ops.fastpref.scale_gradient(coefs, grad, token_logps), *(None,) * 7
-
-
-unpaired_loss.register_autograd(_backward_unpaired, setup_context=_save_unpaired)
+register_ready_coefs(unpaired_loss, num_inputs=8)
 
 
 @torch.library.custom_op("fastpref::linear_unpaired_loss", mutates_args=())

@@ -8,8 +8,7 @@ from support import IGNORE
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref import DPOLoss
-from fastpref.ops.lists import encode as encode_list
-from fastpref.ops.paired import encode
+from fastpref.ops.common import encode
 from fastpref.reference import ListObjective, PairedObjective
 
 B, T, D, V = 2, 3, 4, 11
@@ -153,7 +152,7 @@ def test_linear_paired_loss(backend, make, objective, packed, with_bias, head):
 @pytest.mark.parametrize("packed", [False, True])
 def test_list_losses(backend, make, packed):
     ranks, group = (torch.tensor(x, device=make(1).device) for x in ([0, 1, 0, 0], [0, 0, 1, 1]))
-    encoded, edges = encode_list(ListObjective("davidson")), make.edges() if packed else None
+    encoded, edges = encode(ListObjective("davidson")), make.edges() if packed else None
     given = (make.labels(), edges, make(2 * B), ranks, group, encoded, IGNORE)
     check("list_loss", make(N, grad=True), *given)
     head = (make(N, D, grad=True), make(V, D, grad=True), make.labels(), make(V, grad=True) if packed else None)

@@ -20,7 +20,7 @@ from support_unpaired import (
 )
 
 from fastpref import KTOLoss, backends, mismatched_kl_from_hidden
-from fastpref.ops.unpaired import encode
+from fastpref.ops.common import encode
 from fastpref.reference import UnpairedObjective
 
 
