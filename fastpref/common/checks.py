@@ -54,6 +54,16 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         )
 
 
+def reference_logps(name: str, value: Tensor | None, want: tuple[int, ...], like: Tensor) -> Tensor:
+    """The reference model's log-probs, one per sequence, beside the policy's; returns them detached."""
+    if value is None:
+        raise ValueError(f"{name}: got None, want the reference model's log-probs {list(want)}")
+    tensor(name, value, dtypes=FLOATS)
+    shape(name, value, want, "one per sequence")
+    same_device(name, value, "the policy's log-probs", like)
+    return value.detach()
+
+
 def mask(
     name: str, value: Tensor, want: tuple[int, ...], meaning: str, other_name: str, other: Tensor
 ) -> Tensor:  # fmt: skip

@@ -115,6 +115,17 @@ def check_ranks(ranks: Tensor, sequences: int, like_name: str, like: Tensor) -> 
         raise ValueError(f"ranks: got NaN at {int(ranks.isnan().nonzero()[0])}, want a number for each response")
 
 
+def check_group(group: Tensor, sequences: int, like_name: str, like: Tensor) -> None:
+    """Integers `[S]` that say which prompt each response answers.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device.
+    """
+    checks.tensor("group", group, dtypes=checks.INTEGERS)
+    checks.shape("group", group, (sequences,), "one per response")
+    checks.same_device("group", group, like_name, like)
+
+
 class _Groups(NamedTuple):
     """Which sequence answers which prompt."""
 
@@ -139,9 +150,7 @@ def _groups(group: Tensor | None, sizes: Sequence[int] | None, sequences: int, l
         assert sizes is not None
         numbers = torch.arange(len(sizes), device=like.device)
         return _Groups(numbers.repeat_interleave(torch.tensor(sizes, device=like.device), output_size=sequences), sizes)
-    checks.tensor("group", group, dtypes=checks.INTEGERS)
-    checks.shape("group", group, (sequences,), "one per response")
-    checks.same_device("group", group, "the policy's log-probs", like)
+    check_group(group, sequences, "the policy's log-probs", like)
     found = _Groups(group, sizes)
     if sizes is not None and not torch.compiler.is_compiling() and checks.free_to_read(group):
         runs = [len(list(run)) for _, run in itertools.groupby(group.tolist())]
@@ -205,13 +214,8 @@ class ListDPOLoss(nn.Module):
     def _batch(
         self, labels, cu_seqlens, ignore_index, ref_logps, ranks, group, sizes, sequences: int, like: Tensor
     ) -> _Batch:
-        if ref_logps is None:
-            raise ValueError(f"ref_logps: got None, want the reference model's log-probs {[sequences]}")
-        checks.tensor("ref_logps", ref_logps, dtypes=checks.FLOATS)
-        checks.shape("ref_logps", ref_logps, (sequences,), "one per sequence")
-        checks.same_device("ref_logps", ref_logps, "the policy's log-probs", like)
+        refs = checks.reference_logps("ref_logps", ref_logps, (sequences,), like).to(wide(like.dtype))
         check_ranks(ranks, sequences, "the policy's log-probs", like)
-        refs = ref_logps.detach().to(wide(like.dtype))
         return _Batch(labels, cu_seqlens, ignore_index, refs, ranks, _groups(group, sizes, sequences, like))
 
     def _loss(self, token_logps: Tensor, batch: _Batch) -> ListOutput:

@@ -91,14 +91,9 @@ class PairedLoss(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in ({"losses": self.objective.losses} | changed).items())
 
     def _checked_reference(self, name: str, value: Tensor | None, shape: tuple[int, ...], like: Tensor):
-        if value is None:
-            if self.with_reference:
-                raise ValueError(f"{name}: got None, want the reference model's log-probs {list(shape)}")
+        if value is None and not self.with_reference:
             return None
-        checks.tensor(name, value, dtypes=checks.FLOATS)
-        checks.shape(name, value, shape, "one per sequence")
-        checks.same_device(name, value, "the policy's log-probs", like)
-        return value.detach()
+        return checks.reference_logps(name, value, shape, like)
 
     def token_weights(self, labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100):
         """How much each token counts in its sequence's score `[N]` (see `ld_alpha`), or None where all count 1."""

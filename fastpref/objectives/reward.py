@@ -13,7 +13,7 @@ from fastpref.common import checks
 from fastpref.common.precision import widened
 from fastpref.models import adapters, inner_model
 from fastpref.models.vision import with_images
-from fastpref.objectives.lists import check_ranks, list_objective
+from fastpref.objectives.lists import check_group, check_ranks, list_objective
 from fastpref.ops.common import encode
 
 # method of `from_rankings` -> name in the specification
@@ -183,9 +183,7 @@ class BradleyTerryLoss(nn.Module):
         if rewards.shape[0] == 0:
             raise ValueError("rewards: got no responses, want at least 1")
         check_ranks(ranks, rewards.shape[0], "rewards", rewards)
-        checks.tensor("group", group, dtypes=checks.INTEGERS)
-        checks.shape("group", group, tuple(rewards.shape), "one per response")
-        checks.same_device("group", group, "rewards", rewards)
+        check_group(group, rewards.shape[0], "rewards", rewards)
         rewards = widened(rewards)
         loss, *_ = torch.ops.fastpref.list_loss(rewards, None, None, None, ranks, group, encode(objective), -100)
         compared = reference.comparisons(ranks, group) if compared is None else compared

@@ -84,12 +84,7 @@ def _class_means(values: Tensor, desirable: Tensor) -> Tensor:
 
 
 def _reference(ref_logps: Tensor | None, sequences: int, like: Tensor) -> Tensor:
-    if ref_logps is None:
-        raise ValueError(f"ref_logps: got None, want the reference model's log-probs {[sequences]}")
-    checks.tensor("ref_logps", ref_logps, dtypes=checks.FLOATS)
-    checks.shape("ref_logps", ref_logps, (sequences,), "one per sequence")
-    checks.same_device("ref_logps", ref_logps, "the policy's log-probs", like)
-    return ref_logps.detach().to(wide(like.dtype))
+    return checks.reference_logps("ref_logps", ref_logps, (sequences,), like).to(wide(like.dtype))
 
 
 class _Batch(NamedTuple):
