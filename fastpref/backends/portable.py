@@ -25,8 +25,8 @@ from fastpref.backends.portable_reward import row_scores as row_scores
 from fastpref.backends.portable_reward import row_scores_gradient as row_scores_gradient
 from fastpref.backends.portable_unpaired import unpaired_loss as unpaired_loss
 from fastpref.backends.rows import blocks, transform_slope
+from fastpref.backends.sequences import Sequences
 from fastpref.common.precision import wide
-from fastpref.common.segments import segment_sums
 
 CACHE_LINE = 64
 SAME_SETS = 2048  # bytes: rows that begin a multiple of it apart compete for the same sets of a cache
@@ -172,17 +172,12 @@ def paired_loss(
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `fastpref_kernels.paired_loss`; the derivatives are autograd's of `fastpref.reference.paired_loss`."""
-    n, dtype = token_logps.numel(), token_logps.dtype
-    scored = torch.ones(n, dtype=torch.bool, device=token_logps.device) if labels is None else labels != ignore_index
-    if cu_seqlens is None:
-        sizes = torch.full((2 * num_pairs,), n // (2 * num_pairs), device=token_logps.device)
-    else:
-        sizes = cu_seqlens.diff().long()
-    nll_logps = token_logps.masked_fill(~scored, 0)
-    nll_sums = segment_sums(nll_logps, sizes)
-    sums = nll_sums if token_weights is None else segment_sums(nll_logps * token_weights, sizes)
+    dtype = token_logps.dtype
+    sequences = Sequences.of(token_logps, labels, cu_seqlens, 2 * num_pairs, ignore_index)
+    nll_sums = sequences.sums(token_logps)
+    sums = nll_sums if token_weights is None else sequences.sums(token_logps * token_weights)
     wide = sums.dtype  # everything of size B stays in it
-    counts = segment_sums(scored.to(dtype), sizes) if lengths is None else lengths.to(wide)
+    counts = sequences.sums(torch.ones_like(token_logps)) if lengths is None else lengths.to(wide)
     chosen, rejected = sums.chunk(2)
     ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.to(wide).chunk(2)
     given = (ref_chosen, ref_rejected, *counts.chunk(2), objective)
@@ -196,12 +191,8 @@ def paired_loss(
 
     loss, gradients = value_and_gradients(formula, chosen, rejected, nll_sums[:num_pairs])
     d_chosen, d_rejected, d_nll = gradients
-
-    def per_token(values: Tensor) -> Tensor:
-        return torch.repeat_interleave(values.to(dtype), sizes, output_size=n)
-
-    coefs = per_token(torch.cat([d_chosen, d_rejected]))
+    coefs = sequences.spread(torch.cat([d_chosen, d_rejected]), dtype)
     if token_weights is not None:
         coefs = coefs * token_weights
-    coefs = (coefs + per_token(torch.cat([d_nll, torch.zeros_like(d_nll)]))).masked_fill(~scored, 0)
+    coefs = coefs + sequences.spread(torch.cat([d_nll, torch.zeros_like(d_nll)]), dtype)
     return loss.to(dtype), reference.paired_metrics(chosen, rejected, *given).to(dtype), coefs

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastpref import reference
 from fastpref.backends.derivatives import value_and_gradients
-from fastpref.common.segments import segment_sums
+from fastpref.backends.sequences import Sequences
 
 
 def list_loss(
@@ -15,13 +14,9 @@ def list_loss(
     group: Tensor, total_groups: Tensor | None, objective: reference.ListObjective, *, ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `fastpref_kernels.list_loss`."""
-    n, sequences, dtype = token_logps.numel(), ranks.numel(), token_logps.dtype
-    scored = torch.ones(n, dtype=torch.bool, device=token_logps.device) if labels is None else labels != ignore_index
-    if cu_seqlens is None:
-        sizes = torch.full((sequences,), n // sequences, device=token_logps.device)
-    else:
-        sizes = cu_seqlens.diff().long()
-    sums = segment_sums(token_logps.masked_fill(~scored, 0), sizes)
+    dtype = token_logps.dtype
+    sequences = Sequences.of(token_logps, labels, cu_seqlens, ranks.numel(), ignore_index)
+    sums = sequences.sums(token_logps)
     ref_logps = None if ref_logps is None else ref_logps.to(sums.dtype)  # everything of size S stays in it
 
     def formula(sums: Tensor) -> Tensor:
@@ -29,5 +24,5 @@ def list_loss(
         return reference.list_loss(scores, ranks, group, objective, total_groups=total_groups)
 
     loss, (gradient,) = value_and_gradients(formula, sums)
-    coefs = torch.repeat_interleave(gradient.to(dtype), sizes, output_size=n).masked_fill(~scored, 0)
-    return loss.to(dtype), reference.list_metrics(sums, ref_logps, ranks, group, objective).to(dtype), coefs
+    metrics = reference.list_metrics(sums, ref_logps, ranks, group, objective)
+    return loss.to(dtype), metrics.to(dtype), sequences.spread(gradient, dtype)

@@ -19,7 +19,7 @@ LISTS = "fastpref_kernels/list_loss.py"
 KL = "fastpref_kernels/token_kl.py"
 MATH, SEQUENCES = "fastpref_kernels/_math.py", "fastpref_kernels/_sequences.py"
 PORTABLE, PLANS = "fastpref/backends/portable.py", "fastpref/plans/plans.py"
-PORTABLE_KL = "fastpref/backends/portable_kl.py"
+PORTABLE_KL, PORTABLE_SEQUENCES = "fastpref/backends/portable_kl.py", "fastpref/backends/sequences.py"
 PRODUCTS = "fastpref/plans/products.py"
 
 
@@ -121,8 +121,8 @@ MUTANTS = [
            "pass", "half_precision_head"),
     Mutant("sft's coefficient on both responses", PORTABLE, "torch.cat([d_nll, torch.zeros_like(d_nll)])",
            "torch.cat([d_nll, d_nll])", "objectives"),
-    Mutant("ignored tokens summed", PORTABLE,
-           "nll_logps = token_logps.masked_fill(~scored, 0)", "nll_logps = token_logps", "objectives"),
+    Mutant("ignored tokens summed", PORTABLE_SEQUENCES,
+           "values.masked_fill(~self.scored, 0)", "values", "objectives"),
     Mutant("slices begin at column 0", PLANS, "first_column=first_column + part.start", "first_column=0", "heads"),
     Mutant("last group's gradient alone", PRODUCTS,
            "u.t(), scaled, add=self._started)", "u.t(), scaled, add=False)", "pairs_from_hidden_states"),
