@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastpref.common.segments import segment_sums
+from fastpref.reference import clipped_surrogate
 
 LEVELS = ("token", "sequence", "sum")  # a ratio of each token, of a sequence's mean log-prob (GSPO), of its sum (RLOO)
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo")
@@ -89,11 +90,9 @@ def surrogates(
         phi = _vespo_weight((logps - old).detach(), advantages, sizes, settings.vespo, sampler_log_ratio)
         losses = -phi * advantages * logps
     else:
-        clipped = ratio.clamp(1 - settings.epsilon_low, 1 + settings.epsilon_high)
-        limited = ratio if settings.delta is None else ratio.clamp(max=settings.delta)
-        losses = -torch.minimum(limited * advantages, clipped * advantages)
-        low = (limited < 1 - settings.epsilon_low) & (advantages < 0)
-        high = (limited > 1 + settings.epsilon_high) & (advantages > 0)
+        losses, low, high = clipped_surrogate(
+            ratio, advantages, settings.epsilon_low, settings.epsilon_high, settings.delta
+        )
     return Surrogates(losses, ratio, low, high, phi)
 
 

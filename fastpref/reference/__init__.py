@@ -40,6 +40,7 @@ from fastpref.reference.paired import (
 from fastpref.reference.policy import (
     POLICY_METRICS,
     PolicyObjective,
+    clipped_surrogate,
     policy_token_losses,
     policy_token_weights,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "UnpairedObjective",
     "aggregate_steps",
     "bradley_terry",
+    "clipped_surrogate",
     "compared_groups",
     "comparisons",
     "hard_step_losses",

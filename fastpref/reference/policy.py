@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.reference.kl import kl_estimate
+
 
 class PolicyObjective(NamedTuple):
     """The settings of `sum_t weight_t * (-clipped_t + beta * kl_t - entropy_coef * H_t)`.
@@ -21,6 +23,31 @@ class PolicyObjective(NamedTuple):
 
 
 POLICY_METRICS = ("ratio", "kl", "clipped")
+
+
+class ClippedSurrogate(NamedTuple):
+    """Token losses, and which tokens are clipped, all `[N]`."""
+
+    losses: Tensor
+    low: Tensor  # bool: from below
+    high: Tensor  # bool: from above
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None = None
+) -> ClippedSurrogate:
+    """`-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)` of every token `[N]`.
+
+    Sources: eq. 7 of PPO, arXiv 1707.06347; DAPO 2503.14476, eq. 10. `delta` limits the ratio of negative advantages,
+    too (two-sided clipping, 2505.07291).
+    """
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    limited = ratio if delta is None else ratio.clamp(max=delta)
+    return ClippedSurrogate(
+        -torch.minimum(limited * advantages, clipped * advantages),
+        (limited < 1 - epsilon_low) & (advantages < 0),
+        (limited > 1 + epsilon_high) & (advantages > 0),
+    )
 
 
 def policy_token_losses(
@@ -39,17 +66,14 @@ def policy_token_losses(
     o = objective
     log_ratio = logps - (logps.detach() if old_logps is None else old_logps)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - o.epsilon_low, 1 + o.epsilon_high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)  # eq. 7 of PPO, 1707.06347; DAPO 2503.14476 eq. 10
+    loss, low, high = clipped_surrogate(ratio, advantages, o.epsilon_low, o.epsilon_high)
     kl = torch.zeros_like(logps)
     if ref_logps is not None:
-        difference = ref_logps - logps
-        kl = torch.expm1(difference) - difference  # k3: eq. 4 of GRPO, 2402.03300
+        kl = kl_estimate(logps, ref_logps, "k3")  # eq. 4 of GRPO, 2402.03300
         loss = loss + o.beta * kl
     if entropy is not None:
         loss = loss - o.entropy_coef * entropy  # eq. 9 of PPO
-    outside = ((ratio < 1 - o.epsilon_low) & (advantages < 0)) | ((ratio > 1 + o.epsilon_high) & (advantages > 0))
-    return loss, torch.stack([ratio, kl, outside.to(ratio.dtype)]).detach()
+    return loss, torch.stack([ratio, kl, (low | high).to(ratio.dtype)]).detach()
 
 
 def policy_token_weights(
