@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -358,3 +359,25 @@ def test_bf16_has_no_more_error_than_trl(tmp_path):
         for host in ((trl.DPOTrainer, trl.DPOConfig), (DPOTrainer, DPOConfig))
     ]
     assert 0 < errors[1] <= 1.1 * errors[0] < 0.1 * float(truth.norm())
+
+
+@pytest.mark.parametrize("host", ["ours", "subclass of TRL's"])
+def test_it_trains_by_default_twice_on_one_model(host, tmp_path):
+    """bf16 and gradient checkpointing, as both hosts have them; the last batch is uneven, and none is dropped."""
+    trainer_class, config_class = {"ours": (DPOTrainer, DPOConfig)}.get(host, (trl_trainers.DPOTrainer, trl.DPOConfig))
+    model, processor = FAMILIES["qwen2_vl"]()
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")  # from where TRL takes its reference, in both runs
+    dataset = Dataset.from_list(records()[:3])
+    for run in ("first", "second"):
+        args = config_class(str(tmp_path / run), per_device_train_batch_size=2, num_train_epochs=1, use_cpu=True,
+                            learning_rate=1e-2, logging_steps=1)  # fmt: skip
+        assert args.bf16 and args.gradient_checkpointing
+        before = copy.deepcopy(model.state_dict())
+        trainer = trainer_class(model, args=args, train_dataset=dataset, processing_class=processor)
+        found = logs(trainer)
+        assert trainer.data_collator.layout == "shared" and trainer.state.global_step == 2
+        if run == "first" or host == "ours":
+            assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-2), "the reference is the policy as it came"
+        assert all(math.isfinite(entry["loss"]) for entry in found)
+        assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
