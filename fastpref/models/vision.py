@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref.models import attention
 from fastpref.models.layers import base, decoder
 from fastpref.models.wrappers import inner_model
 
@@ -140,6 +139,8 @@ class Headless:
 @contextlib.contextmanager
 def packed_decoder(model: Any, segments: Any) -> Iterator[None]:
     """For a `with` block around the forward of a model with images: its decoder runs the segments of a packed row."""
+    from fastpref.models import attention  # late: it imports torch._dynamo, for which `fastpref pairs` need not wait
+
     rows = contextlib.ExitStack()
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

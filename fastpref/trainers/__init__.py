@@ -2,55 +2,76 @@
 
     from fastpref.trainers import DPOConfig, DPOTrainer  # was: from trl import DPOConfig, DPOTrainer
 
-Each method has a trainer and a configuration of its own name.
+Each method has a trainer and a configuration of its own name. They are imported when first used.
 """
 
-from fastpref.trainers.config import (
-    CPOConfig,
-    DPOConfig,
-    IPOConfig,
-    KTOConfig,
-    ORPOConfig,
-    PreferenceConfig,
-    PRMConfig,
-    RewardConfig,
-    SimPOConfig,
-)
-from fastpref.trainers.distillation import DistillationTrainer
-from fastpref.trainers.distillation_config import DistillationConfig
-from fastpref.trainers.overoptimization import StopOveroptimization
-from fastpref.trainers.paired import CPOTrainer, DPOTrainer, IPOTrainer, ORPOTrainer, SimPOTrainer
-from fastpref.trainers.reward import PRMTrainer, RewardTrainer
-from fastpref.trainers.rl_config import GRPOConfig, RLOOConfig
-from fastpref.trainers.rl_methods import GRPOTrainer, RLOOTrainer
-from fastpref.trainers.trees import PromptTrees, ResponseLogps
-from fastpref.trainers.unpaired import KTOTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CPOConfig",
-    "CPOTrainer",
-    "DPOConfig",
-    "DPOTrainer",
-    "DistillationConfig",
-    "DistillationTrainer",
-    "GRPOConfig",
-    "GRPOTrainer",
-    "IPOConfig",
-    "IPOTrainer",
-    "KTOConfig",
-    "KTOTrainer",
-    "ORPOConfig",
-    "ORPOTrainer",
-    "PRMConfig",
-    "PRMTrainer",
-    "PreferenceConfig",
-    "PromptTrees",
-    "RLOOConfig",
-    "RLOOTrainer",
-    "ResponseLogps",
-    "RewardConfig",
-    "RewardTrainer",
-    "SimPOConfig",
-    "SimPOTrainer",
-    "StopOveroptimization",
-]
+_HOMES = {
+    "CPOConfig": "fastpref.trainers.config",
+    "CPOTrainer": "fastpref.trainers.paired",
+    "DPOConfig": "fastpref.trainers.config",
+    "DPOTrainer": "fastpref.trainers.paired",
+    "DistillationConfig": "fastpref.trainers.distillation_config",
+    "DistillationTrainer": "fastpref.trainers.distillation",
+    "GRPOConfig": "fastpref.trainers.rl_config",
+    "GRPOTrainer": "fastpref.trainers.rl_methods",
+    "IPOConfig": "fastpref.trainers.config",
+    "IPOTrainer": "fastpref.trainers.paired",
+    "KTOConfig": "fastpref.trainers.config",
+    "KTOTrainer": "fastpref.trainers.unpaired",
+    "ORPOConfig": "fastpref.trainers.config",
+    "ORPOTrainer": "fastpref.trainers.paired",
+    "PRMConfig": "fastpref.trainers.config",
+    "PRMTrainer": "fastpref.trainers.reward",
+    "PreferenceConfig": "fastpref.trainers.config",
+    "PromptTrees": "fastpref.trainers.trees",
+    "RLOOConfig": "fastpref.trainers.rl_config",
+    "RLOOTrainer": "fastpref.trainers.rl_methods",
+    "ResponseLogps": "fastpref.trainers.trees",
+    "RewardConfig": "fastpref.trainers.config",
+    "RewardTrainer": "fastpref.trainers.reward",
+    "SimPOConfig": "fastpref.trainers.config",
+    "SimPOTrainer": "fastpref.trainers.paired",
+    "StopOveroptimization": "fastpref.trainers.overoptimization",
+}
+__all__ = list(_HOMES)
+
+if TYPE_CHECKING:
+    from fastpref.trainers.config import CPOConfig as CPOConfig
+    from fastpref.trainers.config import DPOConfig as DPOConfig
+    from fastpref.trainers.config import IPOConfig as IPOConfig
+    from fastpref.trainers.config import KTOConfig as KTOConfig
+    from fastpref.trainers.config import ORPOConfig as ORPOConfig
+    from fastpref.trainers.config import PreferenceConfig as PreferenceConfig
+    from fastpref.trainers.config import PRMConfig as PRMConfig
+    from fastpref.trainers.config import RewardConfig as RewardConfig
+    from fastpref.trainers.config import SimPOConfig as SimPOConfig
+    from fastpref.trainers.distillation import DistillationTrainer as DistillationTrainer
+    from fastpref.trainers.distillation_config import DistillationConfig as DistillationConfig
+    from fastpref.trainers.overoptimization import StopOveroptimization as StopOveroptimization
+    from fastpref.trainers.paired import CPOTrainer as CPOTrainer
+    from fastpref.trainers.paired import DPOTrainer as DPOTrainer
+    from fastpref.trainers.paired import IPOTrainer as IPOTrainer
+    from fastpref.trainers.paired import ORPOTrainer as ORPOTrainer
+    from fastpref.trainers.paired import SimPOTrainer as SimPOTrainer
+    from fastpref.trainers.reward import PRMTrainer as PRMTrainer
+    from fastpref.trainers.reward import RewardTrainer as RewardTrainer
+    from fastpref.trainers.rl_config import GRPOConfig as GRPOConfig
+    from fastpref.trainers.rl_config import RLOOConfig as RLOOConfig
+    from fastpref.trainers.rl_methods import GRPOTrainer as GRPOTrainer
+    from fastpref.trainers.rl_methods import RLOOTrainer as RLOOTrainer
+    from fastpref.trainers.trees import PromptTrees as PromptTrees
+    from fastpref.trainers.trees import ResponseLogps as ResponseLogps
+    from fastpref.trainers.unpaired import KTOTrainer as KTOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastpref.trainers' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
