@@ -1,5 +1,6 @@
 """`fastpref train`: every method from data to a model that loads, a summary, options from files, resuming."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer as Tokenizer
 from fastpref.commands import cli
 from fastpref.commands.train import plot, summary
 from fastpref.commands.train.job import METHODS, prepare
+from fastpref.commands.train.options import RunOptions
 from fastpref.common import memory
 from tests.support_trainers import pairs, responses, tiny
 
@@ -124,7 +126,10 @@ def test_adapters(base, files, tmp_path, without_plots):
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     adapter = model.peft_config["default"]
     assert (adapter.r, adapter.lora_alpha, set(adapter.target_modules)) == (2, 4, {"q_proj", "v_proj"})
-    assert not json.loads((tmp_path / "out" / "training.json").read_text())["evaluations"]
+    found = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert not found["evaluations"]
+    own = {field.name for field in dataclasses.fields(RunOptions)}
+    assert found["changed"].keys() & own == {"lora_r", "lora_target_modules"}, "what nobody changed was listed"
 
 
 def test_resuming_gives_the_same_weights(base, files, tmp_path, without_plots):

@@ -67,7 +67,9 @@ def test_responses_from_a_server(scripted, tmp_path, capsys) -> None:
     assert f"Responses from {url}, model scripted, kind vllm" in capsys.readouterr().out
     got = scripted.got(url)
     assert len(got) == 8 and all(body["return_token_ids"] and body["logprobs"] == 1 for body in got)
-    (first, *_) = json.loads((tmp_path / "out" / "training.json").read_text())["history"]
+    found = json.loads((tmp_path / "out" / "training.json").read_text())
+    first, asked = found["history"][0], {n: v for n, v in found["changed"].items() if n.startswith("server")}
+    assert asked == {"server": url, "server_retries": 0}, "0 was none, and what nobody changed was listed"
     assert first["sampling/sampling_logp_difference/mean"] > 0.5
     go_on = ["--max_steps", "3", "--resume", str(tmp_path / "out" / "checkpoint-2")]
     with pytest.warns(UserWarning, match="does not repeat itself.* not to the bit") as said:

@@ -56,7 +56,8 @@ class Run:
         entries += [dict(entry) for entry in state.log_history]
         settings = json.loads(args.to_json_string())
         defaults = json.loads(type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu).to_json_string())
-        own = {name: value for name, value in asdict(options).items() if value not in (None, 0.0)}
+        own_defaults = asdict(type(options)())
+        own = {name: value for name, value in asdict(options).items() if value != own_defaults[name]}
         changed = {n: v for n, v in settings.items() if n in ALWAYS or (v != defaults.get(n) and n not in HIDDEN)}
         return cls(
             method=method, model=options.model, data=options.data or [],
