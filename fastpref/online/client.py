@@ -52,6 +52,12 @@ class Client:
         self._key = server.api_key()
         self._retried = 0
 
+    @property
+    def kind(self) -> str:
+        """What the server understands, once it is connected."""
+        assert self.server.kind is not None
+        return self.server.kind
+
     def __enter__(self) -> Client:
         import httpx2
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from fastpref.common.files import check_writable
 from fastpref.data.sampling import Sampling, all_prompt_ids, end_tokens, sample_responses
-from fastpref.online import loading, served, servers
+from fastpref.online import loading, servers
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.prompts import read_prompts
 from fastpref.online.records import Journal, Record
+from fastpref.online.served import generate_from_server
 
 BATCH_SIZE = 16
 
@@ -47,16 +48,13 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(**{name: getattr(args, name) for name in names})
     check_writable("--output", args.output)
     prompts = read_prompts(args.prompts, chat=args.chat)[: args.limit]
-    if args.server is not None:
-        done = served.run(args, prompts, sampling)
-    elif args.model is None:
-        raise ValueError("--model: got none, want one, or a --server")
+    options = {"overwrite": args.overwrite, "save_ids": args.save_ids, "progress": True}
+    if server := servers.of_arguments(args):
+        done = generate_from_server(server, prompts, args.output, sampling, **options)
     else:
         model, tokenizer = loading.load_policy(args.model, args.device, args.dtype)
-        done = generate_file(
-            model, tokenizer, prompts, args.output, sampling, batch_size=args.batch_size or BATCH_SIZE,
-            overwrite=args.overwrite, save_ids=args.save_ids, progress=True,
-        )  # fmt: skip
+        size = args.batch_size or BATCH_SIZE
+        done = generate_file(model, tokenizer, prompts, args.output, sampling, batch_size=size, **options)
     print(f"{args.output}: {done} prompts done now, {len(prompts)} in all, {sampling.k} responses each")
     return 0
 

@@ -66,13 +66,7 @@ def run(args: argparse.Namespace) -> int:
     for option in ("output", "json"):
         check_writable(f"--{option}", getattr(args, option))
     records = read_responses(args.responses, args.human)
-    judge: Judge
-    if args.server is not None:
-        judge = servers.of_arguments(args, {"batch_size": None, "device": None, "dtype": None})
-    elif args.model is None:
-        raise ValueError("--model: got none, want one, or a --server")
-    else:
-        judge = loading.load_policy(args.model, args.device, args.dtype)
+    judge: Judge = servers.of_arguments(args) or loading.load_policy(args.model, args.device, args.dtype)
     report = judge_file(
         judge, records, args.output, judging, name=args.name, human=args.human,
         batch_size=args.batch_size or BATCH_SIZE, overwrite=args.overwrite, progress=True,
@@ -196,9 +190,8 @@ def _asking(
         yield _local(model, tokenizer, every, messages, sampling, batch_size), lambda i, j: Request([], {}), who
         return
     with Client(judge) as client:
-        kind = client.server.kind or "openai"
-        fields = servers.sampling_fields(kind, sampling)
-        known = {"judge": client.server.model, "kind": kind, "extra_body": dict(judge.extra_body)}
+        fields = servers.sampling_fields(client.kind, sampling)
+        known = {"judge": client.server.model, "kind": client.kind, "extra_body": dict(judge.extra_body)}
         yield client.ask, lambda i, j: Request(messages(i, j), fields | {"seed": request_seed(how.seed, i, j)}), known
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,15 +19,6 @@ from fastpref.online.command import Progress
 from fastpref.online.prompts import checked_prompt, refuse_images
 from fastpref.online.records import Journal, Record, to_line
 from fastpref.online.servers import Server
-
-
-def run(args: argparse.Namespace, prompts: Sequence[Record], sampling: Sampling) -> int:
-    """`fastpref generate` with `--server`. Returns how many prompts it did."""
-    local = {"batch_size": None, "device": None, "dtype": None}
-    server = servers.of_arguments(args, local)
-    return generate_from_server(
-        server, prompts, args.output, sampling, overwrite=args.overwrite, save_ids=args.save_ids, progress=True
-    )
 
 
 def request_seed(seed: int, index: int, response: int) -> int:
@@ -84,9 +74,8 @@ def generate_from_server(
         checked_prompt(prompt, f"prompts[{i}]")
         refuse_images(prompt, f"prompts[{i}]")  # before the first request
     with Client(server) as client:
-        kind = client.server.kind or "openai"
         settings = asdict(how) | {
-            "server_model": client.server.model, "kind": kind, "extra_body": dict(server.extra_body),
+            "server_model": client.server.model, "kind": client.kind, "extra_body": dict(server.extra_body),
             "prompts": Fingerprint().text(*map(to_line, prompts)).hexdigest(), "save_ids": save_ids,
         }  # fmt: skip
         journal = Journal(output, len(prompts), settings, overwrite)
@@ -101,11 +90,11 @@ def generate_from_server(
                   "repeat itself, so the rest is another sample", file=sys.stderr)  # fmt: skip
         with Progress(len(prompts) * how.k, "responses", known, shown=progress) as bar:
             found = log.in_order(
-                client.ask, lambda i, j: _request(prompts[i], kind, how, i, j, want_ids=save_ids), bar.update
+                client.ask, lambda i, j: _request(prompts[i], client.kind, how, i, j, want_ids=save_ids), bar.update
             )
             for index, answers in enumerate(found, start):
                 journal.append([_record(prompts[index], index, answers, save_ids)])
-    _remarks(log, how, kind)
+    _remarks(log, how, client.kind)
     AnswerLog.remove(journal.path)
     return journal.done - start
 
@@ -171,9 +160,8 @@ class ServerSampler:
         places = [(i, 0) for i in range(len(prompts))] if numbers is None else numbers
         wanted = {"want_ids": self.ids, "want_logps": self.logps}
         with Client(self.server) as client:
-            kind = client.server.kind or "openai"
             requests = (
-                (i, _request(prompt, kind, sampling, *place, **wanted))
+                (i, _request(prompt, client.kind, sampling, *place, **wanted))
                 for i, (prompt, place) in enumerate(zip(prompts, places, strict=True))
             )
             found = dict(client.ask(requests))

@@ -15,6 +15,7 @@ from fastpref.data.sampling import Sampling
 from fastpref.online.command import at_least
 
 KINDS = ("openai", "vllm", "sglang", "transformers")
+LOCAL_ONLY = ("batch_size", "device", "dtype")  # options that mean a model on this machine
 
 
 class ServerError(OSError):
@@ -127,18 +128,22 @@ def _json_argument(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def of_arguments(args: argparse.Namespace, local_only: Mapping[str, Any]) -> Server:
-    """The server that the arguments name.
+def of_arguments(args: argparse.Namespace) -> Server | None:
+    """The server that the arguments name. None if they name a model on this machine.
 
     Args:
-        args: with what `add_server_arguments` added, and `model`.
-        local_only: options that mean a model on this machine, with what they are if they are not given.
+        args: with what `add_server_arguments` added, `model`, and the options that mean a model on this machine, None
+            where they are not given.
 
     Raises:
-        ValueError: one of those is given.
+        ValueError: they name neither, or one of those options is given with a server.
     """
-    for name, default in local_only.items():
-        if getattr(args, name) != default:
+    if args.server is None:
+        if args.model is None:
+            raise ValueError("--model: got none, want one, or a --server")
+        return None
+    for name in LOCAL_ONLY:
+        if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: got it with --server, want it for a model on this machine")
     return Server(
         args.server, args.model, args.server_kind, args.api_key_env, args.concurrency, args.timeout, args.retries,

@@ -12,13 +12,13 @@ from fastpref.commands.train.served import asked
 from fastpref.online.judge import Judge, judge_scorer
 from fastpref.online.judges import reward_function
 from fastpref.online.loading import load_policy
-from fastpref.online.servers import Server
+from fastpref.online.servers import LOCAL_ONLY, Server
 from fastpref.online.verdicts import Judging
 
 PREFIX = "judge:"
 JUDGING = {known.name for known in fields(Judging)}
 SERVER = {known.name for known in fields(Server)}
-LOCAL = {"model", "device", "dtype", "batch_size"}
+LOCAL = {"model", *LOCAL_ONLY}
 
 
 def judge_reward(path: str) -> Any:
