@@ -67,7 +67,7 @@ class AnswerLog:
     """
 
     def __init__(self, output: Journal, sizes: Sequence[int], overwrite: bool = False) -> None:
-        self.path = output.path.with_name(output.path.name + ".answers.jsonl")
+        self.path = _beside(output.path)
         self._sizes, self._start = sizes, output.done
         self._journal = Journal(self.path, sum(sizes), output.settings, overwrite)
         records = map(json.loads, self.path.read_bytes().splitlines()) if self._journal.done else ()
@@ -91,6 +91,10 @@ class AnswerLog:
     @staticmethod
     def remove(output: Path) -> None:
         """Once the output is complete and says it all."""
-        path = output.with_name(output.name + ".answers.jsonl")
+        path = _beside(output)
         for file in (path, sidecar(path)):
             file.unlink(missing_ok=True)
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(output.name + ".answers.jsonl")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastpref.common.files import check_writable
@@ -13,7 +11,7 @@ from fastpref.online import evaluation, loading
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.pairs import interval, number, share_text
 from fastpref.online.prompts import load_pairs
-from fastpref.online.records import write_whole
+from fastpref.online.records import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             )  # fmt: skip
     print("\n".join(report_lines(found)))
     if args.json:
-        write_whole(Path(args.json), (json.dumps(found, indent=1) + "\n").encode())
+        write_json(args.json, found)
     if args.plot:
         from fastpref.online.plot import reliability_diagram
 

@@ -12,8 +12,8 @@ from fastpref.common.files import check_writable
 from fastpref.data.sampling import Sampling, all_prompt_ids, end_tokens, sample_responses
 from fastpref.online import loading, servers
 from fastpref.online.command import Progress, at_least, command
-from fastpref.online.prompts import read_prompts
-from fastpref.online.records import Journal, Record
+from fastpref.online.prompts import read_prompts, with_responses
+from fastpref.online.records import Journal, to_line
 from fastpref.online.served import generate_from_server
 
 BATCH_SIZE = 16
@@ -96,22 +96,12 @@ def generate_file(
             progress=bar.update,
         )  # fmt: skip
         for index, responses in enumerate(found, start):
-            record: Record = {
-                **prompts[index],
-                "index": index,
-                "responses": [r.text for r in responses],
-                "response_tokens": [r.tokens for r in responses],
-                "finished": [r.finished for r in responses],
-            }
-            if save_ids:
-                record["response_ids"] = [r.ids for r in responses]
-            journal.append([record])
+            journal.append([with_responses(prompts[index], index, responses, save_ids)])
     return journal.done - start
 
 
 def _fingerprint(ids: Iterable[list[int]], prompts: Sequence[Mapping[str, Any]]) -> str:
     """A hash of the records, and of what tokenizer and template make of them."""
     from fastpref.data.reference_cache import Fingerprint
-    from fastpref.online.records import to_line
 
     return Fingerprint().rows(({"ids": row} for row in ids), ["ids"]).text(*map(to_line, prompts)).hexdigest()

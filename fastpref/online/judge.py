@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from fastpref.online.client import Client
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.judges import Records, Scorer, Scores
 from fastpref.online.prompts import checked_prompt, checked_responses, read_responses, refuse_images
-from fastpref.online.records import Journal, to_line, write_whole
+from fastpref.online.records import Journal, fingerprint, write_json
 from fastpref.online.score import check_free, with_scores
 from fastpref.online.served import request_seed
 from fastpref.online.servers import Server
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     print("\n".join(judge_report.lines(report)))
     if args.json:
-        write_whole(Path(args.json), (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(args.json, report)
     if report["answers"] and report["answers"] == report["unparsable"]["count"]:
         raise ValueError(
             f"{args.output}: got no verdict in {report['answers']} answers, want a judge that ends as asked"
@@ -115,15 +114,13 @@ def judge_file(
         ServerError: the server failed. Names the request: (record, question).
         ValueError: a record is none or has such scores already, or the file was begun with other settings.
     """
-    from fastpref.data.reference_cache import Fingerprint
-
     how = judging or Judging()
     asked = _questions(records, how)
     for i, record in enumerate(records):
         check_free(record, name, f"record {i}")
     with _asking(judge, records, asked, how, batch_size) as (ask, request, who):
-        data = Fingerprint().text(*map(to_line, records)).hexdigest()
-        journal = Journal(output, len(records), {**asdict(how), **who, "name": name, "responses": data}, overwrite)
+        settings = {**asdict(how), **who, "name": name, "responses": fingerprint(records)}
+        journal = Journal(output, len(records), settings, overwrite)
         start, log = journal.done, AnswerLog(journal, [len(some) for some in asked], overwrite)
         with Progress(sum(map(len, asked)), "answers", len(log.answers), shown=progress) as bar:
             for index, answers in enumerate(log.in_order(ask, request, bar.update), start):

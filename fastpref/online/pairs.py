@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastpref.common.files import check_writable
@@ -15,7 +13,7 @@ from fastpref.online.command import at_least, command
 from fastpref.online.mixing import mix_pairs
 from fastpref.online.pairing import HOW, LIST, PairRules, make_pairs
 from fastpref.online.prompts import load_pairs
-from fastpref.online.records import Record, read_records, write_records, write_whole
+from fastpref.online.records import Record, read_records, write_json, write_records
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +78,7 @@ def pairs_file(
     if pairs:
         write_records(output, pairs)
     if json_path is not None:
-        write_whole(Path(json_path), (json.dumps(report, indent=1) + "\n").encode())
+        write_json(json_path, report)
     return report
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastpref.common.terminal import hide_library_bars
 from fastpref.data import images
-from fastpref.data.sampling import Prompt
+from fastpref.data.sampling import Prompt, Response
+from fastpref.online.answers import Answer
 from fastpref.online.records import Record, read_records
 
 CONSUMED = {"prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "instruction", "input"}
@@ -115,6 +116,15 @@ def checked_responses(record: Mapping[str, Any], where: str) -> list[str]:
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
         raise ValueError(f"{where}: got responses of {type(responses).__name__}, want a list of strings")
     return responses
+
+
+def with_responses(
+    prompt: Mapping[str, Any], index: int, sampled: Sequence[Response | Answer], save_ids: bool
+) -> Record:
+    """The record of a prompt with what was sampled for it. `index`: its place in the file."""
+    record = {**prompt, "index": index, "responses": [r.text for r in sampled]}
+    record |= {"response_tokens": [r.tokens for r in sampled], "finished": [r.finished for r in sampled]}
+    return record | ({"response_ids": [r.ids for r in sampled]} if save_ids else {})
 
 
 def refuse_images(record: Mapping[str, Any], where: str) -> None:

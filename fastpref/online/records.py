@@ -18,11 +18,21 @@ def to_line(record: Mapping[str, Any]) -> bytes:
     Raises:
         ValueError: NaN or infinity, which JSON does not have.
     """
+    return _json(record, allow_nan=False)
+
+
+def _json(value: Any, **options: Any) -> bytes:
     try:
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        return text.encode() + b"\n"
+        return json.dumps(value, ensure_ascii=False, **options).encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair: legal in JSON only when escaped
-        return json.dumps(record, allow_nan=False).encode() + b"\n"
+        return json.dumps(value, **options).encode() + b"\n"
+
+
+def fingerprint(records: Iterable[Mapping[str, Any]]) -> str:
+    """A hash of the records."""
+    from fastpref.data.reference_cache import Fingerprint
+
+    return Fingerprint().text(*map(to_line, records)).hexdigest()
 
 
 def _parse(line: bytes) -> Record | None:
@@ -79,6 +89,11 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a file of one JSON value, which is there whole or not at all."""
+    write_whole(Path(path), _json(value, indent=1))
+
+
 def sidecar(path: Path) -> Path:
     """The file that says what a file of records was begun with."""
     return path.with_name(path.name + ".meta.json")
@@ -119,8 +134,7 @@ class Journal:
                 "or --overwrite"
             )
         else:
-            content = {"total": total, "settings": self.settings}
-            write_whole(meta, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+            write_json(meta, {"total": total, "settings": self.settings})
         self._size = self._whole_records() if self.path.exists() else 0
         if self.done > total:
             raise ValueError(f"{self.path}: got {self.done} records, want at most {total}")

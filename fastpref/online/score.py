@@ -15,7 +15,7 @@ from fastpref.online import judges, loading
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.judges import Scorer
 from fastpref.online.prompts import checked_prompt, checked_responses
-from fastpref.online.records import Journal, Record, read_records, to_line
+from fastpref.online.records import Journal, Record, fingerprint, read_records
 from fastpref.online.sequences import PicturedSequence, sequences_of
 
 
@@ -186,10 +186,8 @@ def score_file(
     Raises:
         ValueError: a record, a score or the file is not right (see `score_records` and `Journal`).
     """
-    from fastpref.data.reference_cache import Fingerprint
-
-    data = Fingerprint().text(*map(to_line, records)).hexdigest()
-    journal = Journal(output, len(records), {**(settings or {}), "name": name, "responses": data}, overwrite)
+    settings = {**(settings or {}), "name": name, "responses": fingerprint(records)}
+    journal = Journal(output, len(records), settings, overwrite)
     start = journal.done
     if journal.finished:
         return 0

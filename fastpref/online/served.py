@@ -16,8 +16,8 @@ from fastpref.online.answer_log import AnswerLog
 from fastpref.online.answers import Answer, Request
 from fastpref.online.client import Client
 from fastpref.online.command import Progress
-from fastpref.online.prompts import checked_prompt, refuse_images
-from fastpref.online.records import Journal, Record, to_line
+from fastpref.online.prompts import checked_prompt, refuse_images, with_responses
+from fastpref.online.records import Journal, fingerprint
 from fastpref.online.servers import Server
 
 
@@ -67,8 +67,6 @@ def generate_from_server(
         ServerError: the server failed, or does not give what was asked for. Names the request: (prompt, response).
         ValueError: a prompt is none, or the file was begun with other settings (see `Journal`).
     """
-    from fastpref.data.reference_cache import Fingerprint
-
     how = sampling or Sampling()
     for i, prompt in enumerate(prompts):
         checked_prompt(prompt, f"prompts[{i}]")
@@ -76,7 +74,7 @@ def generate_from_server(
     with Client(server) as client:
         settings = asdict(how) | {
             "server_model": client.server.model, "kind": client.kind, "extra_body": dict(server.extra_body),
-            "prompts": Fingerprint().text(*map(to_line, prompts)).hexdigest(), "save_ids": save_ids,
+            "prompts": fingerprint(prompts), "save_ids": save_ids,
         }  # fmt: skip
         journal = Journal(output, len(prompts), settings, overwrite)
         start = journal.done
@@ -93,16 +91,10 @@ def generate_from_server(
                 client.ask, lambda i, j: _request(prompts[i], client.kind, how, i, j, want_ids=save_ids), bar.update
             )
             for index, answers in enumerate(found, start):
-                journal.append([_record(prompts[index], index, answers, save_ids)])
+                journal.append([with_responses(prompts[index], index, answers, save_ids)])
     _remarks(log, how, client.kind)
     AnswerLog.remove(journal.path)
     return journal.done - start
-
-
-def _record(prompt: Mapping[str, Any], index: int, answers: Sequence[Answer], save_ids: bool) -> Record:
-    record = {**prompt, "index": index, "responses": [a.text for a in answers]}
-    record |= {"response_tokens": [a.tokens for a in answers], "finished": [a.finished for a in answers]}
-    return record | ({"response_ids": [a.ids for a in answers]} if save_ids else {})
 
 
 def _remarks(log: AnswerLog, how: Sampling, kind: str) -> None:

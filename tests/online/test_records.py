@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastpref.online.records import Journal, read_records, sidecar, write_records
+from fastpref.online.records import Journal, read_records, sidecar, write_json, write_records
 
 RECORDS = [{"text": "één\u2028 line\r\n"}, {"n": 1, "nested": {"a": [1.5, None]}}, {"half": "\ud800"}, {}]
 SETTINGS = {"k": 4, "model": "abc"}
@@ -23,6 +23,12 @@ def test_records_come_back(tmp_path) -> None:
     write_records(tmp_path / "b.jsonl", RECORDS)
     assert read_records(tmp_path / "a.jsonl") == read_records(tmp_path / "b.jsonl") == RECORDS
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.meta.json", "b.jsonl"]
+
+
+def test_half_of_a_surrogate_pair_was_no_report(tmp_path) -> None:
+    """A server may answer with one, and a judge's report shows answers."""
+    write_json(tmp_path / "report.json", RECORDS)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == RECORDS
 
 
 def test_a_file_torn_at_any_byte_is_continued_to_the_same(tmp_path, capsys) -> None:
