@@ -8,6 +8,7 @@ import gc
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 
 import interpreter
 from support import BACKENDS, DEVICE
+from support_servers import Scripted
 
 import fastpref
 from fastpref.common import memory
@@ -48,6 +50,16 @@ def backend(request) -> str:
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[Scripted]:
+    """A server that answers by script. What fails is tried again without the usual waits."""
+    server = Scripted()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastpref.online.client.FIRST_WAIT", 0.01)
+        yield server
+    server.kill()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""A tiny policy, conversations, and a stop at a chosen record."""
+"""A tiny policy, conversations, servers, and a stop at a chosen record."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from fastpref import models
 from fastpref.online.records import Journal
+from fastpref.online.servers import Server
 
 QUESTIONS = (
     "Name a colour.", "Two and two?", "Where does the sun go at night, and why is it back every morning?", "Why?",
@@ -29,6 +30,11 @@ def tiny(seed: int = 0) -> tuple[Any, Any]:
 def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
+
+
+def server(url: str, **options: Any) -> Server:
+    """One that is given up on in seconds."""
+    return Server(url, **{"timeout": 5.0, "retries": 2, "concurrency": 4} | options)
 
 
 class PowerCut(Exception):

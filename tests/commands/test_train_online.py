@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from support_servers import Scripted
 from transformers import TrainerControl, TrainerState
 
 from fastpref.commands import cli
@@ -40,13 +39,6 @@ def test_a_run_by_two_kinds_of_functions(tmp_path, capsys) -> None:
     assert {"model.safetensors", "summary.png", "reward-kl.png"} <= {path.name for path in out.iterdir()}
     assert cli.main(["train", "grpo", *SHORT, "--output_dir", str(tmp_path / "no")]) == 2
     assert "--reward: got none" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def scripted():
-    server = Scripted()
-    yield server
-    server.kill()
 
 
 def served(url: str, out, *more: str) -> list[str]:

@@ -11,14 +11,12 @@ from itertools import pairwise
 
 import pytest
 import scripted_server
-from support_online import PROMPTS, PowerCut, stop_at, tiny, write_lines
-from support_servers import Scripted
+from support_online import PROMPTS, PowerCut, server, stop_at, tiny, write_lines
 
 from fastpref.commands import cli
 from fastpref.online import (
     Judging,
     PairRules,
-    Server,
     ServerError,
     generate_from_server,
     judge_file,
@@ -35,22 +33,6 @@ RECORDS = [{**PROMPTS[i], "responses": RESPONSES[i]} for i in range(4)]
 WINS = [[0.75, 0.75, 0.0], [1.0, 0.25, 0.25], [0.5, 0.5], [None]]  # by the letters e
 SCORED = [{**record, "scores": wins} for record, wins in zip(RECORDS, WINS, strict=True)]
 ANSWERS = 6 + 4 + 2 + 0
-
-
-@pytest.fixture(scope="module")
-def scripted():
-    server = Scripted()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(autouse=True)
-def _no_waits(monkeypatch) -> None:
-    monkeypatch.setattr("fastpref.online.client.FIRST_WAIT", 0.01)
-
-
-def server(url: str, **options) -> Server:
-    return Server(url, **{"timeout": 5.0, "retries": 2, "concurrency": 4} | options)
 
 
 VERDICTS = {

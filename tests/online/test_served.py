@@ -12,7 +12,7 @@ import time
 
 import pytest
 import scripted_server
-from support_online import PROMPTS, PowerCut, stop_at, write_lines
+from support_online import PROMPTS, PowerCut, server, stop_at, write_lines
 from support_servers import Scripted
 
 from fastpref.commands import cli
@@ -22,22 +22,6 @@ from fastpref.online.served import request_seed
 
 HOW = Sampling(k=3, max_new_tokens=6, seed=3)
 PAIRS = [(i, j) for i in range(len(PROMPTS)) for j in range(3)]
-
-
-@pytest.fixture(scope="module")
-def scripted():
-    server = Scripted()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(autouse=True)
-def _no_waits(monkeypatch) -> None:
-    monkeypatch.setattr("fastpref.online.client.FIRST_WAIT", 0.01)
-
-
-def server(url: str, **options) -> Server:
-    return Server(url, **{"timeout": 5.0, "retries": 2, "concurrency": 4} | options)
 
 
 def generated(url: str, path, **options) -> int:

@@ -7,19 +7,11 @@ import warnings
 
 import pytest
 from support_rl import QUIET, prompts, train
-from support_servers import Scripted
 from support_trainers import tiny
 
 from fastpref.online import Server, ServerError, ServerSampler, judge_scorer, reward_function
 from fastpref.online.served import request_seed
 from fastpref.trainers import RLOOConfig, RLOOTrainer
-
-
-@pytest.fixture(scope="module")
-def scripted():
-    server = Scripted()
-    yield server
-    server.kill()
 
 
 def trainer(sampler, reward, folder):
