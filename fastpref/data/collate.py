@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.data.batches import padded
 from fastpref.data.ids import IGNORE_INDEX, common_prefix_length
 from fastpref.data.pairs import Pair
 from fastpref.data.template import template_ids
@@ -19,10 +20,6 @@ class TokenizedPair(NamedTuple):
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-
-    def longest(self) -> int:
-        """The length of the longer sequence, prompt included."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 class PairBatch(NamedTuple):
@@ -76,16 +73,9 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, max_length: int) -> li
 def collate_pairs(pairs: Sequence[TokenizedPair], pad_token_id: int) -> PairBatch:
     """Pads tokenised pairs into a batch."""
     sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    length = max(p.longest() for p in pairs)
-    batch = PairBatch(
-        torch.full((len(sequences), length), pad_token_id),
-        torch.zeros(len(sequences), length, dtype=torch.long),
-        torch.full((len(sequences), length), IGNORE_INDEX),
-    )
+    ids, mask = padded([prompt + completion for prompt, completion in sequences], pad_token_id, "right")
+    labels = torch.full_like(ids, IGNORE_INDEX)
     for row, (prompt, completion) in enumerate(sequences):
-        end = len(prompt) + len(completion)
-        batch.input_ids[row, :end] = torch.tensor(prompt + completion)
-        batch.attention_mask[row, :end] = 1
-        first = max(len(prompt), 1)  # nothing scores the first token of a sequence
-        batch.labels[row, first - 1 : end - 1] = batch.input_ids[row, first:end]
-    return batch
+        first, end = max(len(prompt), 1), len(prompt) + len(completion)  # nothing scores a sequence's first token
+        labels[row, first - 1 : end - 1] = ids[row, first:end]
+    return PairBatch(ids, mask, labels)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from fastpref.data.ids import IGNORE_INDEX
-from fastpref.data.packing import Scored, in_order, pack_sequences, scored_tokens, split_by_tokens
-from fastpref.data.vision import Vision, in_context
+from fastpref.data.packing import Scored, in_order, pack, split_by_tokens
+from fastpref.data.vision import Vision, context_of
 from fastpref.models import Limits, attention
 from fastpref.reference import comparisons
 
@@ -63,24 +63,24 @@ class PackedCollator:
         """
         if self.limits is not None:
             self.limits.check(s.ids for group in groups for s in group)
-        pictured = self.vision if examples and "pixels" in examples[0] else None
-        if pictured is not None:
-            groups = in_context(groups, examples)
         sequences = self.in_order(groups)
-        batch = pack_sequences(sequences, self.layout, self.pad_token_id, count_copies=self.count_copies)
-        places, shape = batch.pop("places"), batch["input_ids"].shape
-        if pictured is not None:
-            batch["vision"] = pictured.inputs(groups, examples, self.layout, places, shape)
+        batch = pack(sequences, self.layout, self.pad_token_id, count_copies=self.count_copies)
+        places, targets = batch.pop("places"), batch.pop("targets")
+        if self.vision is not None and examples and "pixels" in examples[0]:
+            shape = batch["input_ids"].shape
+            batch["vision"] = self.vision.inputs(sequences, examples, self.layout, places, shape)
         if not self.ours:
             batch.pop(attention.KWARG, None)
-        return batch | self.placed(places, examples)
+        return batch | self.placed(places, targets, examples)
 
     def in_order(self, groups: Sequence[Sequence[Scored]]) -> list[Scored]:
         """The sequences of all groups in the order of a batch."""
         return in_order(groups)
 
-    def placed(self, places: Sequence[np.ndarray], examples: Sequence[Example]) -> dict[str, Any]:
-        """What a part holds of where its sequences' tokens are: `places`, for each sequence, in the flattened rows."""
+    def placed(
+        self, places: Sequence[np.ndarray], targets: torch.Tensor, examples: Sequence[Example]
+    ) -> dict[str, Any]:
+        """What a part holds of its tokens: `places` and `targets` are as in `fastpref.data.packing.pack`."""
         return {}
 
     def part(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -95,10 +95,7 @@ class PackedCollator:
         """The examples of each part. `grouped` gives the sequences that it runs, by default `groups`."""
         if self.token_budget is None:
             return [examples]
-        groups = (grouped or self.groups)(examples)
-        if "pixels" in examples[0]:
-            groups = in_context(groups, examples)
-        ranges = split_by_tokens(groups, self.layout, self.token_budget)
+        ranges = split_by_tokens((grouped or self.groups)(examples), self.layout, self.token_budget)
         return [examples[r.start : r.stop] for r in ranges]
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -123,7 +120,7 @@ class PairCollator(PackedCollator):
         without = frozenset() if vision is None else vision.image_tokens
         return [
             [
-                _response(e, side, e.get(f"{side}_skip", 0), kept, without if kept else frozenset())
+                response(e, side, e.get(f"{side}_skip", 0), kept, without if kept else frozenset())
                 for side, kept in sides
             ]
             for e in examples
@@ -138,9 +135,12 @@ class PairCollator(PackedCollator):
         if examples[0].get("ref_chosen_logps") is not None:
             sides = [[e[f"ref_{side}_logps"] for e in examples] for side in ("chosen", "rejected")]
             found["ref_logps"] = torch.tensor(sides[0] + sides[1], dtype=torch.float32)
-        if self.score_prompts:
-            found["prompt_labels"] = scored_tokens(in_order(self.groups(examples)))
         return found
+
+    def placed(
+        self, places: Sequence[np.ndarray], targets: torch.Tensor, examples: Sequence[Example]
+    ) -> dict[str, Any]:
+        return {"prompt_labels": targets} if self.score_prompts else {}
 
 
 @dataclass
@@ -148,7 +148,10 @@ class RewardCollator(PackedCollator):
     """Pairs of `chosen_ids, rejected_ids` (and `margin`): whole sequences, scored by their last row."""
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
-        return [[Scored(ids, len(ids)) for ids in (e["chosen_ids"], e["rejected_ids"])] for e in examples]
+        return [
+            [Scored(ids, len(ids), context=context_of(e)) for ids in (e["chosen_ids"], e["rejected_ids"])]
+            for e in examples
+        ]
 
     def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
         margins = [e.get("margin") for e in examples]
@@ -204,7 +207,9 @@ class StepCollator(PackedCollator):
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         return [[Scored(e["input_ids"], len(e["input_ids"]))] for e in examples]
 
-    def placed(self, places: Sequence[np.ndarray], examples: Sequence[Example]) -> dict[str, Any]:
+    def placed(
+        self, places: Sequence[np.ndarray], targets: torch.Tensor, examples: Sequence[Example]
+    ) -> dict[str, Any]:
         labels = [np.asarray(e["labels"]) for e in examples]
         rows = [at[x != IGNORE_INDEX] for at, x in zip(places, labels, strict=True)]
         marks = np.concatenate([x[x != IGNORE_INDEX] for x in labels])
@@ -219,7 +224,7 @@ class UnpairedCollator(PackedCollator):
     """
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
-        return [[_response(e, "completion")] for e in examples]
+        return [[response(e, "completion")] for e in examples]
 
     def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
         found: dict[str, Any] = {"desirable": torch.tensor([bool(e["label"]) for e in examples])}
@@ -229,7 +234,7 @@ class UnpairedCollator(PackedCollator):
 
     def kl_groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
         """The sequences of the mismatched completions."""
-        return [[_response(e, "kl_completion")] for e in examples]
+        return [[response(e, "kl_completion")] for e in examples]
 
     def kl_part(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The mismatched completions, as a part."""
@@ -241,7 +246,7 @@ class UnpairedCollator(PackedCollator):
 
     def reference_part(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Both completions of each prompt, for a pass without gradients: [B; B mismatched]."""
-        groups = [[_response(e, side) for side in ("completion", "kl_completion")] for e in examples]
+        groups = [[response(e, side) for side in ("completion", "kl_completion")] for e in examples]
         return self.pack(groups, examples) | {"examples": len(examples)}
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -251,9 +256,10 @@ class UnpairedCollator(PackedCollator):
         return batch
 
 
-def _response(
+def response(
     example: Example, side: str, skip: int = 0, kept: int | None = None, without: frozenset[int] = frozenset()
 ) -> Scored:
     """A response after its prompt. Its first `skip` tokens still count as context."""
     prompt, ids, mask = example["prompt_ids"], example[f"{side}_ids"], example.get(f"{side}_mask")
-    return Scored(prompt + ids, len(prompt) + skip, kept, None if mask is None else mask[skip:], without)
+    scored = None if mask is None else mask[skip:]
+    return Scored(prompt + ids, len(prompt) + skip, kept, scored, without, context_of(example))

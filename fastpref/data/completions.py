@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from fastpref.data.collators import Example, PackedCollator, _response
+from fastpref.data.collators import Example, PackedCollator, response
 from fastpref.data.encode import part, prompt_ids, token_ids
 from fastpref.data.formats import column_names
 from fastpref.data.hidden_cache import HiddenCache
 from fastpref.data.packing import Scored
-from fastpref.data.tokenize import IDS, Record, _masks, _response_columns, fitting, tokenized
+from fastpref.data.tokenize import IDS, Record, fitting, mask_columns, response_columns, tokenized
 
 SIDE = ("completion",)
 
@@ -32,7 +32,7 @@ def tokenize_completions(
     Arguments and errors are those of the functions in `fastpref.data.tokenize`. A prompt alone has a completion of no
     tokens. It is left out if it has no room for one within `max_length`.
     """
-    columns = {"prompt_ids": IDS, "completion_ids": IDS} | (_masks(dataset, SIDE, options))
+    columns = {"prompt_ids": IDS, "completion_ids": IDS} | mask_columns(dataset, SIDE, options)
     row = _completion_row if has_completions(dataset) else _prompt_row
     return tokenized(dataset, row, columns, (), name, num_proc, tokenizer=tokenizer, max_length=max_length, **options)
 
@@ -43,7 +43,7 @@ def _completion_row(example: Record, tokenizer: Any, max_length: int | None, **o
     if kept is None:
         return None
     row = {"prompt_ids": prompt, "length": len(prompt) + len(kept[0].ids), "remarks": found}
-    return row | _response_columns(kept, SIDE)
+    return row | response_columns(kept, SIDE)
 
 
 def _prompt_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
@@ -66,7 +66,7 @@ class CompletionCollator(PackedCollator):
     caches: dict[str, HiddenCache] = field(default_factory=dict)
 
     def groups(self, examples: Sequence[Example]) -> list[list[Scored]]:
-        return [[_response(e, "completion")] for e in examples]
+        return [[response(e, "completion")] for e in examples]
 
     def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
         if "teacher_row" not in examples[0]:
@@ -76,4 +76,4 @@ class CompletionCollator(PackedCollator):
 
     def scored_rows(self, example: Example) -> int:
         """How many rows of an example score a token."""
-        return len(_response(example, "completion").tokens())
+        return len(response(example, "completion").tokens())

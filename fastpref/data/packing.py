@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fastpref.data.batches import padded
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.tree import Beginnings, Branch, Tree, tree
 from fastpref.models.segments import Segments
@@ -54,40 +55,29 @@ class Scored(NamedTuple):
         return at[has_row[at]]
 
 
-def pack(
-    groups: Sequence[Sequence[Scored]], layout: str, pad_token_id: int = 0, *, count_copies: bool = False
-) -> dict[str, Any]:
-    """A batch from groups of sequences.
+def in_order(groups: Sequence[Sequence[Scored]]) -> list[Scored]:
+    """The sequences of groups of one size: the first of each group, then the second of each, and so on."""
+    return [sequence for branch in zip(*groups, strict=True) for sequence in branch]
 
-    The sequences are ordered first by their place in the group: [B chosen; B rejected] for pairs. See `pack_sequences`.
+
+def pack(
+    sequences: Sequence[Scored], layout: str, pad_token_id: int = 0, *, count_copies: bool = False
+) -> dict[str, Any]:
+    """A batch from sequences.
 
     Args:
-        groups: the sequences, in groups that all have one size.
+        sequences: in the order of the batch, such as [B chosen; B rejected] for pairs.
         layout: one of `LAYOUTS`.
         pad_token_id: what fills up the rows of `padded`.
         count_copies: also return `copies`.
-    """
-    sequences = in_order(groups)
-    return pack_sequences(sequences, layout, pad_token_id, count_copies=count_copies)
-
-
-def in_order(groups: Sequence[Sequence[Scored]]) -> list[Scored]:
-    """The sequences of groups of one size: the first of each group, then the second of each, and so on."""
-    return [group[branch] for branch in range(len(groups[0])) for group in groups]
-
-
-def pack_sequences(
-    sequences: Sequence[Scored], layout: str, pad_token_id: int = 0, *, count_copies: bool = False
-) -> dict[str, Any]:
-    """A batch from sequences. Arguments as in `pack`.
 
     Returns:
         `input_ids`, and what the layout needs beside it: `position_ids` and `fastpref_segments`, or `attention_mask`;
-            `rows` and `labels` `[M]`; `cu_seqlens` `[S + 1]` of these, and `sizes`, the number that each sequence has,
-            as a tuple on the host; `last_rows` `[S]` of each sequence's last token; `places`, on the host where each
-            sequence's tokens are in the flattened input; where many rows score the same
-            token twice, `head_rows`, `head_labels` and `head_index` (see `distinct_rows`); and perhaps `copies`: for
-            each input token, the number of sequences that it is in.
+            `rows` and `labels` `[M]`, and `targets` `[M]`, the token of each row, labelled or not; `cu_seqlens`
+            `[S + 1]` of these, and `sizes`, the number that each sequence has, as a tuple on the host; `last_rows`
+            `[S]` of each sequence's last token; `places`, on the host where each sequence's tokens are in the flattened
+            input; where many rows score the same token twice, `head_rows`, `head_labels` and `head_index` (see
+            `distinct_rows`); and perhaps `copies`: for each input token, the number of sequences that it is in.
     """
     if layout == "padded":
         inputs, places = _padded(sequences, pad_token_id)
@@ -101,7 +91,7 @@ def pack_sequences(
         }
     batch = inputs | scored_rows(sequences, places) | {"places": places}
     if layout == "shared":
-        batch |= distinct_rows(batch["rows"].numpy(), scored_tokens(sequences).numpy())
+        batch |= distinct_rows(batch["rows"].numpy(), batch["targets"].numpy())
     if count_copies:
         copies = np.bincount(np.concatenate(places), minlength=inputs["input_ids"].numel())
         batch["copies"] = torch.from_numpy(copies)
@@ -117,33 +107,26 @@ def _tree(sequences: Sequence[Scored], layout: str) -> Tree:
 
 
 def scored_rows(sequences: Sequence[Scored], places: Sequence[np.ndarray]) -> dict[str, Any]:
-    """`rows`, `labels` and what says which sequence they belong to; see `pack_sequences`.
+    """`rows`, `labels`, `targets` and what says which sequence they belong to; see `pack`.
 
     `places` has, for each sequence, where its tokens are in the flattened input.
     """
-    rows, labels, sizes, last = [], [], [], []
+    rows, labels, targets, sizes, last = [], [], [], [], []
     for sequence, place in zip(sequences, places, strict=True):
         tokens = sequence.tokens()
         rows.append(place[tokens - 1])
-        labels.append(np.where(tokens < sequence.first, IGNORE_INDEX, _ids_at(sequence, tokens)))
+        targets.append(np.asarray(sequence.ids, dtype=np.int64)[tokens])
+        labels.append(np.where(tokens < sequence.first, IGNORE_INDEX, targets[-1]))
         sizes.append(len(tokens))
         last.append(place[-1:])
     return {
         "rows": torch.from_numpy(np.concatenate(rows)),
         "labels": torch.from_numpy(np.concatenate(labels)),
+        "targets": torch.from_numpy(np.concatenate(targets)),
         "cu_seqlens": torch.tensor([0, *sizes]).cumsum(0),
         "sizes": tuple(sizes),
         "last_rows": torch.from_numpy(np.concatenate(last)),
     }
-
-
-def scored_tokens(sequences: Sequence[Scored]) -> torch.Tensor:
-    """The token of every row that `scored_rows` gives, labelled or not."""
-    return torch.from_numpy(np.concatenate([_ids_at(s, s.tokens()) for s in sequences]))
-
-
-def _ids_at(sequence: Scored, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(sequence.ids, dtype=np.int64)[tokens]
 
 
 def distinct_rows(rows: np.ndarray, tokens: np.ndarray) -> dict[str, torch.Tensor]:
@@ -162,13 +145,8 @@ def distinct_rows(rows: np.ndarray, tokens: np.ndarray) -> dict[str, torch.Tenso
 
 
 def _padded(sequences: Sequence[Scored], pad_token_id: int) -> tuple[dict[str, Any], list[np.ndarray]]:
-    length = max(len(s.ids) for s in sequences)
-    input_ids = torch.full((len(sequences), length), pad_token_id)
-    attention_mask = torch.zeros(len(sequences), length, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        attention_mask[row, : len(sequence.ids)] = 1
-    places = [row * length + np.arange(len(s.ids)) for row, s in enumerate(sequences)]
+    input_ids, attention_mask = padded([s.ids for s in sequences], pad_token_id, "right")
+    places = [row * input_ids.shape[1] + np.arange(len(s.ids)) for row, s in enumerate(sequences)]
     return {"input_ids": input_ids, "attention_mask": attention_mask}, places
 
 

@@ -49,7 +49,7 @@ def tokenize_paired(
 
     `ref_chosen_logps`, `ref_rejected_logps` and `margin` are passed through.
     """
-    columns = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS} | _masks(dataset, PAIR, options)
+    columns = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS} | mask_columns(dataset, PAIR, options)
     numbers = ("ref_chosen_logps", "ref_rejected_logps", "margin")
     return tokenized(
         dataset, _paired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
@@ -68,7 +68,7 @@ def tokenize_unpaired(
     `ref_logps` is passed through. So is `ref_KL_logps`, together with the `kl_completion_ids` that it belongs to, which
     then stay as they are (and `kl_completion_mask`, where completions have masks).
     """
-    masks = _masks(dataset, ("completion",), options)
+    masks = mask_columns(dataset, ("completion",), options)
     columns: dict[str, Any] = {"prompt_ids": IDS, "completion_ids": IDS, "label": "bool"} | masks
     numbers: tuple[str, ...] = ("ref_logps",)
     kl_columns = {"kl_completion_ids": IDS} | ({"kl_completion_mask": MASK} if masks else {})
@@ -125,7 +125,7 @@ def tokenize_reference_free(
     """
     columns = {
         "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS, "chosen_skip": "int32", "rejected_skip": "int32",
-    } | _masks(dataset, PAIR, options)  # fmt: skip
+    } | mask_columns(dataset, PAIR, options)  # fmt: skip
     return tokenized(
         dataset, _reference_free_row, columns, (), name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
     )
@@ -160,7 +160,7 @@ def _paired_row(example: Record, tokenizer: Any, max_length: int | None, **optio
     if kept is None:
         return None
     length = len(prompt) + sum(len(response.ids) for response in kept)
-    return {"prompt_ids": prompt, "length": length, "remarks": found} | _response_columns(kept, PAIR)
+    return {"prompt_ids": prompt, "length": length, "remarks": found} | response_columns(kept, PAIR)
 
 
 def _unpaired_row(example: Record, tokenizer: Any, max_length: int | None, **options: bool) -> Record | None:
@@ -171,7 +171,7 @@ def _unpaired_row(example: Record, tokenizer: Any, max_length: int | None, **opt
     if example["label"] not in (False, True):
         raise ValueError(f"label: got {example['label']!r}, want True or False")
     row = {"prompt_ids": prompt, "label": bool(example["label"]), "length": 0, "remarks": found}
-    return row | _response_columns(responses, ("completion",))
+    return row | response_columns(responses, ("completion",))
 
 
 def fitting(
@@ -194,7 +194,8 @@ def fitting(
     return kept
 
 
-def _response_columns(responses: Sequence[Response], sides: Sequence[str]) -> Record:
+def response_columns(responses: Sequence[Response], sides: Sequence[str]) -> Record:
+    """`{side}_ids` of each response, and `{side}_mask` where it has a mask."""
     found: Record = {}
     for side, response in zip(sides, responses, strict=True):
         found[f"{side}_ids"] = response.ids
@@ -247,7 +248,7 @@ def _reference_free_row(example: Record, tokenizer: Any, max_length: int | None,
         "prompt_ids": contexts[0][:n], "chosen_skip": len(contexts[0]) - n, "rejected_skip": len(contexts[1]) - n,
         "length": n + sum(len(context[n:] + r.ids) for context, r in zip(contexts, kept, strict=True)),
         "remarks": found,
-    } | _response_columns([r.behind(context[n:]) for context, r in zip(contexts, kept, strict=True)], PAIR)  # fmt: skip
+    } | response_columns([r.behind(context[n:]) for context, r in zip(contexts, kept, strict=True)], PAIR)  # fmt: skip
 
 
 def _stepwise_row(
@@ -285,7 +286,7 @@ def _cut(prompt: Sequence[int], response: list[int], max_length: int | None) -> 
 # data sets
 
 
-def _masks(dataset: Any, sides: Sequence[str], options: Mapping[str, bool]) -> dict[str, Any]:
+def mask_columns(dataset: Any, sides: Sequence[str], options: Mapping[str, bool]) -> dict[str, Any]:
     """The mask columns that the rows will have."""
     there = set(column_names(dataset))
     given = [f"{side}_mask" for side in sides if f"{side}_mask" in there]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpref.data import images
-from fastpref.data.packing import Scored, in_order
+from fastpref.data.packing import Scored
 
 GRID = "image_grid_thw"  # of models whose positions have three axes
 BY_TOKEN = ("mm_token_type_ids", "token_type_ids")
@@ -36,23 +36,22 @@ class Vision:
         return frozenset(images.image_token_ids(self.processor))
 
     def inputs(
-        self, groups: Sequence[Sequence[Scored]], examples: Sequence[Mapping[str, Any]], layout: str,
+        self, sequences: Sequence[Scored], examples: Sequence[Mapping[str, Any]], layout: str,
         places: Sequence[np.ndarray], shape: Sequence[int],
     ) -> dict[str, Any]:  # fmt: skip
         """What the model takes beside the token ids of a batch.
 
         Args:
-            groups: the sequences of each example.
+            sequences: one of each example, then perhaps another of each, and so on.
             examples: with `images` and `prompt_text`.
             layout: of the batch.
-            places: where the tokens of each sequence lie in the batch, first by their place in the group.
+            places: where the tokens of each sequence lie in the batch.
             shape: of the batch's token ids.
 
         Returns:
             The processor's tensors of all images that run, in the order of their tokens; what it says of each token, in
                 the batch's shape; and perhaps `position_ids`, `[3, 1, N]`.
         """
-        sequences = in_order(groups)
         which = list(range(len(sequences)))  # of the runs each sequence belongs to
         if layout == "shared":
             contexts = list(dict.fromkeys(s.context for s in sequences))  # in the order in which their trees are
@@ -60,8 +59,7 @@ class Vision:
         runs = [examples[which.index(run) % len(examples)] for run in range(max(which) + 1)]
         found = self._processed(runs)
         mask = found.pop("attention_mask")
-        ids = found.pop("input_ids")
-        del ids
+        del found["input_ids"]
         prompts = {name: found.pop(name) for name in BY_TOKEN if name in found}
         kinds: dict[str, list[Tensor]] = {}
         for name, values in prompts.items():
@@ -99,12 +97,11 @@ class Vision:
         return found
 
 
-def in_context(groups: Sequence[Sequence[Scored]], examples: Sequence[Mapping[str, Any]]) -> list[list[Scored]]:
-    """The sequences of examples with images, whose common beginnings have the same images, too."""
-    contexts = [
-        hashlib.blake2b(f"{e['pixels']} {e['prompt_text']}".encode(), digest_size=16).digest() for e in examples
-    ]
-    return [[s._replace(context=c) for s in group] for group, c in zip(groups, contexts, strict=True)]
+def context_of(example: Mapping[str, Any]) -> bytes:
+    """The `Scored.context` of an example's sequences: its prompt with its images, or nothing if it is of texts."""
+    if "pixels" not in example:
+        return b""
+    return hashlib.blake2b(f"{example['pixels']} {example['prompt_text']}".encode(), digest_size=16).digest()
 
 
 def _filled(values: Tensor, length: int) -> Tensor:

@@ -237,10 +237,10 @@ def seen_inputs(sequences: Sequence[TokenSequence], processor: Any, input_ids: T
     if not any(isinstance(sequence, PicturedSequence) for sequence in sequences):
         return {}
     vision = Vision(processor)
-    scored = [[Scored(s.prompt + s.response, len(s.prompt))] for s in sequences]
+    scored = [Scored(s.prompt + s.response, len(s.prompt)) for s in sequences]
     text = {"images": [], "prompt_text": "", "pixels": []}
     records = [s.record if isinstance(s, PicturedSequence) else text for s in sequences]
-    places = [row * input_ids.shape[1] + np.arange(len(s.ids)) for row, (s,) in enumerate(scored)]
+    places = [row * input_ids.shape[1] + np.arange(len(s.ids)) for row, s in enumerate(scored)]
     found = vision.inputs(scored, records, "padded", places, input_ids.shape)
     return {name: value.to(input_ids.device) for name, value in found.items()}
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fastpref.data import images
 from fastpref.data.collators import PackedCollator
+from fastpref.data.encode import PAIR
 from fastpref.data.packing import Scored
-from fastpref.data.vision import Vision
+from fastpref.data.vision import Vision, context_of
 from fastpref.models import evaluating
 from fastpref.trainers.forward import run_backbone, to_device
 
@@ -71,9 +72,10 @@ def _pictures(vision: Vision) -> tuple[list[list[Scored]], list[dict[str, Any]]]
     for number, size in enumerate(((40, 32), (32, 48))):
         example = images.encode(
             {"images": [images.gradient(size, number)], "prompt": images.question(vision.processor), **RESPONSES},
-            vision.processor, ("chosen", "rejected"),
+            vision.processor, PAIR,
         )  # fmt: skip
-        groups.append([Scored(example["prompt_ids"] + example[f"{side}_ids"], 1) for side in ("chosen", "rejected")])
+        context = context_of(example)
+        groups.append([Scored(example["prompt_ids"] + example[f"{side}_ids"], 1, context=context) for side in PAIR])
         examples.append(example)
     return groups, examples
 

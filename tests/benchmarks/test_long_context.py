@@ -31,7 +31,7 @@ def test_checkpointing_keeps_a_layers_input_for_each_node():
     step = Step.of(60, 0.5)
     prompt = list(range(step.prompt))
     responses = [[3 + (7 * i + 5 * side) % 90 for i in range(step.response)] for side in (0, 1)]
-    batch = pack([[Scored(prompt + response, step.prompt) for response in responses]], "shared")
+    batch = pack([Scored(prompt + response, step.prompt) for response in responses], "shared")
     assert batch["input_ids"].numel() == step.nodes
     kept: dict[int, int] = {}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastpref.data.collators import PairCollator, RewardCollator, StepCollator, UnpairedCollator
-from fastpref.data.packing import LAYOUTS, Scored, pack, packed_tokens, split_by_tokens
+from fastpref.data.packing import LAYOUTS, Scored, in_order, pack, packed_tokens, split_by_tokens
 from fastpref.models.segments import Segment
 
 PAIR = [Scored([3, 4, 5, 6, 7], 3), Scored([3, 4, 5, 8, 9, 2], 3)]
@@ -13,7 +13,7 @@ def flat(batch):
 
 
 def test_a_pair_runs_its_prompt_once():
-    batch = pack([PAIR], "shared")
+    batch = pack(PAIR, "shared")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7, 8, 9, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
     assert batch["fastpref_segments"].table == (Segment(0, 5), Segment(5, 8, ((0, 3),)))
@@ -26,7 +26,7 @@ def test_a_pair_runs_its_prompt_once():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_and_labels_mean_the_same_in_every_layout(layout):
     groups = [PAIR, [Scored([3, 4], 1), Scored([3, 4], 1)], [Scored([9], 1), Scored([10, 11, 12], 0)]]
-    batch = pack(groups, layout, pad_token_id=0)
+    batch = pack(in_order(groups), layout, pad_token_id=0)
     assert batch["labels"].tolist() == [6, 7, 4, 8, 9, 2, 4, 11, 12]
     assert batch["cu_seqlens"].tolist() == [0, 2, 3, 3, 6, 7, 9]
     assert flat(batch)[batch["rows"]].tolist() == [5, 6, 3, 5, 8, 9, 3, 10, 11]  # each row's token, before its label
@@ -36,20 +36,20 @@ def test_rows_and_labels_mean_the_same_in_every_layout(layout):
 
 
 def test_responses_that_begin_alike_share_that_too():
-    batch = pack([[Scored([1, 2, 3, 4], 2), Scored([1, 2, 3, 5], 2)]], "shared")
+    batch = pack([Scored([1, 2, 3, 4], 2), Scored([1, 2, 3, 5], 2)], "shared")
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
     assert batch["rows"].tolist() == [1, 2, 1, 2]
 
 
 def test_a_response_that_is_a_beginning_of_the_other_has_no_rows_of_its_own():
-    batch = pack([[Scored([1, 2, 3, 4], 2), Scored([1, 2, 3], 2)]], "shared")
+    batch = pack([Scored([1, 2, 3, 4], 2), Scored([1, 2, 3], 2)], "shared")
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4]]
     assert batch["fastpref_segments"].table == (Segment(0, 4),)
     assert batch["last_rows"].tolist() == [3, 2]
 
 
 def test_kept_rows_have_no_label():
-    batch = pack([[Scored([1, 2, 3], 2, kept=1), Scored([1, 2, 4], 2)]], "shared")
+    batch = pack([Scored([1, 2, 3], 2, kept=1), Scored([1, 2, 4], 2)], "shared")
     assert batch["labels"].tolist() == [-100, 3, 4]
     assert batch["rows"].tolist() == [0, 1, 1]
 

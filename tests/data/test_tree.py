@@ -7,7 +7,7 @@ import pytest
 import torch
 from support_zoo import tiny_model
 
-from fastpref.data.packing import Scored, pack_sequences
+from fastpref.data.packing import Scored, pack
 from fastpref.data.tree import MOST_OWN, Beginnings, tree
 from fastpref.models import attention
 from fastpref.models.segments import Segment
@@ -80,7 +80,7 @@ def test_any_of_the_sequences_have_a_tree_of_their_own():
 
 
 def logps(model, sequences: list[Scored], layout: str) -> torch.Tensor:
-    batch = pack_sequences(sequences, layout)
+    batch = pack(sequences, layout)
     hidden = hidden_rows(model, batch).index_select(0, head_rows(batch))
     scored = model.lm_head(hidden).log_softmax(-1).gather(1, head_labels(batch)[0].clamp(min=0)[:, None])[:, 0]
     return by_sequence(scored, batch)
@@ -112,15 +112,15 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(model, seed):
 def test_the_head_has_each_node_once_for_each_target():
     prompt, a, b = [1, 2, 3], [4, 5], [6, 7, 8]
     sequences = [Scored(prompt + r, 3) for r in (a, a, b, b)]
-    batch = pack_sequences(sequences, "shared")
+    batch = pack(sequences, "shared")
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
     assert batch["head_rows"].tolist() == [2, 2, 3, 5, 6]
     assert batch["head_labels"].tolist() == [4, 6, 5, 7, 8]
     index = batch["head_index"]
     assert torch.equal(batch["head_labels"][index], batch["labels"])
     assert torch.equal(batch["head_rows"][index], batch["rows"])
-    assert "head_rows" not in pack_sequences(sequences[1:3], "shared")
-    assert "head_rows" not in pack_sequences(sequences, "packed")
+    assert "head_rows" not in pack(sequences[1:3], "shared")
+    assert "head_rows" not in pack(sequences, "packed")
 
 
 def test_a_thousand_long_sequences_are_found_without_a_loop_over_tokens(monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from fastpref.common.gather import add_by_row
-from fastpref.data.packing import Scored, pack
+from fastpref.data.packing import Scored, in_order, pack
 from fastpref.models import attention
 from fastpref.models import segments as segments_module
 from fastpref.models.segments import Segment, Segments
@@ -41,8 +41,8 @@ def family(name: str):
     return model
 
 
-def groups():
-    return [[Scored(p + c, len(p)), Scored(p + r, len(p))] for p, c, r in PAIRS]
+def sequences() -> list[Scored]:
+    return in_order([[Scored(p + c, len(p)), Scored(p + r, len(p))] for p, c, r in PAIRS])
 
 
 def gradients(model, batch) -> tuple[Tensor, list[Tensor]]:
@@ -62,10 +62,10 @@ def test_shared_rows_are_the_separate_sequences(name, checkpointing):
             pytest.skip("one with sdpa and one with eager attention")
         model.gradient_checkpointing_enable()
         model.train()
-    wanted, wanted_gradients = gradients(model, pack(groups(), "padded"))
+    wanted, wanted_gradients = gradients(model, pack(sequences(), "padded"))
     assert choose_layout(model, "auto") == ("shared", True)
     for layout in ("shared", "packed"):
-        found, found_gradients = gradients(model, pack(groups(), layout))
+        found, found_gradients = gradients(model, pack(sequences(), layout))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         for one, other in zip(found_gradients, wanted_gradients, strict=True):
             scale = float(other.abs().max())
@@ -93,11 +93,11 @@ def test_a_soft_cap_of_attention_was_left_out_by_sdpa(wanted):
     model.config.attn_logit_softcapping = 1.0
     for layer in model.model.layers:
         layer.self_attn.attn_logit_softcapping = 1.0
-    want = scored_hidden(model, pack(groups(), "padded"))
+    want = scored_hidden(model, pack(sequences(), "padded"))
     model.config._attn_implementation = "sdpa"  # as transformers 5.17 chooses
     layout, ours = choose_layout(model, wanted)
     assert (layout, ours) == (("shared", True) if wanted == "auto" else ("padded", False))
-    torch.testing.assert_close(scored_hidden(model, pack(groups(), layout)), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scored_hidden(model, pack(sequences(), layout)), want, rtol=1e-5, atol=1e-5)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None, scale: float) -> Tensor:
@@ -253,10 +253,10 @@ class TestFallback:
         config = transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         layout, ours = choose_layout(model, "auto")
-        batch = pack(groups(), layout)
+        batch = pack(sequences(), layout)
         if not ours:
             batch.pop(attention.KWARG, None)
-        wanted = scored_hidden(model, pack(groups(), "padded"))
+        wanted = scored_hidden(model, pack(sequences(), "padded"))
         torch.testing.assert_close(scored_hidden(model, batch), wanted, rtol=1e-4, atol=1e-4)
 
     def test_attention_that_ignores_the_segments_is_found_out(self, monkeypatch):
@@ -301,10 +301,10 @@ def test_packed_rows_are_not_looked_for_on_the_host(monkeypatch):
     layout, ours = choose_layout(model, "auto")
     assert ours
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda *_: pytest.fail("asked"))
-    hidden_rows(model, pack(groups(), layout))
+    hidden_rows(model, pack(sequences(), layout))
 
 
 def test_hidden_rows_of_a_padded_batch():
     model = family("Llama")
-    batch = pack(groups(), "padded")
+    batch = pack(sequences(), "padded")
     assert hidden_rows(model, batch).shape == (batch["input_ids"].numel(), 32)

@@ -14,7 +14,7 @@ from support_zoo import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
 from fastpref import linear_token_logprobs, models
-from fastpref.data.packing import Scored, pack_sequences
+from fastpref.data.packing import Scored, pack
 from fastpref.models import attention
 from fastpref.trainers.forward import by_sequence, head_labels, head_rows, hidden_rows
 from fastpref.trainers.layout import choose_layout
@@ -58,7 +58,7 @@ def our_logps(model: nn.Module) -> tuple[Tensor, str]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="layout")
         layout, ours = choose_layout(model, "auto")
-    batch = pack_sequences(SEQUENCES, layout)
+    batch = pack(SEQUENCES, layout)
     if layout == "shared":
         assert batch["input_ids"].numel() == NODES
     if not ours:

@@ -11,7 +11,7 @@ from support_zoo import tiny_model
 from torch._dynamo.testing import CompileCounter
 
 from fastpref import models
-from fastpref.data.packing import Scored, pack
+from fastpref.data.packing import Scored, in_order, pack
 from fastpref.models import attention
 from fastpref.trainers.forward import scored_hidden
 from fastpref.trainers.layout import choose_layout
@@ -34,7 +34,7 @@ def batch(number: int, layout: str, ours: bool):
     for i in range(2 + number % 2):
         ids = [(7 * i + 5 * n + number) % 90 + 3 for n in range(12 + 4 * number)]
         groups.append([Scored(ids[: 7 + number], 4), Scored(ids[: 5 + number] + ids[9:], 4)])
-    found = pack(groups, layout)
+    found = pack(in_order(groups), layout)
     if not ours:
         found.pop(attention.KWARG, None)
     return found
