@@ -78,7 +78,12 @@ def takes_images(model: Any) -> bool:
 
 def takes_pixels(module: nn.Module) -> bool:
     """Whether the module's own forward names them. A classifier's may pass them on without a name."""
-    return "pixel_values" in inspect.signature(type(module).forward).parameters
+    return _names_pixels(type(module).forward)
+
+
+@functools.cache  # asked in every forward, and a signature takes longer than all else that is asked there
+def _names_pixels(forward: Callable[..., Any]) -> bool:
+    return "pixel_values" in inspect.signature(forward).parameters
 
 
 def axis_positions(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
