@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastpref.data.formats import PAIR
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.packing import Scored, in_order, pack, split_by_tokens
 from fastpref.data.vision import Vision, context_of
@@ -133,7 +134,7 @@ class PairCollator(PackedCollator):
     def extras(self, examples: Sequence[Example]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if examples[0].get("ref_chosen_logps") is not None:
-            sides = [[e[f"ref_{side}_logps"] for e in examples] for side in ("chosen", "rejected")]
+            sides = [[e[f"ref_{side}_logps"] for e in examples] for side in PAIR]
             found["ref_logps"] = torch.tensor(sides[0] + sides[1], dtype=torch.float32)
         return found
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastpref.data import remarks, template
+from fastpref.data.formats import PAIR
 from fastpref.data.ids import IGNORE_INDEX, common_prefix_length
 from fastpref.data.special_tokens import bare_ids, ended, text_ids, with_bos, with_eos
 
 Record = dict[str, Any]
-PAIR = ("chosen", "rejected")
 LABELLED = {"chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels"}  # whole sequences, from TRL
 OPENING = re.compile(r"(<[^<>|/\s]+>)\s*$")  # `<think>` at the end, and no control token
 

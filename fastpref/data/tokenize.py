@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from fastpref import __version__
-from fastpref.data.encode import PAIR, Response, in_context, part, solution, token_ids, wholes
-from fastpref.data.formats import column_names
+from fastpref.data.encode import Response, in_context, part, solution, token_ids, wholes
+from fastpref.data.formats import PAIR, column_names
 from fastpref.data.ids import IGNORE_INDEX, common_prefix_length
 from fastpref.data.images import prepared_columns
 from fastpref.data.remarks import LEFT_OUT, Remarks, remarks_of, with_remarks
@@ -211,7 +211,7 @@ def _cut_and_mismatch(batch: Record, max_length: int | None, block_size: int | N
         others = mismatched_indices(len(prompts), block_size) if block_size > 1 else range(len(prompts))
         found |= {f"kl_{name}": [values[i] for i in others] for name, values in found.items()}
     for column, responses in found.items():
-        found[column] = [_cut(prompt, ids, max_length) for prompt, ids in zip(prompts, responses, strict=True)]
+        found[column] = [cut(prompt, ids, max_length) for prompt, ids in zip(prompts, responses, strict=True)]
     tokens = (values for name, values in found.items() if name.endswith("_ids"))
     lengths = [sum(map(len, row)) for row in zip(prompts, *tokens, strict=True)]
     return batch | found | {"length": lengths}
@@ -279,7 +279,8 @@ def _hash(prompt: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 
-def _cut(prompt: Sequence[int], response: list[int], max_length: int | None) -> list[int]:
+def cut(prompt: Sequence[int], response: list[int], max_length: int | None) -> list[int]:
+    """What of a response has room after the prompt."""
     return response if max_length is None else response[: max(0, max_length - len(prompt))]
 
 

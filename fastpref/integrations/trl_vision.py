@@ -10,7 +10,8 @@ import torch
 
 from fastpref.data import images
 from fastpref.data.collators import PackedCollator, PairCollator, UnpairedCollator
-from fastpref.data.encode import PAIR
+from fastpref.data.formats import PAIR
+from fastpref.data.tokenize import cut
 from fastpref.integrations.trl_batches import KEY, PackingCollator
 
 COLLATORS = ("DataCollatorForVisionPreference", "DataCollatorForVisionUnpairedPreference")  # TRL's own
@@ -27,15 +28,10 @@ class PackingPictures(PackingCollator):
             ValueError: its prompt leaves no room for a response, or an image is wrong.
         """
         found = images.encode(dict(example), self.collator.processor, sides)
-        if self.collator.max_length is not None:
-            room = self.collator.max_length - len(found["prompt_ids"])
-            if room <= 0:
-                raise ValueError(
-                    f"max_length: got {self.collator.max_length}, want more: a prompt with its images has "
-                    f"{len(found['prompt_ids'])} tokens"
-                )
-            found |= {f"{side}_ids": found[f"{side}_ids"][:room] for side in sides}
-        return found
+        prompt, longest = found["prompt_ids"], self.collator.max_length
+        if longest is not None and len(prompt) >= longest:
+            raise ValueError(f"max_length: got {longest}, want more: a prompt with its images has {len(prompt)} tokens")
+        return found | {f"{side}_ids": cut(prompt, found[f"{side}_ids"], longest) for side in sides}
 
     def own(self, cls: type[PackedCollator]) -> Any:
         """fastpref's collator of such records, which packs them as this one would."""
@@ -58,13 +54,11 @@ class PackingUnpairedPictures(PackingPictures):
         own = self.own(UnpairedCollator)
         part = own.part(found)
         if not self.collator.calculate_kl:
-            part["reference_part"] = own.part(found)
+            part["reference_part"] = dict(part)  # the same sequences: their images are made ready once
             return {"index": torch.arange(len(examples)), KEY: part}
         before = [example["completion_ids"] for example in found[-1:] + found[:-1]]
-        mismatched = [self._cut(e["prompt_ids"], ids) for e, ids in zip(found, before, strict=True)]
+        longest = self.collator.max_length
+        mismatched = [cut(e["prompt_ids"], ids, longest) for e, ids in zip(found, before, strict=True)]
         found = [e | {"kl_completion_ids": ids} for e, ids in zip(found, mismatched, strict=True)]
         part |= {"kl_part": own.kl_part(found), "reference_part": own.reference_part(found)}
         return {"index": torch.arange(len(examples)), KEY: part}
-
-    def _cut(self, prompt: Sequence[int], ids: list[int]) -> list[int]:
-        return ids if self.collator.max_length is None else ids[: self.collator.max_length - len(prompt)]

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from fastpref.data import formats, tokenize
 from fastpref.data.collators import ListCollator, PairCollator
-from fastpref.data.encode import PAIR
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.objectives.paired import DPOLoss, IPOLoss, PairedLoss, PreferenceOutput
 from fastpref.objectives.reference_free import CPOLoss, ORPOLoss, SimPOLoss
@@ -136,7 +135,7 @@ class _ReferencedPairs(PairTraining, ReferencedTrainer):
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_paired(
-            self.pictured(formats.paired(dataset), PAIR, args, name), self.tokenizer_in_use,
+            self.pictured(formats.paired(dataset), formats.PAIR, args, name), self.tokenizer_in_use,
             max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
             responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
         )  # fmt: skip
@@ -268,7 +267,7 @@ class _ReferenceFree(PairTraining):
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
         return tokenize.tokenize_reference_free(
-            self.pictured(formats.paired(dataset), PAIR, args, name), self.tokenizer_in_use,
+            self.pictured(formats.paired(dataset), formats.PAIR, args, name), self.tokenizer_in_use,
             max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
             responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastpref.data import images
 from fastpref.data.collators import PackedCollator
-from fastpref.data.encode import PAIR
+from fastpref.data.formats import PAIR
 from fastpref.data.packing import Scored
 from fastpref.data.vision import Vision, context_of
 from fastpref.models import evaluating

@@ -119,20 +119,19 @@ def test_parts_train_as_in_trl(what, tmp_path):
     check_against(*found)
 
 
+def singles() -> Dataset:
+    """Single responses, bad and good ones in turn."""
+    rows = [
+        {"images": r["images"], "prompt": r["prompt"], "completion": r["chosen" if good else "rejected"], "label": good}
+        for r, good in zip(records(), [False, True] * 3, strict=True)
+    ]
+    return Dataset.from_list(rows)
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_kto_has_the_losses_of_trl(family, tmp_path):
     model, processor = FAMILIES[family]()
-    rows = [
-        {
-            "images": r["images"],
-            "prompt": r["prompt"],
-            "completion": r["chosen" if i % 2 else "rejected"],
-            "label": i % 2,
-        }
-        for i, r in enumerate(records())
-    ]
-    dataset = Dataset.from_list([row | {"label": bool(row["label"])} for row in rows])
-    more = options(per_device_train_batch_size=2)
+    dataset, more = singles(), options(per_device_train_batch_size=2)
     theirs = trl.KTOTrainer(
         copy.deepcopy(model), copy.deepcopy(model), trl.KTOConfig(str(tmp_path / "trl"), **more),
         train_dataset=dataset, processing_class=processor,
@@ -149,6 +148,18 @@ def test_kto_has_the_losses_of_trl(family, tmp_path):
     check_against(wanted, found)
     check_against(wanted, logs(patched))
     assert [e["kl"] for e in found] == pytest.approx([e["kl"] for e in wanted], abs=1e-4)
+
+
+def test_the_patch_has_the_losses_of_trl_without_mismatched_completions(tmp_path):
+    model, processor = FAMILIES["llava"]()
+    found = []
+    for home in (trl, trl_trainers):
+        args = trl.KTOConfig(str(tmp_path / home.__name__), **options(loss_type="apo_zero_unpaired"))
+        trainer = home.KTOTrainer(
+            copy.deepcopy(model), copy.deepcopy(model), args, train_dataset=singles(), processing_class=processor
+        )
+        found.append(logs(trainer))
+    check_against(*found)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
