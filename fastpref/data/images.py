@@ -24,6 +24,7 @@ from fastpref import __version__
 from fastpref.data import template
 from fastpref.data.encode import template_texts
 from fastpref.data.formats import column_names
+from fastpref.data.reference_cache import Fingerprint
 
 Record = dict[str, Any]
 COLUMNS = ("images", "image")
@@ -351,15 +352,10 @@ def _refuse_image_tokens(processor: Any, sides: Sequence[str], responses: Sequen
 
 def _hash(inputs: Mapping[str, Any]) -> list[int]:
     """128 bits of the tensors that reach the model beside the token ids, as two numbers."""
-    import xxhash
-
-    found = xxhash.xxh3_128()
-    for name in sorted(set(inputs) - {"attention_mask"}):
-        value = inputs[name]
-        if isinstance(value, torch.Tensor):
-            found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            found.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
-    return np.frombuffer(found.digest(), dtype=np.int64).tolist()
+    names = sorted(set(inputs) - {"attention_mask"})
+    tensors = ((name, inputs[name]) for name in names if isinstance(inputs[name], torch.Tensor))
+    digest = bytes.fromhex(Fingerprint().weights(tensors).hexdigest())
+    return np.frombuffer(digest, dtype=np.int64).tolist()
 
 
 def located(record: Mapping[str, Any], folder: Path) -> Record:
