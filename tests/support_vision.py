@@ -65,17 +65,23 @@ def llava() -> tuple[Any, Any]:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.processing_llava import LlavaProcessor
 
+    images = CLIPImageProcessorPil(**CROPPED)
+    return _llava("llava", LlavaProcessor, images, vision_feature_layer=-2)
+
+
+CROPPED = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+
+
+def _llava(name: str, processor_class: Any, images: Any, **more: Any) -> tuple[Any, Any]:
     text = tokenizer("<image>", ("<image>",))
-    size = {"shortest_edge": 16}
-    images = CLIPImageProcessorPil(size=size, crop_size={"height": 16, "width": 16})
-    processor = LlavaProcessor(
+    processor = processor_class(
         images, text, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=text.chat_template,
     )  # fmt: skip
     model = built(
-        "llava", text_config={"model_type": "llama", **TEXT},
+        name, text_config={"model_type": "llama", **TEXT},
         vision_config={"model_type": "clip_vision_model", **VISION, "projection_dim": 16},
-        image_token_index=text.convert_tokens_to_ids("<image>"), vision_feature_layer=-2,
+        image_token_index=processor.image_token_id, **more,
     )  # fmt: skip
     return model, processor
 
@@ -132,20 +138,9 @@ def llava_next() -> tuple[Any, Any]:
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-    text, grids = tokenizer("<image>", ("<image>",)), [[16, 32], [32, 16]]
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=grids
-    )
-    processor = LlavaNextProcessor(
-        images, text, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=text.chat_template,
-    )  # fmt: skip
-    model = built(
-        "llava_next", text_config={"model_type": "llama", **TEXT},
-        vision_config={"model_type": "clip_vision_model", **VISION, "projection_dim": 16},
-        image_token_index=processor.image_token_id, image_grid_pinpoints=grids,
-    )  # fmt: skip
-    return model, processor
+    grids = [[16, 32], [32, 16]]
+    images = LlavaNextImageProcessorPil(**CROPPED, image_grid_pinpoints=grids)
+    return _llava("llava_next", LlavaNextProcessor, images, image_grid_pinpoints=grids)
 
 
 IDEFICS = (
