@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from benchmarks import record
 from benchmarks.measure import MIB, interleave, quantile
 from benchmarks.suite import INTERRUPTED, take_interrupts
 from benchmarks.trainers import model_folder
+from fastpref.commands.demo.comparison import Failed, report, result_of, step_clock
 
 PROVIDERS = ("trl", "fastpref", "fastpref, cached teacher")
 NOISE = 0.2  # of each weight's standard deviation, added to the teacher's
@@ -67,24 +67,11 @@ def conversations(tokenizer: Any, max_length: int, number: int) -> Any:
 def train(provider: str, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Trains by one provider, in this process."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fastpref.common.memory import peak_bytes
 
-    on_gpu, begun, ended = settings["device"] == "cuda", [], []
-
-    class Clock(TrainerCallback):
-        def _now(self) -> float:
-            if on_gpu:
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            begun.append(self._now())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ended.append(self._now())
-
+    on_gpu, clock = settings["device"] == "cuda", step_clock(settings["device"])
     tokenizer = AutoTokenizer.from_pretrained(settings["student"])
     dtype = torch.bfloat16 if on_gpu else torch.float32
     student, teacher = (
@@ -104,7 +91,7 @@ def train(provider: str, settings: dict[str, Any], scratch: str) -> dict[str, An
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
         trainer: Any = GKDTrainer(student, teacher, GKDConfig(**options), None, data, processing_class=tokenizer,
-                                  callbacks=[Clock()])  # fmt: skip
+                                  callbacks=[clock])  # fmt: skip
     else:
         from fastpref.trainers import DistillationConfig, DistillationTrainer
 
@@ -112,28 +99,25 @@ def train(provider: str, settings: dict[str, Any], scratch: str) -> dict[str, An
             {"cache_teacher": True, "teacher_cache": f"{scratch}/cache"} if "cached" in provider else {}
         )
         config = DistillationConfig(**options, **cached)
-        trainer = DistillationTrainer(student, teacher, config, data, processing_class=tokenizer, callbacks=[Clock()])
+        trainer = DistillationTrainer(student, teacher, config, data, processing_class=tokenizer, callbacks=[clock])
         del student, teacher  # a cached teacher is freed
     ready = time.perf_counter()
     loss = trainer.train().training_loss
-    seconds = [b - a for a, b in zip(begun, ended, strict=True)]
     peak = peak_bytes(torch.device(settings["device"])) or 0
-    return {"seconds": seconds[1:], "setup_seconds": ready - begin, "peak_bytes": peak, "loss": loss}
+    return {"seconds": clock.seconds[1:], "setup_seconds": ready - begin, "peak_bytes": peak, "loss": loss}
 
 
 def train_in_process(provider: str, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Trains by one provider, in a process of its own.
 
     Raises:
-        RuntimeError: it stopped with an error.
+        Failed: it stopped with an error.
     """
     folder = tempfile.mkdtemp(dir=scratch)
-    command = [sys.executable, "-m", "benchmarks.distillation", "--worker", provider, json.dumps(settings), folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"{provider}: {(done.stderr.strip().splitlines() or ['no result'])[-1]}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    try:
+        return result_of("benchmarks.distillation", "--worker", provider, json.dumps(settings), folder)
+    except Failed as error:
+        raise Failed(f"{provider}: {error}") from None
 
 
 def measure_step(settings: dict[str, Any], scratch: str, repeats: int) -> list[dict[str, Any]]:
@@ -248,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--worker"]:
         warnings.simplefilter("ignore")
-        print("RESULT " + json.dumps(train(argv[1], json.loads(argv[2]), argv[3])), flush=True)
+        report(train(argv[1], json.loads(argv[2]), argv[3]))
         return 0
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation", description=__doc__.splitlines()[0])
     add = parser.add_argument

@@ -11,18 +11,16 @@ quantity. It must be within 25 % of every measured point; then it is printed for
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import record
 from benchmarks.trainers import SIZES, model_folder
+from fastpref.commands.demo.comparison import Failed, report, result_of, step_clock
 
 WIDE = 4  # bytes of fp32, in which adapters train
 TOLERANCE = 0.25
@@ -130,7 +128,6 @@ def _step(model: str, prompt: int, response: int, rank: int, scratch: str) -> No
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
 
     from fastpref.common.memory import peak_bytes
     from fastpref.trainers import DPOConfig, DPOTrainer
@@ -141,15 +138,7 @@ def _step(model: str, prompt: int, response: int, rank: int, scratch: str) -> No
         "prompt_ids": ids[0][:prompt], "chosen_ids": ids[1][:response], "rejected_ids": ids[2][:response],
         "ref_chosen_logps": -10.0 * response, "ref_rejected_logps": -10.0 * response,
     }  # fmt: skip
-    times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
-
+    clock = step_clock("cpu")
     config = DPOConfig(
         output_dir=scratch, per_device_train_batch_size=1, max_steps=1, bf16=False, use_cpu=True, max_length=None,
         gradient_checkpointing=True, activation_offloading=True, save_strategy="no", disable_tqdm=True,
@@ -157,14 +146,14 @@ def _step(model: str, prompt: int, response: int, rank: int, scratch: str) -> No
         model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
     trainer = DPOTrainer(
-        model, args=config, train_dataset=Dataset.from_list([example]), callbacks=[Clock()],
+        model, args=config, train_dataset=Dataset.from_list([example]), callbacks=[clock],
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear"),
     )  # fmt: skip
     before = _resident()
     trainer.train()
     shape = Shape.of(trainer.inner.config, rank)
-    found = {"seconds": times[1] - times[0], "bytes": (peak_bytes(torch.device("cpu")) or 0) - before}
-    print("RESULT " + json.dumps({**found, "shape": shape, "layout": trainer.data_collator.layout}), flush=True)
+    found = {"seconds": clock.seconds[0], "bytes": (peak_bytes(torch.device("cpu")) or 0) - before}
+    report({**found, "shape": shape, "layout": trainer.data_collator.layout})
 
 
 def measure(args: argparse.Namespace) -> record.Record:
@@ -177,15 +166,11 @@ def measure(args: argparse.Namespace) -> record.Record:
         for length in args.lengths:
             step = Step.of(length, args.prompt_share)
             given = [model, str(step.prompt), str(step.response), str(args.rank), scratch]
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.long_context", "--child", *given],
-                capture_output=True, text=True, check=False, env=os.environ | RETURNED,
-            )  # fmt: skip
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                absent[f"{length} tokens"] = (done.stderr.strip().splitlines() or ["no result"])[-1]
+            try:
+                found = result_of("benchmarks.long_context", "--child", *given, environment=os.environ | RETURNED)
+            except Failed as error:
+                absent[f"{length} tokens"] = str(error)
                 break
-            found = json.loads(lines[0].removeprefix("RESULT "))
             shape = Shape(*found["shape"])
             predicted = peak(memory(shape, step, WIDE, TILE["cpu"], expanded=True, moments=False))
             rows.append(
@@ -195,10 +180,10 @@ def measure(args: argparse.Namespace) -> record.Record:
                     "axis": "tokens of a sequence", "x": length, "shape": found["shape"], "layout": found["layout"],
                 }
             )  # fmt: skip
-            error = abs(found["bytes"] / predicted - 1)
+            off = abs(found["bytes"] / predicted - 1)
             gate.append(
-                {"case": f"{length} tokens", "provider": "formula", "errors": {"memory": error},
-                 "passed": error <= TOLERANCE}
+                {"case": f"{length} tokens", "provider": "formula", "errors": {"memory": off},
+                 "passed": off <= TOLERANCE}
             )  # fmt: skip
             print(f"{length} tokens: {found['seconds']:.1f} s, {found['bytes'] / GB:.2f} GB", flush=True)
     settings = {"model": args.model, "lengths": args.lengths, "prompt_share": args.prompt_share, "rank": args.rank}

@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import json
 import random
-import resource
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -28,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import record
 from benchmarks.trainers import model_folder
+from fastpref.commands.demo.comparison import Failed, report, result_of
+from fastpref.common.memory import peak_bytes
 
 LIBRARIES = ("trl", "fastpref")
 LOSS_TOLERANCE = 1e-4
@@ -110,11 +109,10 @@ def one(library: str, method: str, folder: str, samples: int, tokens: int, steps
     products.__enter__()  # for the first update, which is not timed
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "seconds": [entry["step_time"] for entry in logs[1:]], "losses": [entry["loss"] for entry in logs],
-        "peak_bytes": peak, "flops": products.flops,
+        "peak_bytes": peak_bytes(device) or 0, "flops": products.flops,
     }  # fmt: skip
 
 
@@ -131,19 +129,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--one", choices=LIBRARIES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
-        print(json.dumps(one(args.one, args.method, args.model, args.samples, args.tokens, args.steps)))
+        report(one(args.one, args.method, args.model, args.samples, args.tokens, args.steps))
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(model_folder(args.model, Path(scratch)))
         runs: dict[str, list[dict[str, Any]]] = {library: [] for library in LIBRARIES}
         for _, library in itertools.product(range(args.repeats), LIBRARIES):
             settings = [f"--{name}={getattr(args, name)}" for name in ("method", "samples", "tokens", "steps")]
-            command = [sys.executable, "-m", "benchmarks.rl_step", f"--one={library}", f"--model={folder}", *settings]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(done.stderr[-2000:], file=sys.stderr)
+            try:
+                found = result_of("benchmarks.rl_step", f"--one={library}", f"--model={folder}", *settings)
+            except Failed as error:
+                print(f"{library}: {error}", file=sys.stderr)
                 return 1
-            runs[library].append(json.loads(done.stdout.splitlines()[-1]))
+            runs[library].append(found)
     losses = [runs[library][0]["losses"] for library in LIBRARIES]
     furthest = max(abs(a - b) for a, b in zip(*losses, strict=True))
     rows = []

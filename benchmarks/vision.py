@@ -14,8 +14,6 @@ import argparse
 import copy
 import functools
 import itertools
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.measure import MIB
 from benchmarks.suite import take_interrupts
+from fastpref.commands.demo.comparison import Failed, report, result_of
 
 LIBRARIES = ("trl", "patched", "fastpref")
 TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -113,13 +112,12 @@ def pairs(args: argparse.Namespace) -> Any:
 
 def train(library: str, args: argparse.Namespace) -> dict[str, Any]:
     """Trains with one library in this process, and measures its steps."""
-    import resource
-
     import torch
     import trl
     from transformers import TrainerCallback
 
     from fastpref import trainers
+    from fastpref.common.memory import peak_bytes
     from fastpref.integrations import trl_trainers
 
     class Clock(TrainerCallback):
@@ -158,11 +156,10 @@ def train(library: str, args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    peak = torch.cuda.max_memory_allocated() if half else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "seconds": [end - begin for begin, end in itertools.pairwise(clock.ends)],
-        "peak_bytes": peak, "setup_seconds": setup, "loss": sum(losses) / len(losses),
-        **counts,
+        "peak_bytes": peak_bytes(torch.device(args.device)) or 0, "setup_seconds": setup,
+        "loss": sum(losses) / len(losses), **counts,
     }  # fmt: skip
 
 
@@ -203,16 +200,13 @@ def measure(args: argparse.Namespace, save: Any = None) -> record.Record:
     for _ in range(args.repeats):
         for library in LIBRARIES:
             options = [f"--{name.replace('_', '-')}={settings[name]}" for name in names[:-1]]
-            command = [sys.executable, "-m", "benchmarks.vision", "--only", library, *options]
-            done = subprocess.run(
-                command + ["--checkpointing"] * args.checkpointing, capture_output=True, text=True, check=False
-            )
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if done.returncode or not lines:
-                absent[library] = (done.stderr.strip().splitlines() or ["no result"])[-1]
-                print(f"{library}: {absent[library]}", flush=True)
+            options += ["--checkpointing"] * args.checkpointing
+            try:
+                found[library].append(result_of("benchmarks.vision", "--only", library, *options))
+            except Failed as error:
+                absent[library] = str(error)
+                print(f"{library}: {error}", flush=True)
                 continue
-            found[library].append(json.loads(lines[-1].removeprefix("RESULT ")))
             print(f"{library} {found[library][-1]}", flush=True)
         if save is not None:
             save(so_far())
@@ -260,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=Path, help="file or folder for the record")
     args = parser.parse_args(argv)
     if args.only is not None:
-        print("RESULT " + json.dumps(train(args.only, args)))
+        report(train(args.only, args))
         return 0
     take_interrupts()
     found = measure(args, None if args.json is None else functools.partial(record.write, path=args.json))

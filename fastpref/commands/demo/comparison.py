@@ -13,13 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 LIBRARIES = ("trl", "fastpref")
 NAMES = {"trl": "TRL", "fastpref": "fastpref"}
 LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # of the mean loss: fp32; bf16, where TRL rounds its logits
 MIB = 1 << 20
+RESULT = "RESULT "  # what the line of a process begins with that has its result
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,49 @@ class Failed(RuntimeError):
     """A library is not installed, or stopped with an error."""
 
 
+def step_clock(device: str) -> Any:
+    """A callback for a trainer; its `seconds` are those of each step, on a GPU until its work is done."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.begun = 0.0
+
+        def _now(self) -> float:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begun = self._now()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(self._now() - self.begun)
+
+    return Clock()
+
+
+def report(result: dict[str, Any]) -> None:
+    """Prints what `result_of` reads in the process that has started this one."""
+    print(RESULT + json.dumps(result), flush=True)
+
+
+def result_of(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What `python -m module arguments` reports, in a process of its own.
+
+    Raises:
+        Failed: it stopped with an error, or without a result. The message is its last line.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    if done.returncode or not lines:
+        raise Failed((done.stderr.strip().splitlines() or ["no result"])[-1])
+    return json.loads(lines[-1].removeprefix(RESULT))
+
+
 def pairs_of(files: list[str] | None) -> Any:
     """`prompt`, `chosen`, `rejected` of preference data in any format, in its order.
 
@@ -70,7 +115,7 @@ def pairs_of(files: list[str] | None) -> Any:
 def train(library: str, run: Run, scratch: str) -> Result:
     """Trains with one library, in this process."""
     import torch
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
 
     from fastpref.common.memory import peak_bytes
 
@@ -87,21 +132,6 @@ def train(library: str, run: Run, scratch: str) -> Result:
     wanted = run.steps * run.batch_size
     dataset = dataset.select([i % len(dataset) for i in range(wanted + wanted // 2 + 2)])
 
-    class Clock(TrainerCallback):
-        begun: ClassVar[list[float]] = []
-        ended: ClassVar[list[float]] = []
-
-        def _now(self) -> float:
-            if on_gpu:
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begun.append(self._now())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ended.append(self._now())
-
     config = DPOConfig(
         output_dir=f"{scratch}/{library}", per_device_train_batch_size=run.batch_size, max_steps=run.steps,
         logging_steps=10, bf16=on_gpu, use_cpu=not on_gpu, learning_rate=1e-6, max_length=run.max_length,
@@ -114,15 +144,14 @@ def train(library: str, run: Run, scratch: str) -> Result:
         from peft import LoraConfig
 
         adapter = LoraConfig(task_type="CAUSAL_LM", r=run.lora_r, target_modules="all-linear")
-    begin = time.perf_counter()
+    clock, begin = step_clock(run.device), time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     trainer = DPOTrainer(
-        run.model, None, config, None, dataset, processing_class=tokenizer, callbacks=[Clock()], peft_config=adapter
+        run.model, None, config, None, dataset, processing_class=tokenizer, callbacks=[clock], peft_config=adapter
     )
     ready = time.perf_counter()
     loss = trainer.train().training_loss
-    seconds = [b - a for a, b in zip(Clock.begun, Clock.ended, strict=True)]
-    return Result(seconds[1:], ready - begin, peak_bytes(torch.device(run.device)), loss)
+    return Result(clock.seconds[1:], ready - begin, peak_bytes(torch.device(run.device)), loss)
 
 
 def train_in_process(library: str, run: Run, scratch: str) -> Result:
@@ -132,12 +161,10 @@ def train_in_process(library: str, run: Run, scratch: str) -> Result:
         Failed: the library is not installed, or stopped with an error.
     """
     folder = tempfile.mkdtemp(dir=scratch)  # its own, and so no cache of an earlier run
-    command = [sys.executable, "-m", "fastpref.commands.demo.comparison", library, json.dumps(asdict(run)), folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise Failed(f"{NAMES[library]}: {(done.stderr.strip().splitlines() or ['no result'])[-1]}")
-    return Result(**json.loads(lines[-1].removeprefix("RESULT ")))
+    try:
+        return Result(**result_of("fastpref.commands.demo.comparison", library, json.dumps(asdict(run)), folder))
+    except Failed as error:
+        raise Failed(f"{NAMES[library]}: {error}") from None
 
 
 def compare(run: Run) -> dict[str, Result]:
@@ -171,7 +198,7 @@ def show(found: dict[str, Result], run: Run) -> None:
 
 
 def main(library: str, run: str, scratch: str) -> None:
-    print("RESULT " + json.dumps(asdict(train(library, Run(**json.loads(run)), scratch))), flush=True)
+    report(asdict(train(library, Run(**json.loads(run)), scratch)))
 
 
 if __name__ == "__main__":
