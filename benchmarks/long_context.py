@@ -128,12 +128,13 @@ def _step(model: str, prompt: int, response: int, rank: int, scratch: str) -> No
     import torch
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import AutoConfig
 
     from fastpref.common.memory import peak_bytes
     from fastpref.trainers import DPOConfig, DPOTrainer
 
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 40000, (3, max(prompt, response)), generator=draw).tolist()
+    draw, vocab = torch.Generator().manual_seed(0), AutoConfig.from_pretrained(model).vocab_size
+    ids = torch.randint(100, min(40000, vocab), (3, max(prompt, response)), generator=draw).tolist()
     example = {
         "prompt_ids": ids[0][:prompt], "chosen_ids": ids[1][:response], "rejected_ids": ids[2][:response],
         "ref_chosen_logps": -10.0 * response, "ref_rejected_logps": -10.0 * response,
@@ -207,6 +208,7 @@ def table(found: record.Record) -> str:
             seconds = rows[0]["seconds"][0] * flops(shape, step) / rows[0]["flops"]
             size = peak(memory(shape, step, WIDE, TILE["cpu"], expanded=True))
             lines.append(f"| {length:,} | | {seconds:,.0f} | | {size / GB:.1f} |")
+    lines += ["", *(f"- absent: {case}: {why}" for case, why in found["absent"].items())] if found["absent"] else []
     return "\n".join([*lines, "", recipe(), "", record.provenance(found)])
 
 

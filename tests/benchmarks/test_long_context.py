@@ -1,11 +1,14 @@
 """The formula of a long step counts what a model has and what a step keeps."""
 
+import argparse
 import warnings
 
 import torch
 from support_zoo import tiny_model
 
+from benchmarks import long_context
 from benchmarks.long_context import Shape, Step, memory, recipe
+from fastpref.commands.demo.comparison import Failed
 from fastpref.data.packing import Scored, pack
 from fastpref.trainers.forward import hidden_rows
 from fastpref.trainers.layout import choose_layout
@@ -50,3 +53,12 @@ def test_checkpointing_keeps_a_layers_input_for_each_node():
 def test_the_recipe_has_both_lengths():
     text = recipe()
     assert "| 32,768 | 16,384 | bf16 |" in text and "| 131,072 | 4,096 | 4 bit |" in text
+
+
+def test_a_length_that_stops_is_listed_with_its_last_line(monkeypatch):
+    def stops(*_, **__):
+        raise Failed("MemoryError: so much")
+
+    monkeypatch.setattr(long_context, "result_of", stops)
+    args = argparse.Namespace(model="tiny", lengths=[64, 128], prompt_share=0.5, rank=4)
+    assert "- absent: 64 tokens: MemoryError: so much" in long_context.table(long_context.measure(args))
