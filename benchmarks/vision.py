@@ -56,9 +56,7 @@ SIZES: dict[str, dict[str, Any]] = {  # text and vision; 2b as Qwen2-VL-2B's con
 def model_and_processor(size: str, dtype: str) -> tuple[Any, Any]:
     """A Qwen2-VL with random weights, and a processor whose tokens are bytes. It needs no torchvision."""
     import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
-        PreTrainedTokenizerFast,
         ProcessorMixin,
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
@@ -66,13 +64,10 @@ def model_and_processor(size: str, dtype: str) -> tuple[Any, Any]:
         Qwen2VLProcessor,
     )  # fmt: skip
 
+    from fastpref.models.small_vision import byte_tokenizer
+
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *TOKENS]
-    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(names)}, merges=[]))
-    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    pieces.decoder = decoders.ByteLevel()
-    pieces.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = byte_tokenizer(special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     ids: Any = tokenizer.convert_tokens_to_ids(list(TOKENS))
     start, end, image, video = ids
 

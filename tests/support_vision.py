@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoModelForImageTextToText, ProcessorMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from fastpref.models.small_vision import byte_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<s>' + message['role'] + ':' }}{% if message['content'] is string %}"
@@ -37,14 +38,8 @@ VISION = {
 
 def tokenizer(image: str, more: tuple[str, ...] = (), **roles: str) -> Any:
     """Bytes as tokens, and one for each special token. `image` stands for an image in the chat template."""
-    names = [*SPECIAL, *more]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*names, *alphabet])}, merges=[]))
-    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    pieces.decoder = decoders.ByteLevel()
-    pieces.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=pieces, pad_token="<pad>", eos_token="</s>", extra_special_tokens=roles,
+    return byte_tokenizer(
+        [*SPECIAL, *more], pad_token="<pad>", eos_token="</s>", extra_special_tokens=roles,
         chat_template=TEMPLATE.replace("IMAGE", f"'{image}'"),
     )  # fmt: skip
 
