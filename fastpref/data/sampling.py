@@ -84,8 +84,18 @@ def sample_responses(
     Raises:
         ValueError: names the prompt that the chat template refuses, or that has no tokens.
     """
-    how = sampling or Sampling()
     ids = all_prompt_ids(prompts, tokenizer)
+    how = sampling or Sampling()
+    yield from sample_encoded(
+        model, tokenizer, prompts, ids, how, batch_size=batch_size, start=start, progress=progress
+    )
+
+
+def sample_encoded(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt | Mapping[str, Any]], ids: Sequence[list[int]], how: Sampling,
+    *, batch_size: int, start: int = 0, progress: Callable[[int], None] | None = None,
+) -> Iterator[list[Response]]:  # fmt: skip
+    """What `sample_responses` yields, where the prompts' token ids are known (see `all_prompt_ids`)."""
     pictured = {i for i, p in enumerate(prompts) if isinstance(p, Mapping) and images.listed(p)}
 
     def run(window: list[tuple[int, list[int]]]) -> list[list[Response]]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastpref.common.files import check_writable
-from fastpref.data.sampling import Sampling, all_prompt_ids, end_tokens, sample_responses
+from fastpref.data.sampling import Sampling, all_prompt_ids, end_tokens, sample_encoded
 from fastpref.online import loading, servers
 from fastpref.online.command import Progress, at_least, command
 from fastpref.online.prompts import read_prompts, with_responses
@@ -91,10 +91,9 @@ def generate_file(
         return 0
     start = journal.done
     with Progress(len(prompts) * how.k, "responses", start * how.k, shown=progress) as bar:
-        found = sample_responses(
-            model, tokenizer, prompts, how, batch_size=batch_size, start=start,
-            progress=bar.update,
-        )  # fmt: skip
+        found = sample_encoded(
+            model, tokenizer, prompts, ids, how, batch_size=batch_size, start=start, progress=bar.update
+        )
         for index, responses in enumerate(found, start):
             journal.append([with_responses(prompts[index], index, responses, save_ids)])
     return journal.done - start

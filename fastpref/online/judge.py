@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.common.files import check_writable
-from fastpref.data.sampling import Sampling, all_prompt_ids, sample_responses
+from fastpref.data.sampling import Sampling, all_prompt_ids, sample_encoded
 from fastpref.online import judge_report, loading, servers, verdicts
 from fastpref.online.answer_log import AnswerLog, Ask, Key, MakeRequest, in_order
 from fastpref.online.answers import Answer, Request
@@ -200,10 +200,10 @@ def _local(model: Any, tokenizer: Any, every: Sequence[Key], messages: Any, samp
         if not todo:
             return
         prompts = [messages(*key) for key in every]
-        lengths = map(len, all_prompt_ids(prompts[-len(todo) :], tokenizer))
+        ids = all_prompt_ids(prompts, tokenizer)
         start = len(every) - len(todo)
-        found = sample_responses(model, tokenizer, prompts, sampling, batch_size=batch_size, start=start)
-        for key, length, (response,) in zip(todo, lengths, found, strict=True):
-            yield key, Answer(response.text, response.finished, length, response.tokens)
+        found = sample_encoded(model, tokenizer, prompts, ids, sampling, batch_size=batch_size, start=start)
+        for key, asked, (response,) in zip(todo, ids[start:], found, strict=True):
+            yield key, Answer(response.text, response.finished, len(asked), response.tokens)
 
     return ask

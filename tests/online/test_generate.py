@@ -335,3 +335,10 @@ def test_adapters(policy, tmp_path) -> None:
         part.save_pretrained(tmp_path / "adapter")
     loaded = load_policy(tmp_path / "adapter")[0].double()
     assert texts((loaded, tokenizer)) == texts((adapted.merge_and_unload().double(), tokenizer)) != texts(policy)
+
+
+def test_prompts_were_encoded_once_for_the_file_and_once_more_for_the_sampling(policy, tmp_path, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr("fastpref.data.sampling.prompt_ids", lambda *given: calls.append(given) or prompt_ids(*given))
+    generate_file(*policy, PROMPTS[:2], tmp_path / "out.jsonl", Sampling(k=1, max_new_tokens=2))
+    assert len(calls) == 2
