@@ -40,6 +40,16 @@ class Scripted:
         with urlopen(f"{url}/log", timeout=10) as answer:
             return json.load(answer)
 
+    def killed_after(self, requests: int, url: str, *arguments: str) -> None:
+        """Runs `fastpref ARGUMENTS --server URL` in a process, which is killed when so many requests have come."""
+        command = [sys.executable, "-m", "fastpref.commands.cli", *arguments, "--server", url]
+        process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
+        while len(self.got(url)) < requests:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from itertools import pairwise
 
 import pytest
@@ -186,14 +182,8 @@ def test_a_server_that_fails_loses_no_verdict(scripted, script, tmp_path) -> Non
 def test_a_killed_judging_asks_only_again_what_was_under_way(scripted, tmp_path) -> None:
     url, out = scripted.url("slow@150"), tmp_path / "out.jsonl"
     source = write_lines(tmp_path / "in.jsonl", RECORDS)
-    command = [sys.executable, "-m", "fastpref.commands.cli", "judge", "--responses", str(source), "--output", str(out)]
-    command += ["--server", url, "--concurrency", "2"]
-    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
-    while len(scripted.got(url)) < 7:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    command = ["judge", "--responses", str(source), "--output", str(out), "--concurrency", "2"]
+    scripted.killed_after(7, url, *command)
     judge_file(server(url), RECORDS, out)
     assert [r["prompt"] for r in read_records(out)] == [r["prompt"] for r in RECORDS]
     assert len(scripted.got(url)) - ANSWERS == scripted_server.repeated(scripted.got(url)) <= 2

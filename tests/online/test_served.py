@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -204,23 +202,9 @@ def generate_until(ready, then, url, out):
 def test_a_killed_run_asks_only_again_what_was_under_way(scripted, tmp_path, whole) -> None:
     url, out = scripted.url("slow@100"), tmp_path / "out.jsonl"
     prompts = write_lines(tmp_path / "prompts.jsonl", PROMPTS)
-    command = [
-        sys.executable,
-        "-m",
-        "fastpref.commands.cli",
-        "generate",
-        "--prompts",
-        str(prompts),
-        "--output",
-        str(out),
-    ]
-    command += ["-k", "3", "--max-new-tokens", "6", "--seed", "3", "--concurrency", "4", "--server", url]
-    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
-    while len(scripted.got(url)) < 10:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    command = ["generate", "--prompts", str(prompts), "--output", str(out)]
+    command += ["-k", "3", "--max-new-tokens", "6", "--seed", "3", "--concurrency", "4"]
+    scripted.killed_after(10, url, *command)
     assert generated(url, out) > 0
     assert out.read_bytes() == whole
     assert len(scripted.got(url)) - len(PAIRS) == scripted_server.repeated(scripted.got(url)) <= 4
