@@ -9,9 +9,9 @@ from typing import Any
 from fastpref.common.files import check_writable
 from fastpref.online import evaluation, loading
 from fastpref.online.command import Progress, at_least, command
-from fastpref.online.pairs import interval, number, share_text
 from fastpref.online.prompts import load_pairs
 from fastpref.online.records import write_json
+from fastpref.online.text import interval, number, quantiles_text, share_text, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +70,9 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
     """The evaluation as lines for a terminal."""
     rows = [("pairs", f"{found['pairs']}" + (f", {found['left_out']} left out" if found["left_out"] else ""))]
     rows += [("accuracy", _share(found["accuracy"]) + (f", {found['ties']} ties" if found["ties"] else ""))]
-    quantiles = found["margins"]["quantiles"].items()
     rows += [
         ("margin", f"mean {found['margins']['mean']:+.4f}"),
-        ("", "  ".join(f"{100 * float(q):g} %: {value:+.3f}" for q, value in quantiles)),
+        ("", quantiles_text(found["margins"]["quantiles"], "+.3f")),
         ("rewards", "  ".join(f"{side} {value:+.4f}" for side, value in found["rewards"].items())),
     ]
     if found["kind"] == "policy":
@@ -90,7 +89,7 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
         ("  accuracy where it is shorter", _share(length["accuracy_chosen_shorter"])),
         ("  correlation with the margin", number(length["correlation"])),
     ]  # fmt: skip
-    return [f"{name:36} {text}" for name, text in rows]
+    return table(rows)
 
 
 def _policy_rows(found: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

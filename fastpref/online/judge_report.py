@@ -12,8 +12,8 @@ from fastpref.online import statistics
 from fastpref.online.agreement import agreement_report, krippendorff_alpha
 from fastpref.online.answer_log import Key
 from fastpref.online.answers import Answer
-from fastpref.online.pairs import number, share_text
 from fastpref.online.records import read_records
+from fastpref.online.text import number, quantiles_text, share_text, table
 from fastpref.online.verdicts import Judging
 
 EXAMPLES = 3  # of answers without a verdict
@@ -129,7 +129,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             ("  a tie in one", f"{position['tie_in_one']}"),
         ]
     if found["grades"] and found["grades"]["quantiles"]:
-        quantiles = "  ".join(f"{100 * float(q):g} %: {v:g}" for q, v in found["grades"]["quantiles"].items())
+        quantiles = quantiles_text(found["grades"]["quantiles"], "g")
         rows.append(("grades", f"mean {found['grades']['mean']:.2f};  {quantiles}"))
     if found["samples"] is not None:
         rows.append(("agreement of samples, alpha", number(found["samples"])))
@@ -137,7 +137,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         rows += _agreement_rows(found["agreement"])
     unknown = f", unknown of {tokens['unknown']} answers" if tokens["unknown"] else ""
     rows.append(("tokens", f"{tokens['prompts']:,} of prompts, {tokens['answers']:,} of answers{unknown}"))
-    return [f"{name:36} {text}" for name, text in rows]
+    return table(rows)
 
 
 def _agreement_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:

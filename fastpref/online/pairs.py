@@ -14,6 +14,7 @@ from fastpref.online.mixing import mix_pairs
 from fastpref.online.pairing import HOW, LIST, PairRules, make_pairs
 from fastpref.online.prompts import load_pairs
 from fastpref.online.records import Record, read_records, write_json, write_records
+from fastpref.online.text import interval, number, quantiles_text, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,8 +93,7 @@ def report_lines(report: Mapping[str, Any], made: str = "pairs") -> list[str]:
         *((f"  dropped: {reason}", f"{count}") for reason, count in report["dropped"].items()),
     ]
     if report["pairs"]:
-        quantiles = "  ".join(f"{100 * float(q):g} %: {v:.3f}" for q, v in margins["quantiles"].items())
-        rows += [("margin", f"mean {margins['mean']:.3f};  {quantiles}")]
+        rows += [("margin", f"mean {margins['mean']:.3f};  {quantiles_text(margins['quantiles'], '.3f')}")]
         if report["agreement"] is not None:
             rows += [("judges that agree", f"{report['agreement']:.1%}")]
         wins = length["longer_wins"]
@@ -107,18 +107,4 @@ def report_lines(report: Mapping[str, Any], made: str = "pairs") -> list[str]:
         rows.append((f"weight {source['weight']:g}", f"{source['pairs']} pairs of {name}"))
     if report.get("columns_left_out"):
         rows.append(("columns that not all pairs have", f"left out: {', '.join(report['columns_left_out'])}"))
-    return [f"{name:36} {text}" for name, text in rows]
-
-
-def number(value: float | None, form: str = "+.2f") -> str:
-    return "-" if value is None else f"{value:{form}}"
-
-
-def interval(share: Mapping[str, Any]) -> str:
-    low, high = share["interval"]
-    return f"[{low:.1%}, {high:.1%}]"
-
-
-def share_text(share: Mapping[str, Any], none: str = "-") -> str:
-    """With its interval and of how many, or `none` of none."""
-    return none if share["share"] is None else f"{share['share']:.1%} {interval(share)} of {share['count']}"
+    return table(rows)
