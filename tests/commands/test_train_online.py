@@ -161,5 +161,10 @@ def test_runs_are_drawn_beside_each_other(tmp_path) -> None:
     run = [{"step": i, "reward": i, "kl/exact": i / 2, **measured} for i in (1, 2)]
     overoptimization({"a": run, "b": run}, tmp_path / "found.png")
     assert (tmp_path / "found.png").stat().st_size > 1000
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.axes.Axes.plot", lambda self, *_, label, **__: drawn.append(label))
+        overoptimization({str(i): run for i in range(5)}, tmp_path / "five.png")
+    assert drawn == 3 * ["0", "1", "2", "3", "4"], "the fifth run was left out"
     with pytest.raises(ValueError, match="track_kl"):
         overoptimization({"a": [{"step": 1, "reward": 0.0}]}, tmp_path / "none.png")

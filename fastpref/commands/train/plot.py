@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 BLUE, GREEN, RED, INK, GRID = "#2b6cb0", "#2f855a", "#c2502e", "#333333", "#e3e3e3"
@@ -119,18 +120,22 @@ def overoptimization(histories: Mapping[str, History], path: str | os.PathLike[s
     figure = Figure(figsize=(4.6 * (len(names) + 1), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, metric in zip(figure.subplots(1, len(names) + 1), [*names, "completions/mean_length"], strict=True):
-        for (name, history), colour in zip(histories.items(), (BLUE, RED, GREEN, INK), strict=False):
+        for (name, history), colour in zip(histories.items(), cycle((BLUE, RED, GREEN, INK)), strict=False):
             x = "kl/exact" if metric in titles else "step"
             found = [(e[x], e[metric]) for e in history if x in e and metric in e and "kl/exact" in e]
             xs, ys = ([pair[i] for pair in found] for i in (0, 1))
             axes.plot(smooth(xs) if x != "step" else xs, smooth(ys), ".-", color=colour, markersize=3, label=name)
-        axes.set_title(titles.get(metric, "tokens of a response"), loc="left", fontsize=11.5, color=INK)
+        _frame(axes, titles.get(metric, "tokens of a response"))
         axes.set_xlabel("exact KL, nats a response" if metric in titles else "step", color=INK)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
         if len(histories) > 1:
             axes.legend(frameon=False, fontsize=9.5)
     figure.savefig(path, dpi=150, facecolor="white")
+
+
+def _frame(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11.5, color=INK)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw(axes: Any, panel: Panel, history: History) -> None:
@@ -155,10 +160,8 @@ def _draw(axes: Any, panel: Panel, history: History) -> None:
             )  # fmt: skip
     if marked:
         axes.plot([], [], color=INK, linestyle="", marker="D", markersize=6, label="held out")
-    axes.set_title(panel.title, loc="left", fontsize=11.5, color=INK)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    _frame(axes, panel.title)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
     axes.tick_params(colors=INK, labelsize=9.5, length=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
