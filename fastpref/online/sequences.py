@@ -172,7 +172,7 @@ class _Run(NamedTuple):
 
 
 def _runs(models: Sequence[Any], sequences: Sequence[TokenSequence], tokenizer: Any, size: int) -> Iterator[_Run]:
-    if any(isinstance(sequence, PicturedSequence) for sequence in sequences):
+    if _with_images(sequences):
         for chosen in batches(sequences, size, "padded"):
             yield _padded_run(models, chosen, [sequences[i] for i in chosen], tokenizer)
         return
@@ -186,7 +186,7 @@ def _runs(models: Sequence[Any], sequences: Sequence[TokenSequence], tokenizer: 
 def _padded_run(models: Sequence[Any], chosen: list[int], some: Sequence[TokenSequence], tokenizer: Any) -> _Run:
     device = next(models[0].parameters()).device
     ids, mask, labels = (x.to(device) for x in _labelled(some, pad_id(images.tokenizer_of(tokenizer))))
-    seen = seen_inputs(some, tokenizer, ids)
+    seen = _seen_inputs(some, tokenizer, ids)
     hidden = [hidden_states(model, ids, mask, **in_dtype(seen, model)) for model in models]
     return _Run(chosen, hidden, labels, (labels != IGNORE_INDEX).sum(1), lambda values: values.double().sum(1))
 
@@ -232,9 +232,13 @@ def batches(sequences: Sequence[TokenSequence], size: int, layout: str) -> Itera
     yield from (order[i : i + size] for i in range(0, len(order), size))
 
 
-def seen_inputs(sequences: Sequence[TokenSequence], processor: Any, input_ids: Tensor) -> dict[str, Any]:
+def _with_images(sequences: Sequence[TokenSequence]) -> bool:
+    return any(isinstance(sequence, PicturedSequence) for sequence in sequences)
+
+
+def _seen_inputs(sequences: Sequence[TokenSequence], processor: Any, input_ids: Tensor) -> dict[str, Any]:
     """What a model takes beside the padded token ids of sequences with images; nothing for texts."""
-    if not any(isinstance(sequence, PicturedSequence) for sequence in sequences):
+    if not _with_images(sequences):
         return {}
     vision = Vision(processor)
     scored = [Scored(s.prompt + s.response, len(s.prompt)) for s in sequences]
@@ -252,8 +256,7 @@ def rewards(
 ) -> Tensor:  # fmt: skip
     """A reward model's scores of whole sequences, fp64 `[S]` on the CPU."""
     found = torch.zeros(len(sequences), dtype=torch.float64)
-    pictured = any(isinstance(sequence, PicturedSequence) for sequence in sequences)
-    trees = None if pictured else PromptTrees(model)
+    trees = None if _with_images(sequences) else PromptTrees(model)
     for chosen in batches(sequences, batch_size, "padded" if trees is None else trees.layout):
         some = [sequences[i] for i in chosen]
         if trees is None:
@@ -271,4 +274,4 @@ def _padded_rewards(model: RewardHead, some: Sequence[TokenSequence], tokenizer:
     rows = [sequence.prompt + sequence.response for sequence in some]
     device = model.score.weight.device
     ids, mask = (x.to(device) for x in padded(rows, pad_id(images.tokenizer_of(tokenizer)), "right"))
-    return model(ids, mask, **in_dtype(seen_inputs(some, tokenizer, ids), model.backbone))
+    return model(ids, mask, **in_dtype(_seen_inputs(some, tokenizer, ids), model.backbone))

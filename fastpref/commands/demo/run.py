@@ -9,42 +9,33 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastpref.common import terminal
+from fastpref.online.command import at_least
 
 QUICK_STEPS = 12
 COMPARED_STEPS = 2  # the first of them warms up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add, positive = parser.add_argument, partial(at_least, least=0, exclusive=True)
     add("--data", metavar="FILE", help="preference pairs, as `fastpref train dpo` takes them (default: the sample)")
     add("--model", metavar="PATH", help="a transformers checkpoint, or smollm2 (the default) or tiny (with --quick)")
     add("--output", default="demo-model", metavar="DIR", help="where the trained model goes (default: %(default)s)")
-    add("--epochs", type=_positive(int), default=1, help="passes over the training pairs (default: %(default)s)")
-    add("--steps", type=_positive(int), help="optimizer steps, in place of --epochs")
-    add("--batch-size", type=_positive(int), default=4, help="pairs a step (default: %(default)s)")
-    add("--max-length", type=_positive(int), default=512, help="tokens a sequence (default: %(default)s)")
-    add("--lr", type=_positive(float), help="peak learning rate (default: 2e-5; 2e-3 for the tiny model)")
-    add("--beta", type=_positive(float), default=0.1, help="strength of the KL constraint (default: %(default)s)")
+    add("--epochs", type=positive(int), default=1, help="passes over the training pairs (default: %(default)s)")
+    add("--steps", type=positive(int), help="optimizer steps, in place of --epochs")
+    add("--batch-size", type=positive(int), default=4, help="pairs a step (default: %(default)s)")
+    add("--max-length", type=positive(int), default=512, help="tokens a sequence (default: %(default)s)")
+    add("--lr", type=positive(float), help="peak learning rate (default: 2e-5; 2e-3 for the tiny model)")
+    add("--beta", type=positive(float), default=0.1, help="strength of the KL constraint (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the order of the pairs (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     add("--quick", action="store_true", help=f"{QUICK_STEPS} steps, on a tiny random model unless --model is given")
     add("--no-validate", dest="validate", action="store_false", help="skip the check of the numerics")
     add("--no-compare", dest="compare", action="store_false", help="skip the comparison with TRL")
-
-
-def _positive(kind: type) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"got {text}, want more than 0")
-        return value
-
-    return parse
 
 
 def run(args: argparse.Namespace) -> int:
