@@ -34,6 +34,19 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
         yield order[i : i + batch_size]
 
 
+def by_prompt(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
+    """Indices in an order in which those of one prompt follow one another, the longest first, as above.
+
+    Those with an empty prompt have none in common: they are in the order of their lengths.
+    """
+    known = [tuple(prompt) for prompt in prompts]
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, length in zip(known, lengths, strict=True):
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    ranks = [(longest[prompt] if prompt else length, prompt) for prompt, length in zip(known, lengths, strict=True)]
+    return sorted(range(len(ranks)), key=ranks.__getitem__, reverse=True)
+
+
 def in_windows(
     run: Callable[[list[Any]], list[Any]], items: Sequence[Any], size: int, start: int = 0
 ) -> Iterator[list[Any]]:

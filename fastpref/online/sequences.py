@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpref import kl_estimate, linear_token_kl, linear_token_logprobs, sequence_logprobs
 from fastpref.data import encode, images
-from fastpref.data.batches import batches_by_length, pad_id, padded
+from fastpref.data.batches import batches_by_length, by_prompt, pad_id, padded
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.packing import Scored
 from fastpref.data.vision import Vision
@@ -224,11 +224,7 @@ def batches(sequences: Sequence[TokenSequence], size: int, layout: str) -> Itera
     if layout != "shared":
         yield from batches_by_length(lengths, size)
         return
-    longest: dict[tuple[int, ...], int] = {}
-    prompts = [tuple(s.prompt) for s in sequences]
-    for prompt, length in zip(prompts, lengths, strict=True):
-        longest[prompt] = max(length, longest.get(prompt, 0))
-    order = sorted(range(len(prompts)), key=lambda i: (-longest[prompts[i]], prompts[i]))
+    order = by_prompt([s.prompt for s in sequences], lengths)
     yield from (order[i : i + size] for i in range(0, len(order), size))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fastpref import models
+from fastpref.data.batches import by_prompt
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import Fingerprint, ReferenceCache
 from fastpref.models import adapters, inner_model, is_peft
@@ -138,7 +139,7 @@ def fill_cache(
             continue
         examples = dataset.select(rows).to_list()
         lengths = [e["length"] for e in examples]
-        order = _by_prompt(examples)
+        order = by_prompt([e.get("prompt_ids") or () for e in examples], lengths)
         found: dict[int, Tensor] = {}
         while order:
             batch = _take(order, lengths, tokens)
@@ -146,16 +147,6 @@ def fill_cache(
                 found[i] = value
             progress(len(batch))
         cache.write(shard, joined([found[i] for i in range(len(examples))]))
-
-
-def _by_prompt(examples: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Examples of one prompt together, where they share it. The largest batch comes first."""
-    prompts = [tuple(e.get("prompt_ids") or ()) for e in examples]
-    longest: dict[tuple[int, ...], int] = {}
-    for prompt, example in zip(prompts, examples, strict=True):
-        longest[prompt] = max(example["length"], longest.get(prompt, 0))
-    ranks = [(longest[prompt] if prompt else e["length"], prompt) for prompt, e in zip(prompts, examples, strict=True)]
-    return sorted(range(len(examples)), key=ranks.__getitem__, reverse=True)
 
 
 def _take(order: list[int], lengths: Sequence[int], tokens: int) -> list[int]:
