@@ -161,7 +161,7 @@ def sample_batch(
     row = torch.tensor([prompts.index(prompt) for prompt, _ in items], device=model.device)
     ids, mask = (x.to(model.device) for x in padded([tokens[p] for p in prompts], pad_id(tokenizer), "left"))
     if pictures:
-        cache = _seen(processor, [pictures[prompt] for prompt, _ in items], model)
+        cache = _seen(processor, {prompt: pictures[prompt] for prompt in prompts}, [p for p, _ in items], model)
     else:
         cache = _prompt_cache(model, ids, mask, row) if len(prompts) < len(items) else {}
     ids, mask = ids[row], mask[row]
@@ -188,11 +188,14 @@ def sample_batch(
     return [_response(row, ends, tokenizer) for row in output[:, ids.shape[1] :].tolist()]
 
 
-def _seen(processor: Any, records: Sequence[Any], model: Any) -> dict[str, Any]:
-    """What a vision-language model takes beside the token ids of prompts with images, padded on the left."""
-    opened = [[images.opened(source) for source in images.listed(record)] for record in records]
-    texts = [images.texts_of(record, processor, (), len(own))[0] for record, own in zip(records, opened, strict=True)]
-    found = images.process(processor, opened, texts, side="left")
+def _seen(processor: Any, records: Mapping[int, Any], prompts: Sequence[int], model: Any) -> dict[str, Any]:
+    """What a vision-language model takes beside the token ids of `prompts` with images, padded on the left.
+
+    `records` has each of them once.
+    """
+    opened = {p: [images.opened(source) for source in images.listed(record)] for p, record in records.items()}
+    texts = {p: images.texts_of(record, processor, (), len(opened[p]))[0] for p, record in records.items()}
+    found = images.process(processor, [opened[p] for p in prompts], [texts[p] for p in prompts], side="left")
     own = {name: value.to(model.device) for name, value in found.items() if isinstance(value, Tensor)}
     return in_dtype({n: value for n, value in own.items() if n not in ("input_ids", "attention_mask")}, model)
 
