@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Vision:
     processor: Any
     positions: Callable[..., Tensor] | None = None
     seen: bool = False  # images, in the data
+    _last: tuple[list[Any], dict[str, Any]] = field(default=([], {}), repr=False)  # runs, and what was made of them
 
     @functools.cached_property
     def image_tokens(self) -> frozenset[int]:
@@ -73,6 +74,13 @@ class Vision:
         return found
 
     def _processed(self, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """`_made` of the runs. Kept for the next call: KTO has two batches, or three, of the same prompts."""
+        wanted = [(run["pixels"], run["prompt_text"]) for run in runs]
+        if self._last[0] != wanted:
+            self._last = wanted, self._made(runs)
+        return dict(self._last[1])
+
+    def _made(self, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Of prompts with images together; those without have zeros wherever something is said of tokens."""
         pictures = [[images.opened(source) for source in run["images"]] for run in runs]
         texts = [run["prompt_text"] for run in runs]

@@ -6,12 +6,15 @@ import io
 import json
 
 import pytest
+import torch
 from datasets import Dataset, Image, IterableDataset
 from PIL import Image as Pictures
 
 from fastpref.data import images
+from fastpref.data.collators import UnpairedCollator
 from fastpref.data.files import load_records
 from fastpref.data.shapes import COLOURS, SHAPES, main, picture
+from fastpref.data.vision import Vision
 from fastpref.models import tiny_vision
 
 
@@ -76,6 +79,28 @@ def test_what_is_no_image_is_refused():
     record = {"images": [picture("circle", "red")], "prompt": "<image>?", "chosen": "<image>", "rejected": "b"}
     with pytest.raises(ValueError, match="chosen: got an image's token in a response"):
         images.encode(record, processor, ("chosen", "rejected"))
+
+
+def test_images_are_made_ready_once_for_completions_and_mismatched_ones(monkeypatch):
+    _, processor = tiny_vision()
+    images_of = []
+    original = images.process
+    monkeypatch.setattr(images, "process", lambda p, some, *a: images_of.append(len(some)) or original(p, some, *a))
+    examples = []
+    for colour in COLOURS:
+        record = {"image": picture("circle", colour), "prompt": "<image>?", "completion": colour}
+        own = images.encode(record, processor, ("completion",))
+        examples.append(own | {"label": True, "kl_completion_ids": own["completion_ids"]})
+    images_of.clear()
+    vision = Vision(processor)
+    collator = UnpairedCollator(layout="shared", ours=True, vision=vision)
+    for some in (examples[:2], examples[2:]):
+        batch = collator(some)
+        (fresh,) = UnpairedCollator(layout="shared", ours=True, vision=Vision(processor))(some)["parts"]
+        for part in (*batch["parts"], *batch["kl_parts"]):
+            assert part["vision"].keys() == fresh["vision"].keys()
+            assert all(torch.equal(value, fresh["vision"][name]) for name, value in part["vision"].items())
+    assert images_of == [2] * 4  # of each batch once, and once by the fresh collator
 
 
 def test_the_sample_is_drawn(tmp_path, capsys):
