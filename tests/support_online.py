@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from fastpref import models
+from fastpref.commands import cli
 from fastpref.online.records import Journal
 from fastpref.online.servers import Server
 
@@ -35,6 +38,13 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
 def server(url: str, **options: Any) -> Server:
     """One that is given up on in seconds."""
     return Server(url, **{"timeout": 5.0, "retries": 2, "concurrency": 4} | options)
+
+
+def options_of(command: str) -> set[str]:
+    """All options of a command that reads them with argparse alone."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(cli.COMMANDS[command][0]).add_arguments(parser)
+    return set(parser._option_string_actions)
 
 
 class PowerCut(Exception):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import re
 from pathlib import Path
 
 import pytest
+from support_online import options_of
 
-from fastpref.commands import cli
 from fastpref.online.judges import load_function
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -30,8 +28,6 @@ def test_every_option_in_the_example_is_one_of_its_command() -> None:
     assert [name for name, _ in found] == ["generate", "score", "pairs", "train", "evaluate"]
     for name, arguments in found:
         if name in OWN:
-            parser = argparse.ArgumentParser()
-            importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
             options = set(re.findall(r"(?<!\S)--?[a-z][\w-]*", arguments))
-            assert options and options <= set(parser._option_string_actions), name
+            assert options and options <= options_of(name), name
     assert "--limit" in script

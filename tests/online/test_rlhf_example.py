@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import re
 from pathlib import Path
 
+from support_online import options_of
 from transformers import TrainingArguments
 
-from fastpref.commands import cli
 from fastpref.commands.train.job import METHODS
 from fastpref.commands.train.options import OnlineOptions, RunOptions
 from fastpref.online.judges import load_function
@@ -36,7 +34,5 @@ def test_every_option_in_the_example_is_one_of_its_command() -> None:
             known = {f"--{n}" for kind in (OnlineOptions, RunOptions, TrainingArguments, METHODS[method].config)
                      for n in kind.__dataclass_fields__}  # fmt: skip
         else:
-            parser = argparse.ArgumentParser()
-            importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
-            known = set(parser._option_string_actions)
+            known = options_of(name)
         assert given and given <= known, (command, given - known)
