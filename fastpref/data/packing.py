@@ -150,12 +150,7 @@ def _padded(sequences: Sequence[Scored], pad_token_id: int) -> tuple[dict[str, A
     return {"input_ids": input_ids, "attention_mask": attention_mask}, places
 
 
-def packed_tokens(groups: Sequence[Sequence[Scored]], layout: str) -> int:
-    """How many tokens the backbone will run over."""
-    return _Counter(groups, layout)(0, len(groups))
-
-
-class _Counter:
+class TokenCounter:
     """How many tokens the backbone runs over for groups `start` to `end - 1`."""
 
     def __init__(self, groups: Sequence[Sequence[Scored]], layout: str) -> None:
@@ -178,7 +173,7 @@ def split_by_tokens(groups: Sequence[Sequence[Scored]], layout: str, budget: int
     """Ranges of consecutive groups with at most `budget` tokens each. A group with more is alone."""
     if budget is None:
         return [range(len(groups))]
-    count, parts, start = _Counter(groups, layout), [], 0
+    count, parts, start = TokenCounter(groups, layout), [], 0
     while start < len(groups):
         too_many = functools.partial(_exceeds, count, start, budget)
         end = bisect.bisect_left(range(start + 2, len(groups) + 1), True, key=too_many) + start + 1

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastpref.data.collators import PairCollator, RewardCollator, StepCollator, UnpairedCollator
-from fastpref.data.packing import LAYOUTS, Scored, in_order, pack, packed_tokens, split_by_tokens
+from fastpref.data.packing import LAYOUTS, Scored, TokenCounter, in_order, pack, split_by_tokens
 from fastpref.models.segments import Segment
 
 PAIR = [Scored([3, 4, 5, 6, 7], 3), Scored([3, 4, 5, 8, 9, 2], 3)]
@@ -32,7 +32,7 @@ def test_rows_and_labels_mean_the_same_in_every_layout(layout):
     assert flat(batch)[batch["rows"]].tolist() == [5, 6, 3, 5, 8, 9, 3, 10, 11]  # each row's token, before its label
     assert flat(batch)[batch["last_rows"]].tolist() == [7, 4, 9, 2, 4, 12]
     wanted = flat(batch).numel() if layout == "padded" else batch["input_ids"].shape[1]
-    assert packed_tokens(groups, layout) == wanted
+    assert TokenCounter(groups, layout)(0, len(groups)) == wanted
 
 
 def test_responses_that_begin_alike_share_that_too():
