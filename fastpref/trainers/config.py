@@ -179,6 +179,13 @@ class PolicyConfig(PreferenceConfig):
                 "message"
             )
 
+    def tokenizing(self, name: str) -> dict[str, Any]:
+        """What it says of how the data set `name` is tokenised: arguments of the functions of `fastpref.data`."""
+        return {
+            "max_length": self.max_length, "num_proc": self.dataset_num_proc, "name": name,
+            "responses_as_written": self.responses_as_written, "assistant_only_loss": self.assistant_only_loss,
+        }  # fmt: skip
+
 
 @dataclass
 class ReferenceConfig(PolicyConfig):

@@ -78,11 +78,8 @@ class ListTraining(ReferencedTrainer):
 
     def prepare_lists(self, dataset: Any, name: str, args: Any) -> Any:
         """The data set tokenised, as `fastpref.data.ranked` says."""
-        return ranked.tokenize_ranked(
-            ranked.ranked(dataset), self.tokenizer_in_use, max_length=args.max_length,
-            ties=self.loss_fn.objective.loss in TIE_MODELS, num_proc=args.dataset_num_proc, name=name,
-            responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
-        )  # fmt: skip
+        ties = self.loss_fn.objective.loss in TIE_MODELS
+        return ranked.tokenize_ranked(ranked.ranked(dataset), self.tokenizer_in_use, ties=ties, **args.tokenizing(name))
 
     def list_part_loss(self, part: Mapping[str, Any]) -> Tensor:
         """The mean loss of a part's lists, 0-d."""

@@ -134,11 +134,8 @@ class _ReferencedPairs(PairTraining, ReferencedTrainer):
     hashed_columns = (*IDS, *MASKS)
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
-        return tokenize.tokenize_paired(
-            self.pictured(formats.paired(dataset), formats.PAIR, args, name), self.tokenizer_in_use,
-            max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
-            responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
-        )  # fmt: skip
+        pairs = self.pictured(formats.paired(dataset), formats.PAIR, args, name)
+        return tokenize.tokenize_paired(pairs, self.tokenizer_in_use, **args.tokenizing(name))
 
     def reference_logps(self, model: Any, part: Mapping[str, Any]) -> Tensor:
         return self.loss_fn.sequence_logps(self.token_logps(model, part), part["labels"], part["cu_seqlens"])
@@ -266,11 +263,8 @@ class _ReferenceFree(PairTraining):
         return False
 
     def prepare_dataset(self, dataset: Any, name: str, args: Any) -> Any:
-        return tokenize.tokenize_reference_free(
-            self.pictured(formats.paired(dataset), formats.PAIR, args, name), self.tokenizer_in_use,
-            max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
-            responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
-        )  # fmt: skip
+        pairs = self.pictured(formats.paired(dataset), formats.PAIR, args, name)
+        return tokenize.tokenize_reference_free(pairs, self.tokenizer_in_use, **args.tokenizing(name))
 
 
 class CPOTrainer(_ReferenceFree):

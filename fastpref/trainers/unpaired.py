@@ -71,12 +71,11 @@ class KTOTrainer(ReferencedTrainer):
         return found
 
     def _tokenized(self, dataset: Any, name: str, args: Any) -> Any:
+        singles = self.pictured(formats.unpaired(dataset), ("completion",), args, name)
+        block_size = args.per_device_train_batch_size if self.with_kl else None
         return tokenize.tokenize_unpaired(
-            self.pictured(formats.unpaired(dataset), ("completion",), args, name), self.tokenizer_in_use,
-            max_length=args.max_length, num_proc=args.dataset_num_proc, name=name,
-            block_size=args.per_device_train_batch_size if self.with_kl else None,
-            responses_as_written=args.responses_as_written, assistant_only_loss=args.assistant_only_loss,
-        )  # fmt: skip
+            singles, self.tokenizer_in_use, block_size=block_size, **args.tokenizing(name)
+        )
 
     def reference_part(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return self.data_collator.reference_part(examples) if self.with_kl else super().reference_part(examples)
