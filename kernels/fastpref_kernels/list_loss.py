@@ -20,13 +20,21 @@ LOSSES = ("plackett_luce", "all_pairs", "rao_kupper", "davidson")  # the order i
 
 
 @triton.jit
-def _compare(rank, group, seqs, real, ranks_ptr, group_ptr, mates, S):
+def _load_block(ranks_ptr, group_ptr, scores_ptr, first, S, BLOCK: tl.constexpr):
+    """A block of sequences, which of them are real, and their ranks, groups and scores."""
+    seqs = first + tl.arange(0, BLOCK)
+    real = seqs < S
+    rank = tl.load(ranks_ptr + seqs, mask=real, other=0)
+    group = tl.load(group_ptr + seqs, mask=real, other=0)
+    return seqs, real, rank, group, tl.load(scores_ptr + seqs, mask=real, other=0.0)
+
+
+@triton.jit
+def _compare(seqs, real, rank, group, mates, there, mate_rank, mate_group):
     """Which mates `[BLOCK, BLOCK]` of each sequence are worse, better, or tied with it, and which are itself or in its
     group."""
-    there = mates < S
-    other = tl.load(ranks_ptr + mates, mask=there, other=0)[None, :]
-    same = (group[:, None] == tl.load(group_ptr + mates, mask=there, other=0)[None, :]) & real[:, None] & there[None, :]
-    rank = rank[:, None]
+    same = (group[:, None] == mate_group[None, :]) & real[:, None] & there[None, :]
+    rank, other = rank[:, None], mate_rank[None, :]
     tied = same & (rank == other) & (seqs[:, None] != mates[None, :])
     return same & (rank < other), same & (rank > other), tied, same
 
@@ -105,11 +113,7 @@ def _list_loss_kernel(
 
     groups = tl.full((), 0.0, ACC)
     for first in range(0, S, BLOCK):
-        seqs = first + tl.arange(0, BLOCK)
-        real = seqs < S
-        rank = tl.load(ranks_ptr + seqs, mask=real, other=0)
-        group = tl.load(group_ptr + seqs, mask=real, other=0)
-        score = tl.load(scores_ptr + seqs, mask=real, other=0.0)
+        seqs, real, rank, group, score = _load_block(ranks_ptr, group_ptr, scores_ptr, first, S, BLOCK)
         num_worse = tl.zeros([BLOCK], ACC)
         num_better = tl.zeros([BLOCK], ACC)
         num_tied = tl.zeros([BLOCK], ACC)
@@ -118,9 +122,11 @@ def _list_loss_kernel(
         top = tl.full([BLOCK], float("-inf"), ACC)  # of the scores of those ranked worse, and their log-sum-exp
         total = tl.zeros([BLOCK], ACC)
         for start in range(0, S, BLOCK):
-            mates = start + tl.arange(0, BLOCK)
-            worse, better, tied, same = _compare(rank, group, seqs, real, ranks_ptr, group_ptr, mates, S)
-            other = tl.load(scores_ptr + mates, mask=mates < S, other=0.0)[None, :]
+            mates, there, their_rank, their_group, other = _load_block(
+                ranks_ptr, group_ptr, scores_ptr, start, S, BLOCK
+            )
+            worse, better, tied, same = _compare(seqs, real, rank, group, mates, there, their_rank, their_group)
+            other = other[None, :]
             num_worse += _count(worse, ACC)
             num_better += _count(better, ACC)
             num_tied += _count(tied, ACC)
@@ -151,21 +157,19 @@ def _list_loss_kernel(
 
     batch_loss = tl.full((), 0.0, ACC)
     for first in range(0, S, BLOCK):
-        seqs = first + tl.arange(0, BLOCK)
-        real = seqs < S
-        rank = tl.load(ranks_ptr + seqs, mask=real, other=0)
-        group = tl.load(group_ptr + seqs, mask=real, other=0)
-        score = tl.load(scores_ptr + seqs, mask=real, other=0.0)
+        seqs, real, rank, group, score = _load_block(ranks_ptr, group_ptr, scores_ptr, first, S, BLOCK)
         loss = tl.zeros([BLOCK], ACC)
         coef = tl.zeros([BLOCK], ACC)
         size = tl.zeros([BLOCK], ACC)
         for start in range(0, S, BLOCK):
-            mates = start + tl.arange(0, BLOCK)
-            worse, better, tied, same = _compare(rank, group, seqs, real, ranks_ptr, group_ptr, mates, S)
-            other = tl.load(scores_ptr + mates, mask=mates < S, other=0.0)[None, :]
+            mates, there, their_rank, their_group, other = _load_block(
+                ranks_ptr, group_ptr, scores_ptr, start, S, BLOCK
+            )
+            worse, better, tied, same = _compare(seqs, real, rank, group, mates, there, their_rank, their_group)
+            other = other[None, :]
             size += _count(same, ACC)
             if KIND == 0:  # a better mate's denominator: its score plus log(1 + e^behind)
-                behind = tl.load(behind_ptr + mates, mask=mates < S, other=0.0)[None, :]
+                behind = tl.load(behind_ptr + mates, mask=there, other=0.0)[None, :]
                 share = tl.where(better, score[:, None] - other + log_sigmoid(-behind), 0.0)
                 coef += tl.sum(tl.where(better, exp(share), 0.0), axis=1)
             else:
