@@ -8,7 +8,7 @@ from torch import Tensor
 from fastpref.common import checks
 from fastpref.common.ranks import sum_over_ranks
 from fastpref.objectives.head_inputs import HeadOptions, ScoredRows
-from fastpref.objectives.unpaired import UnpairedLoss, UnpairedOutput, _Batch, _class_sums
+from fastpref.objectives.unpaired import UnpairedBatch, UnpairedLoss, UnpairedOutput, class_sums
 from fastpref.reference import LogitTransform, UnpairedObjective
 
 BCO_SHIFTS = ("ema", "mean")
@@ -70,7 +70,7 @@ class BCOLoss(UnpairedLoss):
 
         A class without sequences keeps its mean. Every rank has to call it.
         """
-        sums, counts = _class_sums(rewards, desirable)
+        sums, counts = class_sums(rewards, desirable)
         sums, counts = sum_over_ranks(torch.cat([sums, counts.to(sums.dtype)])).chunk(2)
         old, seen = self.class_means.to(sums), self.class_counts.to(sums)
         if self.shift == "mean":
@@ -83,7 +83,7 @@ class BCOLoss(UnpairedLoss):
     def _updates(self, update: bool | None) -> bool:
         return self.training if update is None else update
 
-    def _shift(self, point: bool, batch: _Batch, logps, like: Tensor) -> Tensor:
+    def _shift(self, point: bool, batch: UnpairedBatch, logps, like: Tensor) -> Tensor:
         if point:
             self.update_shift(self.objective.beta * (logps() - batch.ref_logps), batch.desirable)
         return self.delta.to(like)

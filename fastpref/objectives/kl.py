@@ -16,7 +16,7 @@ from fastpref import ops
 from fastpref.common import checks
 from fastpref.common.precision import wide
 from fastpref.objectives.head_inputs import HeadOptions, ScoredRows, choose_plan, head_inputs, operator_options
-from fastpref.objectives.tokens import _rows_of_logits
+from fastpref.objectives.tokens import rows_of_logits
 from fastpref.reference import DIVERGENCES, KL_ESTIMATORS
 
 
@@ -166,7 +166,7 @@ def token_kl(
     _check_divergence(direction, beta)
     checks.transform(temperature, logit_scale, softcap)
     kl, *_ = torch.ops.fastpref.token_kl(
-        _rows_of_logits(policy_logits), _rows_of_logits(ref_logits.detach()), mask, direction,
+        rows_of_logits(policy_logits), rows_of_logits(ref_logits.detach()), mask, direction,
         *HeadOptions(temperature=temperature, logit_scale=logit_scale, softcap=softcap).transform, float(beta),
     )  # fmt: skip
     return kl.view(policy_logits.shape[:-1])
@@ -240,7 +240,7 @@ def linear_token_kl(
         ignore_index, scored_rows = -100, labels.numel()
     options = HeadOptions(ignore_index, temperature, logit_scale, softcap, plan, workspace_bytes, scored_rows)
     inputs = head_inputs(hidden, weight, labels, bias, options)
-    ref = _reference_inputs(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    ref = reference_inputs(hidden, weight, ref_hidden, ref_weight, ref_bias)
     choice = choose_plan(inputs, options)
     kl, logps, ref_logps, *_ = torch.ops.fastpref.linear_token_kl(
         inputs.hidden, inputs.weight, ref[0], ref[1], None if given is None else inputs.labels, inputs.bias, ref[2],
@@ -253,7 +253,7 @@ def linear_token_kl(
     return TokenKL(kl.view(shape), logps.view(shape), ref_logps.view(shape))
 
 
-def _reference_inputs(
+def reference_inputs(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The reference's hidden states, weight and bias: detached, and else as `head_inputs` does with the policy's."""

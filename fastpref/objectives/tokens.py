@@ -21,7 +21,7 @@ from fastpref.objectives.head_inputs import (
 from fastpref.reference import STATISTICS, TokenStatistics
 
 
-def _rows_of_logits(logits: Tensor) -> Tensor:
+def rows_of_logits(logits: Tensor) -> Tensor:
     """`[..., V]` as `[N, V]` or `[B, T, V]` with unit column stride; `logits[:, :-1]` passes without a copy."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
@@ -37,7 +37,7 @@ def _token_op(logits: Tensor, labels: Tensor, ignore_index, temperature, logit_s
     checks.same_device("labels", labels, "logits", logits)
     checks.transform(temperature, logit_scale, softcap)
     return torch.ops.fastpref.token_logprobs(
-        _rows_of_logits(logits), labels.reshape(-1), ignore_index, float(temperature), float(logit_scale),
+        rows_of_logits(logits), labels.reshape(-1), ignore_index, float(temperature), float(logit_scale),
         None if softcap is None else float(softcap), ",".join(statistics),
     )  # fmt: skip
 

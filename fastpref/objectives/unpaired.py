@@ -72,14 +72,14 @@ class UnpairedOutput(NamedTuple):
         return chosen - rejected
 
 
-def _class_sums(values: Tensor, desirable: Tensor) -> tuple[Tensor, Tensor]:
+def class_sums(values: Tensor, desirable: Tensor) -> tuple[Tensor, Tensor]:
     """Sums and counts of desirable and undesirable values, each `[2]`."""
     members = torch.stack([desirable, ~desirable])
     return torch.where(members, values, 0).sum(1), members.sum(1)
 
 
 def _class_means(values: Tensor, desirable: Tensor) -> Tensor:
-    sums, counts = _class_sums(values, desirable)
+    sums, counts = class_sums(values, desirable)
     return sums / counts.clamp(min=1)
 
 
@@ -87,7 +87,7 @@ def _reference(ref_logps: Tensor | None, sequences: int, like: Tensor) -> Tensor
     return checks.reference_logps("ref_logps", ref_logps, (sequences,), like).to(wide(like.dtype))
 
 
-class _Batch(NamedTuple):
+class UnpairedBatch(NamedTuple):
     """Checked inputs of S sequences."""
 
     labels: Tensor | None  # [N], or None where each row is a sequence
@@ -120,22 +120,24 @@ class UnpairedLoss(nn.Module):
         changed = {k: v for k, v in self.objective._asdict().items() if v != defaults[k]}
         return ", ".join(f"{k}={v!r}" for k, v in ({"loss": self.objective.loss} | changed).items())
 
-    def _shift(self, point, batch: _Batch, logps: Callable[[], Tensor], like: Tensor) -> Tensor | None:
+    def _shift(self, point, batch: UnpairedBatch, logps: Callable[[], Tensor], like: Tensor) -> Tensor | None:
         """What rewards are compared with, 0-d. `logps()` returns this batch's detached log-probs `[S]`."""
         raise NotImplementedError
 
-    def _batch(self, labels, cu_seqlens, ignore_index, desirable, ref_logps, sequences: int, like: Tensor) -> _Batch:
+    def _batch(
+        self, labels, cu_seqlens, ignore_index, desirable, ref_logps, sequences: int, like: Tensor
+    ) -> UnpairedBatch:
         checks.tensor("desirable", desirable, dtypes=(torch.bool,))
         checks.shape("desirable", desirable, (sequences,), "one per sequence")
         checks.same_device("desirable", desirable, "the policy's log-probs", like)
-        return _Batch(labels, cu_seqlens, ignore_index, desirable, _reference(ref_logps, sequences, like))
+        return UnpairedBatch(labels, cu_seqlens, ignore_index, desirable, _reference(ref_logps, sequences, like))
 
-    def _output(self, loss: Tensor, metrics: Tensor, batch: _Batch, shift: Tensor | None) -> UnpairedOutput:
+    def _output(self, loss: Tensor, metrics: Tensor, batch: UnpairedBatch, shift: Tensor | None) -> UnpairedOutput:
         logps, rewards = metrics.unbind(0)
         shift = metrics.new_zeros(()) if shift is None else shift
         return UnpairedOutput(loss, logps, rewards, batch.desirable, shift)
 
-    def _loss(self, token_logps: Tensor, batch: _Batch, shift: Tensor | None) -> UnpairedOutput:
+    def _loss(self, token_logps: Tensor, batch: UnpairedBatch, shift: Tensor | None) -> UnpairedOutput:
         loss, metrics, _ = torch.ops.fastpref.unpaired_loss(
             token_logps, batch.labels, batch.cu_seqlens, batch.ref_logps, batch.desirable, shift, self._encoded,
             batch.ignore_index,
@@ -150,7 +152,7 @@ class UnpairedLoss(nn.Module):
         batch = self._batch(None, None, -100, desirable, ref_logps, logps.shape[0], logps)
         return self._loss(logps, batch, self._shift(point, batch, logps.detach, logps))
 
-    def _from_tokens(self, logps: Tensor, labels: Tensor, batch: _Batch, point) -> UnpairedOutput:
+    def _from_tokens(self, logps: Tensor, labels: Tensor, batch: UnpairedBatch, point) -> UnpairedOutput:
         def summed() -> Tensor:
             return sequence_logprobs(
                 logps.detach(), labels, cu_seqlens=batch.cu_seqlens, ignore_index=batch.ignore_index
@@ -229,7 +231,7 @@ class KTOLoss(UnpairedLoss):
         checks.choice("loss_type", loss_type, KTO_LOSS_TYPES)
         super().__init__(UnpairedObjective(loss_type, beta, desirable_weight, undesirable_weight, mean))
 
-    def _shift(self, point: Tensor | None, batch: _Batch, logps, like: Tensor) -> Tensor | None:
+    def _shift(self, point: Tensor | None, batch: UnpairedBatch, logps, like: Tensor) -> Tensor | None:
         if self.objective.loss != "kto":
             return None
         if point is None:

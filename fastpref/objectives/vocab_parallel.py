@@ -18,7 +18,7 @@ from torch import Tensor
 from fastpref.common import checks, memory
 from fastpref.common.ranks import StartedSum, gather_over_ranks
 from fastpref.objectives.head_inputs import HeadOptions, ScoredRows, head_inputs, known_rows
-from fastpref.objectives.kl import _reference_inputs
+from fastpref.objectives.kl import reference_inputs
 from fastpref.ops.linear import head_of, upstream_of
 from fastpref.plans import kl_plans, plans
 from fastpref.plans.compact import compact, compact_labels, gather, scatter
@@ -255,7 +255,7 @@ def linear_token_kl(
         ignore_index, scored_rows = -100, labels.numel()
     options = HeadOptions(ignore_index, temperature, logit_scale, softcap, "auto", workspace_bytes, scored_rows)
     inputs = head_inputs(hidden, weight, labels, bias, options)
-    ref = _reference_inputs(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    ref = reference_inputs(hidden, weight, ref_hidden, ref_weight, ref_bias)
     kl = _KL.apply(
         inputs.hidden, inputs.weight, inputs.bias, inputs.compute_weight, *ref, inputs.labels, shard, options.transform,
         ignore_index, direction, workspace_bytes, known_rows(inputs.labels, scored_rows, ignore_index).rows,

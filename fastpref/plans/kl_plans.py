@@ -43,7 +43,7 @@ class Forward(NamedTuple):
     rows: Tensor  # the scored rows [n]
 
 
-def _tile_rows(head: Head, rows: int, workspace_bytes: int | None) -> int:
+def pair_tile_rows(head: Head, rows: int, workspace_bytes: int | None) -> int:
     """Rows of each of two tiles in the memory of one."""
     return max(1, tile_rows(head, 2 * rows, workspace_bytes) // 2)
 
@@ -78,7 +78,7 @@ def forward(
     if plan == "frozen":
         unit_hidden = torch.empty_like(hidden) if n == total else torch.zeros_like(hidden)
     k = logits_buffer(head, n) if plan == "store" else None
-    step = _tile_rows(head, n, workspace_bytes)
+    step = pair_tile_rows(head, n, workspace_bytes)
     with (
         borrowed_logits(0 if k is not None else step, head.vocab, head.weight) as scratch,
         borrowed_logits(step, head.vocab, ref_head.weight) as ref_scratch,
@@ -131,7 +131,7 @@ def backward_recompute(
     `plans.backward_recompute`.
     """
     n = hidden.shape[0]
-    width = _tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
+    width = pair_tile_rows(head, n, workspace_bytes) * head.vocab // max(1, n)
     width = min(head.vocab, max(128, width // 128 * 128))  # slices begin on 16-byte boundaries
     d_hidden = torch.empty_like(hidden, dtype=wide(hidden.dtype)) if needs.hidden else None
     backend = backend_for(hidden)

@@ -132,7 +132,7 @@ def _linear_token_kl(direction: str, plan: str, wrt: tuple[str, ...]) -> Operato
         """The vocabulary's slices, as `fastpref.plans.kl_plans.backward_recompute` cuts them."""
         vocab, scored = x.weight.shape[0], int((x.labels != IGNORE).sum())
         head = plans.Head(x.weight, None, LogitTransform(), IGNORE)
-        width = kl_plans._tile_rows(head, scored, a_third(x)) * vocab // max(1, scored)
+        width = kl_plans.pair_tile_rows(head, scored, a_third(x)) * vocab // max(1, scored)
         return min(vocab, max(128, width // 128 * 128))
 
     def formula(spec: Exact, x: Inputs) -> Results:
