@@ -247,10 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=Path, help="file or folder for the record")
     args = parser.parse_args(argv)
     take_interrupts()
-    found = measure(args, None if args.json is None else functools.partial(record.write, path=args.json))
-    print("\n" + table(found))
-    if args.json is not None:
-        print(f"\n{record.write(found, args.json)}")
+    found = record.make(measure, table, args)
     return 1 if found["absent"] else 0
 
 

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib
 import itertools
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -37,7 +34,7 @@ from benchmarks.measure import MIB
 from benchmarks.suite import relative_error
 from benchmarks.trainers import model_folder
 from fastpref import DPOLoss, models
-from fastpref.commands.demo.comparison import pairs_of
+from fastpref.commands.demo.comparison import pairs_of, report, result_of
 from fastpref.integrations import trl as fast_trl
 from fastpref.integrations.transformers import batch_loss, reference_logps
 from fastpref.models.attention import KWARG, packed_rows
@@ -217,16 +214,14 @@ def child(args: argparse.Namespace) -> None:
     measure.return_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
         (model, *_), step = prepare(args.host, args, Path(args.model), scratch)
-        print("PEAK " + json.dumps(peak(args.child, model, step, torch.device(args.device))), flush=True)
+        report({"bytes": peak(args.child, model, step, torch.device(args.device))})
 
 
 def peak_in_process(what: str, host: str, args: argparse.Namespace, folder: Path) -> int:
-    command = [sys.executable, "-m", "benchmarks.hosts", "--child", what, "--host", host, "--model", str(folder)]
-    command += ["--pairs", str(args.pairs), "--max-length", str(args.max_length), "--batches", "1"]
-    command += ["--device", args.device]
-    command += ["--data", *args.data] if args.data else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(next(line for line in done.stdout.splitlines() if line.startswith("PEAK ")).removeprefix("PEAK "))
+    options = ["--child", what, "--host", host, "--model", str(folder), "--device", args.device]
+    options += ["--pairs", str(args.pairs), "--max-length", str(args.max_length), "--batches", "1"]
+    options += ["--data", *args.data] if args.data else []
+    return result_of("benchmarks.hosts", *options)["bytes"]
 
 
 def run(args: argparse.Namespace, save: Callable[[record.Record], object] | None = None) -> record.Record:
@@ -338,10 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.host = args.host[0]
         child(args)
         return 0
-    found = run(args, None if args.json is None else functools.partial(record.write, path=args.json))
-    print("\n" + table(found))
-    if args.json is not None:
-        print(f"\n{record.write(found, args.json)}")
+    record.make(run, table, args)
     return 0
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -29,7 +30,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,20 @@ def write(record: Record, path: Path) -> Path:
         path = path / file_name(record)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def make(
+    measure: Callable[[Any, Callable[[Record], object] | None], Record], table: Callable[[Record], str], args: Any
+) -> Record:
+    """Runs a benchmark that is no suite, prints its table, and writes its record to `args.json` if that is given.
+
+    `measure(args, save)` calls `save`, if there is one, with what it has so far: what is killed keeps it.
+    """
+    found = measure(args, None if args.json is None else functools.partial(write, path=args.json))
+    print("\n" + table(found))
+    if args.json is not None:
+        print(f"\n{write(found, args.json)}")
+    return found
 
 
 def read(path: Path) -> Record:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import itertools
 import sys
 import tempfile
@@ -252,10 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(train(args.only, args))
         return 0
     take_interrupts()
-    found = measure(args, None if args.json is None else functools.partial(record.write, path=args.json))
-    print("\n" + table(found))
-    if args.json is not None:
-        print(f"\n{record.write(found, args.json)}")
+    found = record.make(measure, table, args)
     return 1 if found["absent"] or not all(gate["passed"] for gate in found["gate"]) else 0
 
 
