@@ -129,10 +129,10 @@ def test_by_segment_is_the_definition(window, queries, monkeypatch):
     """Whether its masks are of all queries of a segment or of some."""
     monkeypatch.setattr(attention, "QUERIES", queries)
     monkeypatch.setattr(segments_module, "QUERIES", queries)
-    SEGMENTS._kept.clear()
+    segments = Segments.of(list(SEGMENTS.table))  # its own: they keep masks, of so many queries
     query, key, value = tensors()
-    found = attention.by_segment(query, key, value, SEGMENTS, 0.3, window)
-    torch.testing.assert_close(found, dense(query, key, value, SEGMENTS, window, 0.3))
+    found = attention.by_segment(query, key, value, segments, 0.3, window)
+    torch.testing.assert_close(found, dense(query, key, value, segments, window, 0.3))
 
 
 def test_by_segment_gradients():
