@@ -35,6 +35,7 @@ from fastpref.integrations import trl as fast_trl
 from fastpref.integrations.transformers import batch_loss, pair_batch, reference_logps
 from tests import trl_hosts
 from tests.support_distillation import distilled
+from tests.support_distributed_vision import pictured
 
 EXAMPLES, STEPS, LEARNING_RATE = 4, 2, 0.05
 LOOP_LEARNING_RATE = 0.4  # so that what SGD adds is not lost in the last bits of the weights
@@ -309,7 +310,11 @@ def uneven(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
     )
     trainer_class = SameBlocksKTO if case == "kto" else getattr(trainers, f"{name}Trainer")
     trainer = trainer_class(model=model, args=args, train_dataset=data, processing_class=tokenizer, **extra)
-    found = trained(trainer, wrapper)
+    return evaluated_twice(trainer, data, trained(trainer, wrapper))
+
+
+def evaluated_twice(trainer: Any, data: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, and evaluations of a data set and of a stream of the same data."""
     evaluations = [trainer.evaluate(part) for part in (data, data.to_iterable_dataset())]
     timed = ("_runtime", "_per_second", "_time")
     return found | {"evaluations": [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in evaluations]}
@@ -414,7 +419,8 @@ KINDS: dict[str, Callable] = {
     "ours": ours, "trl": trl, "unpatched": functools.partial(trl, patch=contextlib.nullcontext), "loop": loop,
     "resumed": resumed, "evaluated": evaluated, "refused": refused, "uneven": uneven,
     "uneven-resumed": uneven_resumed,
-    "adapted": adapted, "distilled": distilled,
+    "adapted": adapted, "distilled": distilled, "pictured": pictured,
+    "unpatched-pictured": functools.partial(pictured, patch=contextlib.nullcontext),
 }  # fmt: skip
 
 

@@ -51,6 +51,11 @@ MORE: dict[str, dict[str, Any]] = {
     "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2, "num_mem_blocks": 1},
     "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "intermediate_size": 48, "altup_num_inputs": 2,
+        "vocab_size_per_layer_input": 25, "hidden_size_per_layer_input": 8,
+    },
 }  # fmt: skip
 LARGEST = 8_000_000  # parameters
 
@@ -98,10 +103,10 @@ def tiny_model(architecture: str, scale: float = 1.0, **more: Any) -> nn.Module:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() < 2:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 and not name.endswith("output_scale"):
                 continue
-            if not parameter.any():  # experts and routers that start at zero
+            if not parameter.any():  # experts, routers, and what Gemma 3n tells each layer, which start at zero
                 parameter.normal_(std=0.02)
             parameter.mul_(scale)
     return model

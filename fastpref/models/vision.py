@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastpref.models.layers import base, decoder
@@ -109,9 +108,9 @@ def _axis_positions(body: Any, input_ids: Tensor, kinds: Tensor, grids: Tensor) 
 
 
 def in_dtype(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Pixels in the dtype of a model in half precision. Some families leave that to who calls them."""
+    """Pixels in the model's dtype. Some families leave that to who calls them; Llama 4's processor makes bf16 ones."""
     dtype = inner_model(model).dtype
-    if dtype not in (torch.bfloat16, torch.float16):
+    if not dtype.is_floating_point or dtype.itemsize < 2:  # quantised
         return dict(inputs)
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 

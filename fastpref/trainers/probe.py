@@ -25,6 +25,7 @@ from fastpref.models import evaluating
 from fastpref.trainers.forward import run_backbone, to_device
 
 TOKENS = 24
+HALF = (torch.bfloat16, torch.float16)
 RESPONSES = {"chosen": "yes", "rejected": "none"}
 
 
@@ -176,7 +177,7 @@ def single_precision(model: nn.Module) -> Iterator[None]:
         for module in unit.modules():
             for values, buffers in ((module._parameters, False), (module._buffers, True)):
                 for name, value in values.items():
-                    if value is not None and value.dtype in (torch.bfloat16, torch.float16):
+                    if value is not None and value.dtype in HALF:
                         kept[unit].append((module, name, value, buffers))
                         wide: Any = value.detach().float()
                         values[name] = wide if buffers else nn.Parameter(wide, requires_grad=False)
@@ -201,18 +202,18 @@ def single_precision(model: nn.Module) -> Iterator[None]:
 
 
 def _wide(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    half = isinstance(value, Tensor) and value.dtype in HALF
     return value.float() if half else value
 
 
 @contextlib.contextmanager
 def _named_single(model: nn.Module) -> Iterator[None]:
-    """For a `with` block, its models say that their dtype is fp32. They cast pixels and features of images to it."""
+    """For a `with` block, its models in half precision say that their dtype is fp32. They cast pixels and features of
+    images to it."""
     from transformers import PreTrainedModel
 
-    classes: set[Any] = {
-        type(m) for m in model.modules() if isinstance(m, PreTrainedModel) and "dtype" not in vars(type(m))
-    }
+    models = (m for m in model.modules() if isinstance(m, PreTrainedModel) and "dtype" not in vars(type(m)))
+    classes: set[Any] = {type(m) for m in models if m.dtype in HALF}
     for cls in classes:
         cls.dtype = property(lambda self: torch.float32)
     try:

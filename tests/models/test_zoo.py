@@ -31,8 +31,9 @@ MIXING = [  # state spaces, linear attention, recurrences and short convolutions
     "rwkv", "xlstm", "zamba",
 ]  # fmt: skip
 SHARED = [
-    "apertus", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
-    "granite", "llama", "mistral", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
+    "apertus", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma2", "gemma3_text", "gemma3n_text", "glm4", "gpt2",
+    "gpt_bigcode", "granite", "llama", "mistral", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3",
+    "starcoder2",
 ]  # fmt: skip
 # heads of several layers, as masked language models have them, or logits of more than the head; CPM-Ant and XLNet put
 # tokens of their own beside those of the batch

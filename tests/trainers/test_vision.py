@@ -58,7 +58,7 @@ def check_against(wanted: list[dict[str, float]], found: list[dict[str, float]],
             assert ours[name] == pytest.approx(theirs[name], abs=tolerance, rel=1e-5), name
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3n"])
 def test_dpo_has_the_losses_of_trl(family, tmp_path):
     model, processor = FAMILIES[family]()
     dataset = Dataset.from_list(records())
@@ -128,7 +128,7 @@ def singles() -> Dataset:
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3n"])
 def test_kto_has_the_losses_of_trl(family, tmp_path):
     model, processor = FAMILIES[family]()
     dataset, more = singles(), options(per_device_train_batch_size=2)
@@ -162,7 +162,7 @@ def test_the_patch_has_the_losses_of_trl_without_mismatched_completions(tmp_path
     check_against(*found)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3n"])
 def test_an_image_and_a_prompt_run_once_for_a_pair(family, tmp_path):
     model, processor = FAMILIES[family]()
     images = 1 + 1 + 2 + 0 + 1 + 2
@@ -170,7 +170,8 @@ def test_an_image_and_a_prompt_run_once_for_a_pair(family, tmp_path):
     tower = model.model.visual if family == "qwen2_vl" else model.model.vision_tower
 
     def pixels(module: Any, args: Any, kwargs: Any) -> None:
-        counts["images"] += len(kwargs["grid_thw"]) if family == "qwen2_vl" else len(args[0])
+        given = kwargs["grid_thw"] if family == "qwen2_vl" else kwargs.get("pixel_values", args[0] if args else None)
+        counts["images"] += len(given)
 
     def tokens(module: Any, args: Any, kwargs: Any) -> None:
         counts["tokens"] += kwargs["inputs_embeds"].shape[:2].numel()
@@ -207,7 +208,7 @@ def expected(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str
     return sums | means | {"nll": -torch.cat(chosen).mean()}
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3n"])
 def test_methods_without_a_reference_have_the_losses_of_the_models_own_logits(family, tmp_path):
     model, processor = FAMILIES[family]()
     rows = records(2) if family == "llava" else [records()[i] for i in (2, 3)]
