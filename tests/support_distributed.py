@@ -35,7 +35,7 @@ from fastpref.integrations import trl as fast_trl
 from fastpref.integrations.transformers import batch_loss, pair_batch, reference_logps
 from tests import trl_hosts
 from tests.support_distillation import distilled
-from tests.support_distributed_vision import pictured
+from tests.support_distributed_vision import mixed, pictured
 
 EXAMPLES, STEPS, LEARNING_RATE = 4, 2, 0.05
 LOOP_LEARNING_RATE = 0.4  # so that what SGD adds is not lost in the last bits of the weights
@@ -419,7 +419,7 @@ KINDS: dict[str, Callable] = {
     "ours": ours, "trl": trl, "unpatched": functools.partial(trl, patch=contextlib.nullcontext), "loop": loop,
     "resumed": resumed, "evaluated": evaluated, "refused": refused, "uneven": uneven,
     "uneven-resumed": uneven_resumed,
-    "adapted": adapted, "distilled": distilled, "pictured": pictured,
+    "adapted": adapted, "distilled": distilled, "pictured": pictured, "mixed": mixed,
     "unpatched-pictured": functools.partial(pictured, patch=contextlib.nullcontext),
 }  # fmt: skip
 

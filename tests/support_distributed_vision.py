@@ -28,29 +28,33 @@ def pictures(method: str, counts: Sequence[int]) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def classifier(config: Any) -> Any:
-    config.num_labels = 1
+def classifier(model: Any) -> Any:
+    """A reward model, in fp64: the hidden states of a pair's two ends differ by little."""
+    model.config.num_labels = 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return sequence_classifier(type(config)).from_config(config)
+        found = sequence_classifier(type(model.config)).from_config(model.config)
+    return found.double()
 
 
 def pictured(case: str, wrapper: str, batch: int, folder: Path, patch: Any = fast_trl.patched) -> dict[str, Any]:
     """An epoch over one record more than comes out even, and where the trainer is ours its evaluation.
 
-    A case is a method, after "trl-" where TRL's own trainer runs it.
+    A case is a method. Before it may stand "trl" (whose trainer runs it), "each" (record has images), "accumulated".
     """
     from tests import support_distributed as support
 
     host, _, method = case.rpartition("-")
     model, processor = models.tiny_vision()
-    more: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 1, "max_length": 128}
+    more: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 1, "max_length": 128, "learning_rate": 0.1}
     if wrapper == "ddp":
         more["ddp_find_unused_parameters"] = None  # as people leave it
+    if wrapper == "fsdp2":
+        more["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": [support.LAYER, "CLIPEncoderLayer"]}
     options = support.options(wrapper, batch, per_device_eval_batch_size=batch, **more)
     extra = {} if method == "reward" else {"ref_model": models.tiny_vision(seed=1)[0]}
     if method == "reward":
-        model = classifier(model.config)
+        model = classifier(model)
     if host == "trl":
         import trl
 
@@ -61,7 +65,18 @@ def pictured(case: str, wrapper: str, batch: int, folder: Path, patch: Any = fas
             return support.trained(trainer, wrapper)
     name = {"dpo": "DPO", "kto": "KTO", "reward": "Reward"}[method]
     trainer_class = support.SameBlocksKTO if method == "kto" else getattr(trainers, f"{name}Trainer")
+    if host == "accumulated":  # the second batch of the first update has images on neither rank
+        options |= {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": 2}
     args = getattr(trainers, f"{name}Config")(output_dir=str(folder), **options)
-    data = pictures(method, EACH if wrapper == "fsdp2" or host == "each" else SOME)
+    data = pictures(method, EACH if host == "each" else SOME)
     trainer = trainer_class(model, args=args, train_dataset=data, processing_class=processor, **extra)
     return support.evaluated_twice(trainer, data, support.trained(trainer, wrapper))
+
+
+def mixed(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
+    """What is said of records without images beside others with some, as data or as a stream."""
+    try:
+        pictured(case, wrapper, batch, folder)
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": None}

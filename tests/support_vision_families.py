@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, ProcessorMixin
@@ -313,6 +314,7 @@ def llama4() -> tuple[Any, Any]:
     class OneTile(CLIPImageProcessorPil):  # transformers' own needs torchvision
         def preprocess(self, *args: Any, **kwargs: Any) -> Any:
             found = super().preprocess(*args, **kwargs)
+            found["pixel_values"] = torch.as_tensor(np.stack(found["pixel_values"])).bfloat16()
             found["aspect_ratios"] = [[1, 1]] * len(found["pixel_values"])
             return found
 

@@ -186,6 +186,18 @@ def encoded(
     )  # fmt: skip
 
 
+def mixed(dataset: Any) -> bool | None:
+    """Whether some of the `encoded` records have images and some none. None: not known of a stream."""
+    import pyarrow.compute as pc
+
+    if not hasattr(dataset, "__len__"):
+        return None
+    if not len(dataset):
+        return False
+    found = pc.min_max(pc.list_value_length(dataset.data.column("images"))).as_py()
+    return found["min"] == 0 < found["max"]
+
+
 def without(dataset: Any) -> Any:
     """The records without their column of images, for a model that reads texts only.
 

@@ -29,12 +29,28 @@ class Vision:
     processor: Any
     positions: Callable[..., Tensor] | None = None
     seen: bool = False  # images, in the data
+    mixed: bool | None = False  # records with images and without, in one data set; None: not known of a stream
+    sharded: bool = False  # the model, over ranks, all of which have to run its tower or none
     _last: tuple[list[Any], dict[str, Any]] = field(default=([], {}), repr=False)  # runs, and what was made of them
 
     @functools.cached_property
     def image_tokens(self) -> frozenset[int]:
         """The ids of the tokens in whose place an image's features stand."""
         return frozenset(images.image_token_ids(self.processor))
+
+    def check_mixed(self, mixed: bool | None = False) -> None:
+        """Notes whether a data set is `mixed`.
+
+        Raises:
+            ValueError: one is, and the model is sharded: the ranks would wait for each other.
+        """
+        if not self.mixed and mixed is not False:
+            self.mixed = mixed
+        if self.mixed and self.sharded:
+            raise ValueError(
+                "images: got records without any beside others with some, want some in each record: the model is "
+                "sharded (FSDP, ZeRO-3), and where one rank runs its vision tower all have to"
+            )
 
     def inputs(
         self, sequences: Sequence[Scored], examples: Sequence[Mapping[str, Any]], layout: str,
@@ -58,6 +74,8 @@ class Vision:
             contexts = list(dict.fromkeys(s.context for s in sequences))  # in the order in which their trees are
             which = [contexts.index(s.context) for s in sequences]
         runs = [examples[which.index(run) % len(examples)] for run in range(max(which) + 1)]
+        if self.sharded and self.mixed is None and not any(run["images"] for run in runs):
+            self.check_mixed(True)
         found = self._processed(runs)
         mask = found.pop("attention_mask")
         del found["input_ids"]

@@ -33,7 +33,7 @@ from fastpref.trainers.loading import (
 )  # fmt: skip
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.streams import StreamRemarks
-from fastpref.trainers.vision import pictured, ready_vision, unopened
+from fastpref.trainers.vision import pictured, ready_vision, refuse_mixed, unopened
 
 NLL_TERM = "loss/nll"  # of an evaluation's loss: a mean over tokens, where the rest is one over examples
 
@@ -101,6 +101,7 @@ class PreferenceTrainer(Trainer):
             train_dataset=self._prepared(train_dataset, args, "train"),
             eval_dataset=self._prepared(eval_dataset, args, "eval"), processing_class=processing_class, **options,
         )  # fmt: skip
+        refuse_mixed(self._vision, self)
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this in place of loss_is_scaled_for_ga
         if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()

@@ -30,6 +30,19 @@ def ready_vision(model: Any, processing_class: Any, args: PreferenceConfig) -> V
     return found
 
 
+def refuse_mixed(vision: Vision | None, trainer: Any) -> None:
+    """Refuses records without images beside others with some, now and in later data, where ranks share the model.
+
+    Raises:
+        ValueError: the trainer's data are such.
+    """
+    if vision is None or trainer.args.world_size == 1:
+        return
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    vision.sharded = trainer.is_fsdp_enabled or getattr(plugin, "zero_stage", 0) == 3
+    vision.check_mixed()
+
+
 def unopened(dataset: Any, reads_images: bool) -> Any:
     """The data set with images as bytes or paths, for a trainer that reads them; else without them.
 
@@ -61,4 +74,6 @@ def pictured(
     for option in TEXT_ONLY:
         if getattr(args, option, False):
             raise unsupported(option, True, "the data have images")
-    return images.encoded(dataset, vision.processor, sides, whole=whole, num_proc=args.dataset_num_proc, name=name)
+    found = images.encoded(dataset, vision.processor, sides, whole=whole, num_proc=args.dataset_num_proc, name=name)
+    vision.check_mixed(images.mixed(found))
+    return found

@@ -11,7 +11,7 @@ from datasets import Dataset, Image, IterableDataset
 from PIL import Image as Pictures
 
 from fastpref.data import images
-from fastpref.data.collators import UnpairedCollator
+from fastpref.data.collators import PairCollator, UnpairedCollator
 from fastpref.data.files import load_records
 from fastpref.data.shapes import COLOURS, SHAPES, main, picture
 from fastpref.data.vision import Vision
@@ -101,6 +101,26 @@ def test_images_are_made_ready_once_for_completions_and_mismatched_ones(monkeypa
             assert part["vision"].keys() == fresh["vision"].keys()
             assert all(torch.equal(value, fresh["vision"][name]) for name, value in part["vision"].items())
     assert images_of == [2] * 4  # of each batch once, and once by the fresh collator
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_sharded_models_batch_without_images_is_refused_beside_others(stream):
+    _, processor = tiny_vision()
+    prompts = {True: "<image>?", False: "?"}
+    record = {"chosen": "a", "rejected": "b"}
+    found = {}
+    for name, there in (("mixed", (True, False)), ("images", (True, True)), ("texts", (False, False))):
+        rows = [record | {"images": [picture("circle", "red")] * some, "prompt": prompts[some]} for some in there]
+        data = IterableDataset.from_generator(lambda r=rows: iter(r)) if stream else Dataset.from_list(rows)
+        found[name] = images.encoded(images.undecoded(data), processor, ("chosen", "rejected"))
+    assert [images.mixed(data) for data in found.values()] == ([None] * 3 if stream else [True, False, False])
+    vision = Vision(processor, sharded=True)
+    if not stream:
+        vision.check_mixed(images.mixed(found["texts"]))
+        PairCollator(layout="padded", vision=vision)(list(found["texts"]))
+    with pytest.raises(ValueError, match="images: got records without any beside others with some"):
+        vision.check_mixed(images.mixed(found["mixed"]))
+        PairCollator(layout="padded", vision=vision)(list(found["mixed"])[1:])
 
 
 def test_the_sample_is_drawn(tmp_path, capsys):

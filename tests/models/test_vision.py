@@ -30,6 +30,15 @@ def test_the_probe_tries_models_in_half_precision(family):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} == {model.dtype}
 
 
+@pytest.mark.parametrize("family", ["idefics3", "llama4"])
+def test_pixels_come_in_the_dtype_of_a_model_in_double_precision(family):
+    model, processor = FAMILIES[family]()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="layout")
+        layout = choose_layout(model.double(), "auto", vision_of(model, processor))
+    assert layout == (("padded", False) if family in PADDED else ("shared", True))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_are_those_of_the_models_own_logits(family):
