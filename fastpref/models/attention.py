@@ -128,14 +128,17 @@ def by_flex(
     key, value = gathered(key, segments, 2), gathered(value, segments, 2)
     call = _flex(query.device.type)
 
-    cap: Any = softcap
+    # a tensor: as a Python float it would be read from one on the host, which Inductor cannot compile in a score
+    cap = None if softcap is None else segments.scalar(softcap, torch.promote_types(query.dtype, torch.float32))
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
+        assert cap is not None
         return cap * torch.tanh(score / cap)
 
+    large = query.shape[-1] > 256  # by default three stages of keys and values: 256 KiB, where an H100 has 227
     return call(
         query, key, value, score_mod=None if softcap is None else capped, block_mask=segments.block_mask(window),
-        scale=scale, enable_gqa=key.shape[1] != query.shape[1],
+        scale=scale, enable_gqa=key.shape[1] != query.shape[1], kernel_options={"num_stages": 1} if large else None,
     )  # fmt: skip
 
 

@@ -98,6 +98,12 @@ class Segments:
         start = self.max_keys - (keys - queries)
         return self._kept[key][:queries, start : start + keys]
 
+    def scalar(self, value: float, dtype: torch.dtype) -> Tensor:
+        """A number as a tensor beside the segments. Kept for other layers."""
+        if (value, dtype) not in self._kept:
+            self._kept[value, dtype] = torch.full((), value, dtype=dtype, device=self.key_rows.device)
+        return self._kept[value, dtype]
+
     @torch.compiler.disable
     def block_mask(self, window: int | None) -> Any:
         """FlexAttention's mask over the gathered keys, of which each query sees one range. Kept for other layers."""
@@ -105,7 +111,7 @@ class Segments:
 
         if ("flex", window) not in self._kept:
             queries, keys = self.table[-1].end, len(self.key_rows)
-            at = torch.arange(queries, device=self.key_rows.device)
+            at = torch.arange(queries, device=self.key_rows.device, dtype=self.cu_keys.dtype)
             segment = torch.bucketize(at, self.cu_queries[1:], right=True)
             last = self.cu_keys[segment + 1] - self.cu_queries[segment + 1] + at
             first = self.cu_keys[segment] if window is None else torch.maximum(self.cu_keys[segment], last - window + 1)

@@ -7,7 +7,6 @@ import torch
 import transformers
 from support_zoo import tiny_model
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from fastpref.common.gather import add_by_row
 from fastpref.data.packing import Scored, in_order, pack
@@ -194,21 +193,37 @@ def test_by_flex_is_the_definition(window, softcap):
 
 
 def test_flex_attention_is_compiled_inside_of_a_model_that_is_not(monkeypatch):
-    """Not run as the whole score matrix, and not for every length anew."""
+    """By Inductor, as on a GPU. Not run as the whole score matrix, and not for every length and window anew."""
+    from torch._inductor.compile_fx import compile_fx
     from torch.nn.attention.flex_attention import flex_attention
 
-    counter = CompileCounter()
-    compiled = torch.compile(flex_attention, backend=counter, dynamic=True)
-    monkeypatch.setattr(attention, "_flex", lambda device: compiled)
+    compiled = []
+
+    def inductor(graph, inputs):
+        compiled.append(graph)
+        return compile_fx(graph, inputs)
+
+    flex = torch.compile(flex_attention, backend=inductor, dynamic=True)
+    monkeypatch.setattr(attention, "_flex", lambda device: flex)
     monkeypatch.setattr(attention, "_can_flex", lambda *_: True)
     for n in range(5):
         segments = Segments.of(
             [Segment(0, 7 + n), Segment(7 + n, 11 + 2 * n, ((0, 4),)), Segment(11 + 2 * n, 15 + 3 * n)]
         )
         given = [torch.randn(1, h, 15 + 3 * n, 16) for h in (4, 2, 2)]
-        found = attention.packed_attention(*given, segments, 0.3, None, 0.7, 0.0)
-        torch.testing.assert_close(found, attention.by_segment(*given, segments, 0.3, None, 0.7))
-    assert 0 < counter.frame_count <= 2
+        for window in (None, 3):
+            found = attention.packed_attention(*given, segments, 0.3, window, 0.7, 0.0)
+            torch.testing.assert_close(found, attention.by_segment(*given, segments, 0.3, window, 0.7))
+    assert 0 < len(compiled) <= 2
+
+
+def test_large_heads_fit_the_shared_memory_of_a_gpu(monkeypatch):
+    """FlexAttention's own choice for more than 256, three stages, takes 256 KiB: no H100 starts it."""
+    asked = []
+    monkeypatch.setattr(attention, "_flex", lambda device: lambda query, *_, **options: asked.append(options) or query)
+    for head in (256, 512):
+        attention.by_flex(*[torch.randn(1, 2, 15, head) for _ in range(3)], SEGMENTS, None)
+    assert [options["kernel_options"] for options in asked] == [None, {"num_stages": 1}]
 
 
 def test_no_call_a_segment_in_half_precision_on_a_gpu():
