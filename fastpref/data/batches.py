@@ -22,9 +22,16 @@ def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str) -> tuple
     return ids, mask
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The token that fills up a batch."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+def pad_id(tokenizer: Any, model: Any) -> int:
+    """The token that fills up a batch of the model's.
+
+    It may be any that has an embedding, and a pad token that was added to the tokenizer alone has none.
+    """
+    body = getattr(model, "backbone", model)
+    table = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
+    known = getattr(table, "num_embeddings", None)
+    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in named if i is not None and (known is None or i < known)), 0)
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -333,7 +333,7 @@ def _given(example: Record, side: str, assistant_only: bool) -> Response:
         return Response(ids)
     mask = example[name]
     if not isinstance(mask, list) or len(mask) != len(ids) or not all(value in (0, 1) for value in mask):
-        got = f"{len(mask)} values" if isinstance(mask, list) else repr(mask)
+        got = f"{len(mask)} values" if isinstance(mask, list) and len(mask) != len(ids) else f"{mask!r:.80}"
         raise ValueError(f"{name}: got {got}, want 0 or 1 for each of {len(ids)} tokens of {side}_ids")
     return Response(ids, [int(value) for value in mask])
 

@@ -159,7 +159,8 @@ def sample_batch(
     processor, tokenizer = tokenizer, images.tokenizer_of(tokenizer)
     prompts = list(dict.fromkeys(prompt for prompt, _ in items))
     row = torch.tensor([prompts.index(prompt) for prompt, _ in items], device=model.device)
-    ids, mask = (x.to(model.device) for x in padded([tokens[p] for p in prompts], pad_id(tokenizer), "left"))
+    pad = pad_id(tokenizer, model)
+    ids, mask = (x.to(model.device) for x in padded([tokens[p] for p in prompts], pad, "left"))
     if pictures:
         cache = _seen(processor, {prompt: pictures[prompt] for prompt in prompts}, [p for p, _ in items], model)
     else:
@@ -168,7 +169,7 @@ def sample_batch(
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=how.max_new_tokens, repetition_penalty=how.repetition_penalty,
-        no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=pad_id(tokenizer),
+        no_repeat_ngram_size=0, eos_token_id=ends, pad_token_id=pad,
     )  # fmt: skip
     table = torch.from_numpy(np.stack([keys(how.seed, *item, how.max_new_tokens) for item in items]))
     broken = torch.zeros((), dtype=torch.bool, device=model.device)

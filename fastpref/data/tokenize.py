@@ -72,7 +72,10 @@ def tokenize_unpaired(
     columns: dict[str, Any] = {"prompt_ids": IDS, "completion_ids": IDS, "label": "bool"} | masks
     numbers: tuple[str, ...] = ("ref_logps",)
     kl_columns = {"kl_completion_ids": IDS} | ({"kl_completion_mask": MASK} if masks else {})
-    mismatched = block_size is not None and {*kl_columns, "ref_KL_logps"} <= set(column_names(dataset))
+    there = set(column_names(dataset))
+    mismatched = block_size is not None and "ref_KL_logps" in there
+    if mismatched and (missing := sorted(set(kl_columns) - there)):
+        raise ValueError(f"ref_KL_logps: got a data set without {', '.join(missing)}, want both: it is of these tokens")
     if mismatched:
         columns |= kl_columns
         numbers += ("ref_KL_logps",)
@@ -343,8 +346,8 @@ def _rows(
 
 def _check_number(name: str, value: Any, seen: dict[str, bool]) -> None:
     """A column of numbers has one in every record, or in none."""
-    if value is not None and (isinstance(value, str) or math.isnan(float(value))):
-        raise ValueError(f"{name}: got {value!r}, want a number")
+    if value is not None and (isinstance(value, str) or not math.isfinite(value)):
+        raise ValueError(f"{name}: got {value!r}, want a finite number")
     if seen.setdefault(name, value is not None) != (value is not None):
         raise ValueError(_uneven(name, value))
 

@@ -130,6 +130,8 @@ class PreferenceLossMixin(Trainer):
         if self.args.torch_compile:
             raise ValueError("torch_compile: got True, want False: what is compiled is the forward that builds logits")
         models.output_head(self.model)
+        if ref_model is not None and ref_model is self.model:
+            raise ValueError("ref_model: got the model that is trained, want another one, or 'adapters'")
         if isinstance(ref_model, nn.Module):
             models.output_head(ref_model)
             self.ref_model = self.accelerator.prepare_model(ref_model.eval(), evaluation_mode=True)

@@ -27,6 +27,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from fastpref import models
+from fastpref.data.batches import pad_id
 from fastpref.data.images import tokenizer_of
 from fastpref.data.vision import Vision
 from fastpref.integrations.trl_batches import KEY, PackingCollator, PackingUnpaired
@@ -96,7 +97,7 @@ class _Packed(_Trainer):
         except ValueError as error:
             warnings.warn(f"{type(self).__name__} computes losses as TRL does, without fastpref: {error}", stacklevel=4)
             return None
-        pad = tokenizer_of(self.processing_class).pad_token_id
+        pad = pad_id(tokenizer_of(self.processing_class), self.inner)
         cls = self.collator_class if vision is None else self.pictures_class
         packing = cls(pad, layout, ours, collator=self.data_collator, vision=vision)
         packing.limits = models.limits(self.inner)

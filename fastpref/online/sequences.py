@@ -185,7 +185,8 @@ def _runs(models: Sequence[Any], sequences: Sequence[TokenSequence], tokenizer: 
 
 def _padded_run(models: Sequence[Any], chosen: list[int], some: Sequence[TokenSequence], tokenizer: Any) -> _Run:
     device = next(models[0].parameters()).device
-    ids, mask, labels = (x.to(device) for x in _labelled(some, pad_id(images.tokenizer_of(tokenizer))))
+    pad = pad_id(images.tokenizer_of(tokenizer), models[0])
+    ids, mask, labels = (x.to(device) for x in _labelled(some, pad))
     seen = _seen_inputs(some, tokenizer, ids)
     hidden = [hidden_states(model, ids, mask, **in_dtype(seen, model)) for model in models]
     return _Run(chosen, hidden, labels, (labels != IGNORE_INDEX).sum(1), lambda values: values.double().sum(1))
@@ -269,5 +270,6 @@ def rewards(
 def _padded_rewards(model: RewardHead, some: Sequence[TokenSequence], tokenizer: Any) -> Tensor:
     rows = [sequence.prompt + sequence.response for sequence in some]
     device = model.score.weight.device
-    ids, mask = (x.to(device) for x in padded(rows, pad_id(images.tokenizer_of(tokenizer)), "right"))
+    pad = pad_id(images.tokenizer_of(tokenizer), model)
+    ids, mask = (x.to(device) for x in padded(rows, pad, "right"))
     return model(ids, mask, **in_dtype(_seen_inputs(some, tokenizer, ids), model.backbone))

@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastpref.common.memory import keep_freed_memory
+from fastpref.data.batches import pad_id
 from fastpref.data.collators import PackedCollator
 from fastpref.data.images import PREPARED, tokenizer_of
 from fastpref.models import compile_backbone, inner_model, keep_arithmetic, limits, run_inside
@@ -27,9 +28,11 @@ from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.loading import (
     check_datasets,
     check_limits,
+    check_parallel,
     disable_dropout,
     refuse_frozen,
     refuse_options,
+    said_of,
 )  # fmt: skip
 from fastpref.trainers.metrics import MetricSums
 from fastpref.trainers.streams import StreamRemarks
@@ -77,8 +80,6 @@ class PreferenceTrainer(Trainer):
     ) -> None:  # fmt: skip
         refuse_options(options, self.gives_scores)
         check_datasets(train_dataset, eval_dataset, args.group_by_prompt)
-        if args.batch_eval_metrics:
-            raise unsupported("batch_eval_metrics", True, "`compute_metrics` is called once, with all scores")
         refuse_frozen(model)
         keep_arithmetic(model, for_good=True)
         self.router_aux_loss_coef = self.router_coefficient(model, args)
@@ -105,22 +106,14 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # transformers < 5.19 reads this in place of loss_is_scaled_for_ga
         if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
-        if args.token_budget is not None and self.is_deepspeed_enabled:
-            raise unsupported("token_budget", args.token_budget, "DeepSpeed would take a step for every part")
-        if args.token_budget is not None and self.is_fsdp_enabled:
-            reason = "FSDP gathers weights in every part, and the ranks have different numbers of parts"
-            raise unsupported("token_budget", args.token_budget, reason)
-        if args.n_gpu > 1:
-            raise unsupported("nn.DataParallel", f"{args.n_gpu} GPUs in one process", "launch with torchrun")
-        collator.pad_token_id = tokenizer.pad_token_id
+        check_parallel(args, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         collator.token_budget = args.token_budget
         collator.keep_examples = args.world_size > 1
         collator.limits = limits(self.inner)
+        collator.pad_token_id = pad_id(tokenizer, self.inner)
         check_limits(collator, len(tokenizer), self.train_dataset, self.eval_dataset)
         collator.layout, collator.ours = choose_layout(self.model, args.layout, collator.pictures())
         if args.torch_compile:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise unsupported("torch_compile", True, "want no FSDP or DeepSpeed with it")
             compile_backbone(self.inner, self.accelerator, args)
         self.add_callback(StreamRemarks(self.train_dataset, self.eval_dataset))
         self._said_nan = False
@@ -143,12 +136,13 @@ class PreferenceTrainer(Trainer):
         """The data set tokenised, with the columns `signature_columns`."""
         raise NotImplementedError
 
-    def _prepared(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
+    def _prepared(self, dataset: Any, args: PreferenceConfig, name: str, argument: str | None = None) -> Any:
+        argument = argument or f"{name}_dataset"
         if dataset is None or isinstance(dataset, str):
             return dataset
         if isinstance(dataset, Mapping):
-            return {key: self._prepared(value, args, key) for key, value in dataset.items()}
-        with args.main_process_first(desc=f"preparing the {name} data"):
+            return {key: self._prepared(value, args, key, f"{argument}[{key!r}]") for key, value in dataset.items()}
+        with args.main_process_first(desc=f"preparing the {name} data"), said_of(argument):
             return self.prepare_dataset(unopened(dataset, self.reads_images), name, args)
 
     def pictured(self, dataset: Any, sides: Sequence[str], args: Any, name: str, whole: bool = False) -> Any:
@@ -190,6 +184,11 @@ class PreferenceTrainer(Trainer):
             return super()._get_train_sampler(*args)
         prompts, size = prompts_of(self.train_dataset), self._train_batch_size
         return PromptSampler(prompts, size, seed_of(self.args), lambda: int(self.state.epoch or 0))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. What an interrupted run summed up for its next log counts for nothing here."""
+        self._sums["train"] = MetricSums()
+        return super().train(*args, **kwargs)
 
     # one update: batches, and parts of them
 
@@ -354,8 +353,8 @@ class PreferenceTrainer(Trainer):
         self, dataloader: Any, description: str, prediction_loss_only: Any = None, ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:  # fmt: skip
+        sums = self._sums["eval"] = MetricSums()  # not with what an interrupted evaluation left
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        sums = self._sums["eval"]
         rows = sums.rows(self.accelerator)
         found = self.whole_loss(self.derived_metrics(sums.flush(self.accelerator, whole=True)), rows)
         if "scores" in rows:

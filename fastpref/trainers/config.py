@@ -109,6 +109,10 @@ class PreferenceConfig(TrainingArguments):
                 f"group_by_prompt: got True with train_sampling_strategy {self.train_sampling_strategy!r}, want "
                 "'random' or 'sequential'"
             )
+        if self.batch_eval_metrics:
+            raise unsupported("batch_eval_metrics", True, "`compute_metrics` is called once, with all scores")
+        if self.include_for_metrics:
+            raise unsupported("include_for_metrics", self.include_for_metrics, "`compute_metrics` gets scores alone")
         if self.use_liger_kernel:
             self.liger_kernel_config = _layer_kernels(self.liger_kernel_config)
         if self.label_smoothing_factor:

@@ -26,7 +26,7 @@ def any_ranked(*datasets: Any) -> bool:
     return any(
         any_ranked(*given.values()) if isinstance(given, Mapping) else ranked.is_ranked(given)
         for given in datasets
-        if given is not None and not isinstance(given, str)
+        if isinstance(given, Mapping) or hasattr(given, "column_names")  # what is no data set is refused later
     )
 
 

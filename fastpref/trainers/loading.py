@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +43,34 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, group_by_prompt: bool 
             "group_by_prompt: got True with an IterableDataset, want False or a Dataset: a stream's prompts are not "
             "known before it has been read"
         )
+
+
+def check_parallel(args: PreferenceConfig, *, deepspeed: bool, fsdp: bool) -> None:
+    """Refuses what the chosen way to use several devices cannot do.
+
+    Raises:
+        ValueError: names the field of `args`.
+    """
+    if args.token_budget is not None and deepspeed:
+        raise unsupported("token_budget", args.token_budget, "DeepSpeed would take a step for every part")
+    if args.token_budget is not None and fsdp:
+        reason = "FSDP gathers weights in every part, and the ranks have different numbers of parts"
+        raise unsupported("token_budget", args.token_budget, reason)
+    if args.n_gpu > 1:
+        raise unsupported("nn.DataParallel", f"{args.n_gpu} GPUs in one process", "launch with torchrun")
+    if args.torch_compile and (fsdp or deepspeed):
+        raise unsupported("torch_compile", True, "want no FSDP or DeepSpeed with it")
+
+
+@contextlib.contextmanager
+def said_of(argument: str) -> Iterator[None]:
+    """Errors about a `dataset`, in a `with` block, say which argument it was."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("dataset"):
+            raise
+        raise ValueError(argument + str(error).removeprefix("dataset")) from None
 
 
 def check_limits(collator: PackedCollator, vocabulary: int, train_dataset: Any, eval_dataset: Any) -> None:
@@ -163,7 +192,8 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig, half_factors
 
     Raises:
         TypeError: `peft_config` is not a `peft.PeftConfig`.
-        ValueError: the model already has adapters, or they are of a kind that is not supported.
+        ValueError: the model already has adapters, or they are of a kind that is not supported. Or it is a base model
+            in which an earlier run left its adapters: they alone would train, and it could not be saved.
     """
     if peft_config is not None:
         from peft import PeftConfig, get_peft_model
@@ -178,6 +208,7 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig, half_factors
         adapters.take_out(model)
         model = get_peft_model(model, peft_config)
     if not is_peft(model):
+        _refuse_remains(model)
         return model
     _refuse_other_adapters(model.peft_config.values())
     if args.gradient_checkpointing:
@@ -194,6 +225,14 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig, half_factors
 def is_quantised(model: Any) -> bool:
     """Whether the model was loaded in 4 or 8 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def _refuse_remains(model: Any) -> None:
+    if hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "model: got one with an earlier run's adapters in its layers, which cannot be saved without them; want "
+            "its PeftModel (trainer.model) to go on with them, a peft_config for new ones, or the model loaded anew"
+        )
 
 
 def _refuse_other_adapters(configs: Iterable[Any]) -> None:

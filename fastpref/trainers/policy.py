@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpref import linear_token_logprobs, linear_token_statistics, models
-from fastpref.data import formats
 from fastpref.data.collators import PackedCollator
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.reference_cache import ReferenceCache
@@ -22,7 +22,15 @@ from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.forward import by_sequence, head_hidden, head_labels, head_rows, run_backbone, to_device
 from fastpref.trainers.loading import load_tokenizer, wrap_peft
-from fastpref.trainers.reference import Progress, Reference, SyncReference, fill_cache, fingerprint, ready_reference
+from fastpref.trainers.reference import (
+    Progress,
+    Reference,
+    SyncReference,
+    came_with,
+    fill_cache,
+    fingerprint,
+    ready_reference,
+)
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint
 ROUTES = "aux_loss/experts"  # what an evaluation sums
@@ -250,8 +258,9 @@ class ReferencedTrainer(PolicyTrainer):
 
     def _precomputes(self) -> bool:
         wanted, args = self.args.precompute_ref_log_probs, self.args
-        datasets = [self.train_dataset, *_datasets(self.eval_dataset)]
-        possible = all(d is None or hasattr(d, "select") for d in datasets)
+        datasets = [d for d in (self.train_dataset, *_datasets(self.eval_dataset)) if d is not None]
+        given = [came_with(d, self.reference_columns) for d in datasets]
+        possible = all(there or hasattr(d, "select") for d, there in zip(datasets, given, strict=True))
         if wanted and not possible:
             raise _no_stream()
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -262,7 +271,15 @@ class ReferencedTrainer(PolicyTrainer):
             )
         if wanted is not None:
             return wanted
-        if not possible or args.sync_ref_model or sharded or self.train_dataset is None:
+        if not args.sync_ref_model and (all(given) or (any(given) and possible and not sharded)):
+            return True
+        if any(given):
+            warnings.warn(
+                f"{self.reference_columns[0]}: in the data, but not read: the reference runs in every step, since it "
+                "moves (sync_ref_model), or another data set lacks it that is a stream or of a sharded model",
+                stacklevel=4,
+            )
+        if not possible or args.sync_ref_model or sharded:
             return False  # of a sharded model, a rank may not hold all
         per_epoch = len(self.train_dataset) / (args.train_batch_size * args.gradient_accumulation_steps)
         return args.max_steps <= 0 or args.max_steps * args.world_size >= per_epoch
@@ -273,7 +290,7 @@ class ReferencedTrainer(PolicyTrainer):
             return None
         if isinstance(dataset, Mapping):
             return {key: self.with_reference(value, key) for key, value in dataset.items()}
-        if set(self.reference_columns) <= set(dataset.column_names):
+        if came_with(dataset, self.reference_columns):
             return dataset
         settings = [self.accelerator.mixed_precision, *self.reference_settings()]
         columns = [name for name in (*self.hashed_columns, "pixels") if name in dataset.column_names]
@@ -353,7 +370,7 @@ class ReferencedTrainer(PolicyTrainer):
         Raises:
             ValueError: the reference was the policy itself, and training has changed it.
         """
-        if not self.precomputes or set(self.reference_columns) <= set(formats.column_names(dataset)):
+        if not self.precomputes or came_with(dataset, self.reference_columns):
             return dataset
         if self.state.global_step > 0 and self.reference.is_lost_by_training:
             raise _reference_is_lost()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fastpref import models
+from fastpref.data import formats
 from fastpref.data.batches import by_prompt
 from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import Fingerprint, ReferenceCache
@@ -98,6 +99,19 @@ def ready_reference(model: Any, collator: PackedCollator, disable: bool) -> None
     if choose_layout(model, collator.layout, collator.pictures()) != (collator.layout, collator.ours):
         collator.layout, collator.ours = "padded", False
     models.output_head(inner_model(model))
+
+
+def came_with(dataset: Any, columns: Sequence[str]) -> bool:
+    """Whether a data set has a reference's log-probs, in these columns.
+
+    Raises:
+        ValueError: it has some of the columns only.
+    """
+    there = [name for name in columns if name in formats.column_names(dataset)]
+    if there and len(there) < len(columns):
+        missing = ", ".join(name for name in columns if name not in there)
+        raise ValueError(f"{there[0]}: got a data set that has it without {missing}, want both or neither")
+    return bool(there)
 
 
 class SyncReference(TrainerCallback):

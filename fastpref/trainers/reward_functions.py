@@ -175,7 +175,7 @@ class ScoringModel:
             rows.append(parted.prompt + parted.responses[0].ids)
         device, found = next(self.model.parameters()).device, [0.0] * len(rows)
         for chosen in batches_by_length([len(row) for row in rows], self.batch_size):
-            ids, mask = padded([rows[i] for i in chosen], pad_id(self.tokenizer), "right")
+            ids, mask = padded([rows[i] for i in chosen], pad_id(self.tokenizer, self.model), "right")
             scores = self.model(ids.to(device), mask.to(device))
             for i, score in zip(chosen, getattr(scores, "logits", scores).flatten().tolist(), strict=True):
                 found[i] = score

@@ -183,6 +183,8 @@ def test_bad_input(model, data, tmp_path):
         trainer_of(model, data, tmp_path, loss_fn=fastpref.DPOLoss(), ref_model="adapters")
     with pytest.raises(TypeError, match="ref_model: got 'peft', want a model, 'adapters' or None"):
         trainer_of(model, data, tmp_path, loss_fn=fastpref.DPOLoss(), ref_model="peft")
+    with pytest.raises(ValueError, match="ref_model: got the model that is trained, want another"):
+        trainer_of(model, data, tmp_path, loss_fn=fastpref.DPOLoss(), ref_model=model)
     batch = on_device(pair_batch(data[:2], model.config.pad_token_id))
     del batch["shift_labels"]
     with pytest.raises(ValueError, match="labels: got none in the batch, want `labels` or `shift_labels`"):

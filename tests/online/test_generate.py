@@ -141,6 +141,13 @@ def test_batches_do_not_change_responses(policy) -> None:
     assert [row[0] for row in wanted] == [row[0] for row in texts(policy, Sampling(k=1, max_new_tokens=6, seed=3))]
 
 
+def test_a_pad_token_that_the_model_lacks(policy) -> None:
+    """Added to the tokenizer alone, it was an IndexError where prompts differ in length."""
+    tokenizer = copy.deepcopy(policy[1])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert texts((policy[0], tokenizer), batch_size=16) == texts(policy, batch_size=16)
+
+
 SMALL = dict(
     vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,

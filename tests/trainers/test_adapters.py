@@ -302,6 +302,18 @@ class TestASecondTrainer:
         with pytest.raises(ValueError, match=r"weights an earlier run's adapters changed \(pissa\)"):
             trainer_of(model, tmp_path, peft_config=lora())
 
+    def test_on_the_base_model_alone(self, tmp_path):
+        """The adapters in its layers alone trained, unseen, and what was saved was no model."""
+        model = tiny()[0]
+        trainer = trainer_of(model, tmp_path, peft_config=lora())
+        with pytest.raises(ValueError, match=r"model: got one with an earlier run's adapters .* want its Peft"):
+            trainer_of(model, tmp_path)
+        train(trainer_of(trainer.model, tmp_path, max_steps=1))
+        own = tiny()[0]
+        own.add_adapter(lora())  # transformers' own way, which saves them
+        trainer_of(own, tmp_path).save_model(tmp_path / "own")
+        assert (tmp_path / "own" / "adapter_config.json").is_file()
+
 
 @pytest.mark.parametrize(
     "refused", [{"num_virtual_tokens": 3}, {"total_step": 10, "target_modules": ["q_proj"]}], ids=["prompts", "adalora"]

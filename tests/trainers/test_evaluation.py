@@ -80,6 +80,27 @@ def test_the_loss_of_an_evaluation_is_that_of_training_on_all_of_it(case, tmp_pa
     assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("case", ["dpo", "kto", "reward"])
+def test_an_interrupted_evaluation_was_counted_in_the_next(case, tmp_path):
+    """Its batches were: means of other weights, and more rewards than records for `compute_metrics`."""
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_prediction_step(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = build(case, tmp_path, per_device_eval_batch_size=5)
+    wanted = trainer.evaluate()
+    trainer.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    trainer.remove_callback(Interrupt)
+    assert {k: v for k, v in trainer.evaluate().items() if "time" not in k and "second" not in k} == {
+        k: v for k, v in wanted.items() if "time" not in k and "second" not in k
+    }
+    if case == "reward":
+        assert trainer.predict(pairs(12)).predictions.shape == (12, 2)
+
+
 def test_rewards_of_an_evaluation_go_to_compute_metrics(tmp_path):
     def compute_metrics(prediction):
         assert prediction.predictions.shape == (12, 2) and not prediction.label_ids.any()

@@ -142,6 +142,24 @@ class TestReference:
         trainer = DPOTrainer(tiny()[0], args=args, train_dataset=dataset, processing_class=tokenizer)
         assert set(trainer.train_dataset["ref_rejected_logps"]) == {-9.0}
 
+    def test_given_log_probs_were_read_by_some_runs_only(self, tmp_path):
+        """Not by those over less than the data or over streams; one column without the other was a KeyError."""
+        chosen = pairs().add_column("ref_chosen_logps", [-1.0] * 16)
+        both = chosen.add_column("ref_rejected_logps", [-900.0] * 16)
+        losses = []
+        for dataset in (both, both.to_iterable_dataset()):
+            model, tokenizer = tiny()
+            args = config(DPOConfig, tmp_path, max_steps=1, train_sampling_strategy="sequential")
+            trainer = DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+            losses += [entry["loss"] for entry in train(trainer)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
+        part = pairs(4).to_iterable_dataset()
+        with pytest.warns(UserWarning, match="ref_chosen_logps: in the data, but not read: the reference runs"):
+            DPOTrainer(model, args=args, train_dataset=both, eval_dataset=part, processing_class=tokenizer)
+        for dataset in (chosen, chosen.to_iterable_dataset()):
+            with pytest.raises(ValueError, match="ref_chosen_logps: got a data set that has it without ref_rejec"):
+                DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+
     def test_a_mismatched_completions_log_prob_was_given_to_another(self, tmp_path):
         """KTO's z0 of a part of a prepared data set: the completions were rotated anew, their log-probs were not."""
         trainer_class, config_class, _ = METHODS["kto"]
@@ -154,8 +172,8 @@ class TestReference:
         prepared = trainer.prepare_dataset(part, "eval", args)
         for column in ("completion_ids", "kl_completion_ids", "ref_KL_logps"):
             assert prepared[column] == part[column]
-        without = trainer.prepare_dataset(part.remove_columns("kl_completion_ids"), "eval", args)
-        assert without["kl_completion_ids"] != part["kl_completion_ids"] and "ref_KL_logps" not in without.column_names
+        with pytest.raises(ValueError, match="ref_KL_logps: got a data set without kl_completion_ids, want both"):
+            trainer.prepare_dataset(part.remove_columns("kl_completion_ids"), "eval", args)
 
     def test_the_only_checkpoint_could_lack_the_moving_reference(self, tmp_path, monkeypatch):
         """Older ones are deleted when the trainer's state is written: what a run resumes from must be there by then."""

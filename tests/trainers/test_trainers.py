@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 from fastpref.trainers import (
     DPOConfig,
@@ -82,6 +83,26 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(method, tmp_path):
     keys = ("loss", "grad_norm", "rewards/chosen", "logps/rejected", "entropy")
     assert [[e[k] for k in keys] for e in resumed[-3:]] == [[e[k] for k in keys] for e in log[-3:]]
     assert furthest(weights(whole), weights(again)) == 0.0
+
+
+def test_an_interrupted_run_was_counted_in_the_next(tmp_path):
+    """What it had summed up for its next log was in the first log of the run after it."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model, tokenizer = tiny()
+    args = config(DPOConfig, tmp_path, learning_rate=0.0, logging_steps=3)
+    trainer = DPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer)
+    (wanted,) = train(trainer)
+    trainer.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer)
+    trainer.remove_callback(Interrupt)
+    (found,) = train(trainer)
+    for name in ("num_tokens", "logps/chosen", "rewards/margins"):
+        assert found[name] == wanted[name]
 
 
 def test_a_truncated_checkpoint_is_never_used(tmp_path):
@@ -188,6 +209,8 @@ class TestBadInput:
             ({"truncation_mode": "keep_end"}, "truncation_mode: got 'keep_end'"),
             ({"statistics": "always"}, "statistics: got 'always'"),
             ({"token_budget": 0}, "token_budget: got 0"),
+            ({"include_for_metrics": ["inputs"]}, r"include_for_metrics: got \['inputs'\], which"),
+            ({"batch_eval_metrics": True}, "batch_eval_metrics: got True, which fastpref does not support"),
             ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "precompute_ref_log_probs: got True"),
         ],
     )
@@ -214,6 +237,22 @@ class TestBadInput:
         args = config(KTOConfig, tmp_path)
         with pytest.raises(ValueError, match="compute_loss_func: got 'one', which fastpref does not support"):
             KTOTrainer(model, args=args, compute_loss_func=lambda *_: None, **given)
+
+    def test_which_data_set_has_the_wrong_record(self, tmp_path):
+        """It was 'dataset', and a list or an empty one an AttributeError."""
+        model, tokenizer = tiny()
+        args = config(DPOConfig, tmp_path)
+        wrong = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": None}])
+        for error, message, data in (
+            (TypeError, "train_dataset: got list, want a datasets.Dataset", {"train_dataset": [*pairs(2)]}),
+            (ValueError, "eval_dataset: got no records", {"train_dataset": pairs(2), "eval_dataset": wrong.select([])}),
+            (
+                ValueError, r"eval_dataset\['b'\], record 1: rejected: got None",
+                {"train_dataset": pairs(2), "eval_dataset": {"a": pairs(2), "b": wrong}},
+            ),
+        ):  # fmt: skip
+            with pytest.raises(error, match=message):
+                DPOTrainer(model, args=args, processing_class=tokenizer, **data)
 
     def test_kto_of_single_examples(self, tmp_path):
         with pytest.raises(ValueError, match="per_device_train_batch_size: got 1, want at least 2"):
@@ -275,3 +314,18 @@ def test_evaluating_other_data_by_name_is_evaluating_each(tmp_path):
 def test_length_grouped_batches_are_reproducible(tmp_path):
     logs = [run("dpo", tmp_path, train_sampling_strategy="group_by_length", seed=3)[1] for _ in range(2)]
     assert [e["loss"] for e in logs[0]] == [e["loss"] for e in logs[1]]
+
+
+def test_a_pad_token_that_the_model_lacks(tmp_path):
+    """Added to the tokenizer alone, or none at all: an IndexError and a TypeError where batches are padded."""
+    tokens = Dataset.from_list([{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}] * 4)
+    losses = []
+    for change in ({"layout": "packed"}, {"pad_token": "[PAD]"}, {"pad_token": None, "eos_token": None}):
+        model, tokenizer = tiny()
+        layout = change.pop("layout", "padded")
+        for name, token in change.items():
+            tokenizer.add_special_tokens({name: token}) if token else setattr(tokenizer, name, None)
+        args = config(DPOConfig, tmp_path, layout=layout)
+        trainer = DPOTrainer(model, args=args, train_dataset=tokens, processing_class=tokenizer)
+        losses.append([entry["loss"] for entry in train(trainer)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == losses[1]
