@@ -26,6 +26,7 @@ from fastpref.validate.cases import OPERATORS
 from fastpref.validate.inputs import LARGE_VOCABULARIES
 from fastpref.validate.machine import machine
 from fastpref.validate.operator import Operator
+from fastpref.validate.policy import Verdict
 from fastpref.validate.run import Row, run_case, using
 
 SCHEMA = 1
@@ -184,7 +185,10 @@ def evaluate(p: Plan, pattern: str, quick: bool, table: Table, jobs: int = 1) ->
         if case[-1]:
             groups.setdefault(case[0].group or case[0].name, []).append(case)
     with _workers(p, jobs) as results_of:
-        pending = {name: [results_of(case) for case in members] for name, members in groups.items()}
+        pending = {
+            name: [functools.partial(_or_failed, results_of(case), case, p.device) for case in members]
+            for name, members in groups.items()
+        }
         for name, results in pending.items():
             found: dict[tuple[str, str], list[Row]] = {}
             for rows in results:
@@ -195,16 +199,35 @@ def evaluate(p: Plan, pattern: str, quick: bool, table: Table, jobs: int = 1) ->
                 table.group(name, found[key])
 
 
+def _or_failed(rows: Callable[[], list[Row]], case: Case, device: torch.device) -> list[Row]:
+    """The rows of a case. If all of it failed, with its truth or with its process, that is a result too."""
+    try:
+        return rows()
+    except Exception as error:
+        operator, family, dtype, backends = case
+        dtype_name = str(dtype).removeprefix("torch.")
+        return [_failure(error, operator.name, backend, device, dtype_name, family) for backend in backends]
+
+
+def _failure(error: Exception, op: str, backend: str, device: torch.device, dtype: str, family: str) -> Row:
+    verdict = Verdict("-", math.inf, 0.0, 0.0, False, f"{type(error).__name__}: {error}")
+    return Row(op, backend, device.type, dtype, family, "-", verdict)
+
+
 @contextlib.contextmanager
 def _workers(p: Plan, jobs: int) -> Iterator[Callable[[Case], Callable[[], list[Row]]]]:
     """A function that starts a case and returns one that waits for its rows.
 
-    Cases run here one after the other, or in `jobs` processes.
+    Cases run here one after the other, or in `jobs` processes. Of those of a large vocabulary only so many run at once
+    that they take a third of the device's memory.
     """
     if jobs == 1:
         yield lambda case: functools.partial(_results, OPERATORS.index(case[0]), *case[1:], p.device)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    free = torch.cuda.mem_get_info(p.device)[0] if p.device.type == "cuda" else 0
+    turns = context.Semaphore(max(1, free // (3 * LARGE_BYTES)))
+    with ProcessPoolExecutor(jobs, context, _share, (turns,)) as pool:
         try:
             yield lambda case: pool.submit(_in_worker, OPERATORS.index(case[0]), *case[1:], p.device).result
         except BaseException:
@@ -216,9 +239,21 @@ def _results(index: int, family: str, dtype: torch.dtype, backends: list[str], d
     return list(run_case(OPERATORS[index], family, dtype, device, backends))
 
 
+_large_turns: Any = contextlib.nullcontext()  # of a worker: what lets a few large cases run at once
+
+
+def _share(turns: Any) -> None:
+    global _large_turns
+    _large_turns = turns
+
+
 def _in_worker(index: int, family: str, dtype: torch.dtype, backends: list[str], device: torch.device) -> list[Row]:
-    with _as_measured(device):
-        return _results(index, family, dtype, backends, device)
+    with _as_measured(device), _large_turns if family.startswith("V=") else contextlib.nullcontext():
+        try:
+            return _results(index, family, dtype, backends, device)
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what PyTorch keeps for this process, the others lack
 
 
 @contextlib.contextmanager
@@ -312,7 +347,10 @@ def _beyond_int32(p: Plan, table: Table, out: Any) -> list[Row]:
     if free < beyond_int32.BYTES_NEEDED:
         print(f"N*V > 2^31: not run here (needs {beyond_int32.BYTES_NEEDED >> 30} GiB free)", file=out)
         return []
-    rows = list(beyond_int32.check(p.device, p.backends))
+    try:
+        rows = list(beyond_int32.check(p.device, p.backends))
+    except Exception as error:
+        rows = [_failure(error, "N*V > 2^31", ", ".join(p.backends), p.device, "bfloat16", "N*V > 2^31")]
     for row in rows:
         table.group(row.op, [row])
     return rows

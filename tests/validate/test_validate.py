@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from importlib import import_module
 
@@ -296,6 +297,37 @@ def test_jobs_give_the_results_of_one_process(tmp_path):
         assert validate("--quick", "--op", "kl_estimate", "--jobs", jobs, "--json", str(file)) == 0
         found.append(json.loads(file.read_text())["rows"])
     assert found[0] == found[1] != []
+
+
+def test_a_case_that_fails_as_a_whole_is_a_result_and_loses_no_other(monkeypatch, tmp_path):
+    """The memory of its truth, say, or its process."""
+    run_case, begun = scorecard.run_case, []
+
+    def failing(operator, *arguments):
+        begun.append(operator.name)
+        if len(begun) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_case(operator, *arguments)
+
+    monkeypatch.setattr(scorecard, "run_case", failing)
+    assert validate("--quick", "--op", "kl_estimate", "--json", str(tmp_path / "found.json")) == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    failed = [row for row in found["rows"] if not row["passed"]]
+    assert {row["detail"] for row in failed} == {"OutOfMemoryError: CUDA out of memory"}
+    assert len(found["rows"]) > len(failed) == found["failed"] > 0 and not found["interrupted"]
+
+
+def test_a_worker_gives_a_gpus_memory_back_and_large_cases_take_turns(monkeypatch):
+    """What a process keeps for itself, fifteen others lack."""
+    events = []
+    turns = contextlib.nullcontext()
+    monkeypatch.setattr(type(turns), "__enter__", lambda self: events.append("turn") if self is turns else None)
+    monkeypatch.setattr(scorecard, "_large_turns", turns)
+    monkeypatch.setattr(scorecard, "_results", lambda *_: events.append("case") or [])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("given back"))
+    for family in ("random", "V=262144"):
+        scorecard._in_worker(0, family, torch.float32, [], torch.device("cuda"))
+    assert events == ["case", "given back", "turn", "case", "given back"]
 
 
 def test_an_interrupt_keeps_the_results_until_then(monkeypatch, tmp_path, capsys):
