@@ -8,8 +8,10 @@ import warnings
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from counting import Operators, Watch
 from support_trainers import METHODS, config, data_of, pairs, tiny, train
+from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, TrainerCallback
 
 import fastpref
@@ -18,10 +20,12 @@ from fastpref.common import memory
 
 TRL = importlib.util.find_spec("trl") is not None and importlib.metadata.version("trl").startswith("1.16.")
 HOSTS = {
-    ("_local_scalar_dense", "transformers/trainer.py"): "is the loss NaN? logging_nan_inf_filter, of TRL's arguments",
     ("to", "transformers/trainer.py"): "_prepare_input, of batches that are on the device",
     ("to", "transformers/models/llama/modeling_llama.py"): "a buffer to the device that it is on",
     ("to", "accelerate/accelerator.py"): "clip_grad_norm_: norms to the device of the first of them",
+}
+TRLS = HOSTS | {
+    ("_local_scalar_dense", "transformers/trainer.py"): "is the loss NaN? logging_nan_inf_filter, of TRL's arguments",
 }
 
 
@@ -44,14 +48,14 @@ class WatchSteps(TrainerCallback):
         self.steps += 1
 
 
-def assert_nothing_waits(trainer, monkeypatch) -> Operators:
+def assert_nothing_waits(trainer, monkeypatch, hosts=HOSTS) -> Operators:
     watch = Watch(monkeypatch)
     steps = WatchSteps(watch)
     trainer.add_callback(steps)
     train(trainer)
     assert steps.steps == 2 and sum(watch.operators.launches.values()) > 100
     assert watch.ours == []
-    assert {(event.what, event.file) for event in watch.operators.waits if not event.ours} <= HOSTS.keys()
+    assert {(event.what, event.file) for event in watch.operators.waits if not event.ours} <= hosts.keys()
     return watch.operators
 
 
@@ -79,6 +83,29 @@ def trainer_of(method: str, tmp_path, **options):
 )
 def test_policy_trainers(method, options, tmp_path, monkeypatch):
     assert_nothing_waits(trainer_of(method, tmp_path, **options), monkeypatch)
+
+
+@pytest.mark.parametrize(("method", "options"), [("dpo", {"token_budget": 200}), ("kto", {})], ids=str)
+def test_a_batch_is_copied_from_pinned_memory_while_the_device_works(method, options, tmp_path, monkeypatch):
+    """All of it, and before a step begins, which is when the watch starts."""
+    trainer_class, config_class, more = METHODS[method]
+    model, tokenizer = tiny()
+    args = config(config_class, tmp_path, **more, **options)
+    args.dataloader_pin_memory = True  # the default, which transformers takes back on a CPU
+    trainer = trainer_class(model, args=args, train_dataset=data_of(method), processing_class=tokenizer)
+    loader = trainer.get_train_dataloader()
+    assert loader.pin_memory and loader._non_blocking
+    pinned, copied = set(), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pinned.add(self.data_ptr()) or self)
+
+    def to(self, *_, non_blocking=False, **__):
+        copied.append((self.data_ptr() in pinned, non_blocking))
+        return self
+
+    batch = pin_memory(trainer.data_collator(trainer.train_dataset.to_list()[:4]))
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    send_to_device(batch, torch.device("cuda"), non_blocking=True)
+    assert len(copied) > 10 and set(copied) == {(True, True)}
 
 
 def test_distillation(tmp_path, monkeypatch):
@@ -149,7 +176,7 @@ def test_trl_under_the_patch(method, tmp_path, monkeypatch):
     with fast_trl.patched(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trl_hosts.build(method, tmp_path, max_steps=2)
-        assert_nothing_waits(trainer, monkeypatch)
+        assert_nothing_waits(trainer, monkeypatch, TRLS)
 
 
 def test_the_watch_sees_what_waits(monkeypatch):
