@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -68,6 +69,24 @@ def sequence_classifier(config_class: type) -> Any:
     found: Any = type(name, (GenericForSequenceClassification, body.__mro__[1]), {"__module__": __name__})
     found.from_config = found._from_config  # as the auto classes have it
     return found
+
+
+def processing_class(model: Any, name: Any, **options: Any) -> Any:
+    """The processor of a model that takes images, the tokenizer of another, from a folder or the hub.
+
+    Also the tokenizer, with a warning, where the processor needs what is not installed: texts do not.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+
+    if takes_images(model):
+        try:
+            return AutoProcessor.from_pretrained(name, **options)
+        except ImportError as error:
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            warnings.warn(
+                f"processing_class: {name} gives its tokenizer only, and images cannot be read: {reason}", stacklevel=3
+            )
+    return AutoTokenizer.from_pretrained(name, **options)
 
 
 def takes_images(model: Any) -> bool:

@@ -12,7 +12,7 @@ from fastpref import models
 from fastpref.common import checks
 from fastpref.common.terminal import hide_library_bars
 from fastpref.models import adapters
-from fastpref.models.vision import takes_images
+from fastpref.models.vision import processing_class
 from fastpref.objectives.reward import RewardHead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,10 +76,7 @@ def load_reward_model(
 
 def _tokenizer(name: str | os.PathLike[str], model: Any) -> Any:
     """The tokenizer, or the processor of a model that takes images."""
-    from transformers import AutoProcessor, AutoTokenizer
-
-    auto = AutoProcessor if takes_images(model) else AutoTokenizer
-    return auto.from_pretrained(adapters.tokenizer_source(_folder(name)))
+    return processing_class(model, adapters.tokenizer_source(_folder(name)))
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -12,8 +12,7 @@ from torch import nn
 
 from fastpref.data.collators import PackedCollator
 from fastpref.data.images import tokenizer_of
-from fastpref.models import adapters, inner_model, is_peft
-from fastpref.models.vision import takes_images
+from fastpref.models import adapters, inner_model, is_peft, vision
 from fastpref.trainers.config import PreferenceConfig, unsupported
 
 FACTORS = re.compile(r"lora_(embedding_)?[AB]\.")
@@ -162,14 +161,13 @@ def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig, gi
     Raises:
         ValueError: no tokenizer can be found, it is not one, or `pad_token` is not in its vocabulary.
     """
-    from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     if processing_class is None:
         name = adapters.tokenizer_source(given) if isinstance(given, str) else model.config._name_or_path
         if not name:
             raise ValueError("processing_class: got None with a model that came from no folder, want its tokenizer")
-        auto = AutoProcessor if takes_images(model) else AutoTokenizer
-        processing_class = auto.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        processing_class = vision.processing_class(model, name, trust_remote_code=args.trust_remote_code)
     tokenizer = tokenizer_of(processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise unsupported("processing_class", type(processing_class).__name__, "want a tokenizer or a processor")

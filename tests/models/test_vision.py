@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from support_vision import FAMILIES, own_logps, records
 
 from fastpref import linear_token_logprobs, models
 from fastpref.data import images
 from fastpref.data.collators import PairCollator
+from fastpref.trainers import DPOConfig, DPOTrainer
 from fastpref.trainers.forward import scored_hidden
 from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.vision import vision_of
@@ -58,3 +62,24 @@ def test_log_probs_are_those_of_the_models_own_logits(family):
         hidden = scored_hidden(model, batch)
         found = linear_token_logprobs(hidden, head.weight, batch["labels"], head.bias, **head.options())
         torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_without_torchvision_texts_of_a_vision_language_model_train(pictures, tmp_path, monkeypatch):
+    """Qwen's and Pixtral's processors ask for it. Their tokenizers were not taken in their place."""
+
+    def missing(*args: Any, **options: Any) -> Any:
+        raise ImportError("\nAVideoProcessor requires the Torchvision library but it was not found. Check out the page")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", missing)
+    model, processor = FAMILIES["llava"]()
+    model.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    rows = [row | {"images": row["images"] if pictures else []} for row in records(2)]
+    args = DPOConfig(str(tmp_path / "out"), max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no")
+    error = pytest.raises(ValueError, match="record 1: images: got 1, want none: the model reads texts only")
+    with (
+        pytest.warns(UserWarning, match="gives its tokenizer only, and images cannot be read: AVideoProcessor"),
+        error if pictures else contextlib.nullcontext(),
+    ):
+        DPOTrainer(str(tmp_path), args=args, train_dataset=Dataset.from_list(rows)).train()

@@ -234,7 +234,7 @@ def test_methods_without_a_reference_have_the_losses_of_the_models_own_logits(fa
     assert found["logps/rejected"] == pytest.approx(float(own["rejected"].mean()), abs=1e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3n"])
 def test_rewards_are_those_of_transformers_own_forward(family, tmp_path):
     model, processor = FAMILIES[family]()
     model.save_pretrained(tmp_path / "policy")
@@ -373,11 +373,13 @@ def test_bf16_has_no_more_error_than_trl(tmp_path):
     assert 0 < errors[1] <= 1.1 * errors[0] < 0.1 * float(truth.norm())
 
 
-@pytest.mark.parametrize("host", ["ours", "subclass of TRL's"])
-def test_it_trains_by_default_twice_on_one_model(host, tmp_path):
+@pytest.mark.parametrize(
+    ("host", "family"), [("ours", "qwen2_vl"), ("subclass of TRL's", "qwen2_vl"), ("ours", "gemma3n")]
+)
+def test_it_trains_by_default_twice_on_one_model(host, family, tmp_path):
     """bf16 and gradient checkpointing, as both hosts have them; the last batch is uneven, and none is dropped."""
     trainer_class, config_class = {"ours": (DPOTrainer, DPOConfig)}.get(host, (trl_trainers.DPOTrainer, trl.DPOConfig))
-    model, processor = FAMILIES["qwen2_vl"]()
+    model, processor = FAMILIES[family]()
     model.save_pretrained(tmp_path / "base")
     model = type(model).from_pretrained(tmp_path / "base")  # from where TRL takes its reference, in both runs
     dataset = Dataset.from_list(records()[:3])
