@@ -15,6 +15,7 @@ from fastpref.models import adapters, inner_model
 from fastpref.models.vision import with_images
 from fastpref.objectives.lists import check_group, check_ranks, list_objective
 from fastpref.ops.common import encode
+from fastpref.ops.reward import sequence_count
 
 # method of `from_rankings` -> name in the specification
 RANKING_METHODS = {"pairs": "all_pairs"} | {name: name for name in ("plackett_luce", "rao_kupper", "davidson")}
@@ -145,7 +146,7 @@ class BradleyTerryLoss(nn.Module):
         """
         weight, bias = _head(hidden, head_weight, head_bias)
         index, layout = _last_rows(hidden, last_index, cu_seqlens)
-        sequences = index.shape[0] - (layout == "edges")
+        sequences = sequence_count(index, layout)
         if sequences < 2 or sequences % 2:
             raise ValueError(
                 f"{'cu_seqlens' if layout == 'edges' else 'last_index'}: got {sequences} sequences, want an even "

@@ -14,8 +14,9 @@ def _accumulate_in(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _sequences(index: Tensor, layout: str) -> int:
-    return index.shape[0] - (layout == "edges")
+def sequence_count(index: Tensor, layout: str) -> int:
+    """How many sequences `index` tells apart."""
+    return index.shape[0] - int(layout == "edges")  # a bool has no difference from a traced shape in torch 2.11
 
 
 def _index_range(index: Tensor, layout: str, limit: int) -> None:
@@ -51,7 +52,7 @@ def row_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tenso
 
 @row_scores.register_fake
 def _(hidden, weight, bias, index, layout):
-    return hidden.new_empty(_sequences(index, layout), dtype=_accumulate_in(hidden, weight, bias))
+    return hidden.new_empty(sequence_count(index, layout), dtype=_accumulate_in(hidden, weight, bias))
 
 
 @torch.library.custom_op("fastpref::row_scores_gradient", mutates_args=())
@@ -134,7 +135,7 @@ def linear_bradley_terry(
 
 @linear_bradley_terry.register_fake
 def _(hidden, weight, bias, index, margin, layout, center_coefficient):
-    sequences, dtype = _sequences(index, layout), _accumulate_in(hidden, weight, bias)
+    sequences, dtype = sequence_count(index, layout), _accumulate_in(hidden, weight, bias)
     shapes = ((), (4, sequences // 2), (sequences,))
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 

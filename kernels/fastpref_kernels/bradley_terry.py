@@ -151,7 +151,7 @@ def row_scores(
 
     A row that does not exist scores NaN. Hidden may have any strides.
     """
-    sequences, d = index.shape[0] - (layout == "edges"), hidden.shape[-1]
+    sequences, d = index.shape[0] - int(layout == "edges"), hidden.shape[-1]
     dtype = _accumulate_in(hidden, weight, bias)
     scores = torch.empty(sequences, dtype=dtype, device=hidden.device)
     if sequences == 0:

@@ -36,8 +36,18 @@ def fault(cell: Cell, found: run.Found, folder: Path) -> str | None:
 def is_tight(cell: Cell) -> bool:
     if cell.precision != "fp32":
         return False
-    in_bf16 = cell.trains == "qlora" and cell.reference != "none" and cell.host not in ("mixin", "loop")  # as TRL's DPO
-    return not in_bf16
+    if cell.trains != "qlora" or cell.reference == "none" or cell.host == "mixin":
+        return True
+    if cell.host == "loop":  # its reference is a quantised copy in evaluation, unless it has another
+        return cell.reference == "explicit" or not quantised_evaluation_in_bf16()
+    return False  # adapters in bf16, as TRL's DPO
+
+
+def quantised_evaluation_in_bf16() -> bool:
+    """Whether bitsandbytes computes in bf16 what asks for no gradient, here: on CPUs that have AVX512-BF16."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
 
 
 def ratio(cell: Cell, found: run.Found, folder: Path) -> float | None:
