@@ -40,15 +40,15 @@ def classifier(model: Any) -> Any:
 def pictured(case: str, wrapper: str, batch: int, folder: Path, patch: Any = fast_trl.patched) -> dict[str, Any]:
     """An epoch over one record more than comes out even, and where the trainer is ours its evaluation.
 
-    A case is a method. Before it may stand "trl" (whose trainer runs it), "each" (record has images), "accumulated".
+    A case is a method. Before it may stand "trl" (its own trainer), "each" (has images), "accumulated", "budget".
     """
     from tests import support_distributed as support
 
     host, _, method = case.rpartition("-")
     model, processor = models.tiny_vision()
     more: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 1, "max_length": 128, "learning_rate": 0.1}
-    if wrapper == "ddp":
-        more["ddp_find_unused_parameters"] = None  # as people leave it
+    if wrapper == "ddp":  # as people leave both
+        more |= {"ddp_find_unused_parameters": None, "gradient_checkpointing": True}
     if wrapper == "fsdp2":
         more["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": [support.LAYER, "CLIPEncoderLayer"]}
     options = support.options(wrapper, batch, per_device_eval_batch_size=batch, **more)
@@ -65,6 +65,8 @@ def pictured(case: str, wrapper: str, batch: int, folder: Path, patch: Any = fas
             return support.trained(trainer, wrapper)
     name = {"dpo": "DPO", "kto": "KTO", "reward": "Reward"}[method]
     trainer_class = support.SameBlocksKTO if method == "kto" else getattr(trainers, f"{name}Trainer")
+    if host == "budget":
+        options["token_budget"] = 100
     if host == "accumulated":  # the second batch of the first update has images on neither rank
         options |= {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": 2}
     args = getattr(trainers, f"{name}Config")(output_dir=str(folder), **options)

@@ -39,7 +39,10 @@ BUGS = {  # found by these cases
     "fsdp2/resumed:tr-dpo": "a-sharded-reference-is-saved-and-resumed-from",
     "fsdp2/evaluated:lora-dpo": "ranks-do-not-fill-a-cache-with-a-sharded-reference",
 }
-PICTURED = [*(f"ddp/pictured:{case}" for case in ("accumulated-dpo", "kto", "reward")), "fsdp2/pictured:each-dpo"]
+PICTURED = [
+    *(f"ddp/pictured:{case}" for case in ("accumulated-dpo", "budget-kto", "reward")),
+    "fsdp2/pictured:each-dpo",
+]
 PICTURED_TRL = ["ddp/pictured:trl-dpo", "ddp/unpatched-pictured:trl-dpo"]
 MIXED = "fsdp2/mixed:dpo"
 DEEPSPEED = [
