@@ -47,10 +47,10 @@ def tokenize_paired(
     A text's response ends with the EOS token. Of messages, a response is all that the chat template puts after the
     prompt with its generation header. The prompt ends where it stops being a prefix of either sequence.
 
-    `ref_chosen_logps`, `ref_rejected_logps` and `margin` are passed through.
+    `ref_chosen_logps` and `ref_rejected_logps` are passed through.
     """
     columns = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS} | mask_columns(dataset, PAIR, options)
-    numbers = ("ref_chosen_logps", "ref_rejected_logps", "margin")
+    numbers = ("ref_chosen_logps", "ref_rejected_logps")
     return tokenized(
         dataset, _paired_row, columns, numbers, name, num_proc, tokenizer=tokenizer, max_length=max_length, **options
     )

@@ -30,7 +30,7 @@ def repeated_by_weight(dataset: Any, seed: int = 0, name: str = "train") -> Any:
     """
     if COLUMN not in column_names(dataset):
         return dataset
-    weights = np.array([checked_weight(w, f"{name}: record {i}") for i, w in enumerate(dataset[COLUMN])])
+    weights = np.array([checked_weight(w, f"{name}: record {i}") for i, w in enumerate(dataset[COLUMN], 1)])
     whole = np.floor(weights)
     times = (whole + (np.random.default_rng(seed).random(len(weights)) < weights - whole)).astype(int)
     if not times.any():

@@ -77,6 +77,7 @@ class _Packed(_Trainer):
     def _pack_batches(self: Any) -> None:
         if self.packing is not None:
             self.data_collator = self.packing
+            self.accelerator.dataloader_config.dispatch_batches = False  # which would cut packed batches into rows
 
     @functools.cached_property
     def _steps(self) -> list[tuple[str, list[str], Tensor]]:
@@ -113,6 +114,8 @@ class _Packed(_Trainer):
         for name in ("is_fsdp_enabled", "is_deepspeed_enabled", "use_liger_kernel"):
             if getattr(self, name, False):
                 raise ValueError(f"{name.removeprefix('_')}: got True, want False")
+        if self.args.accelerator_config.dispatch_batches:
+            raise ValueError("dispatch_batches: got True, want False: a packed batch cannot be cut into ranks' shares")
         if getattr(self, "aux_loss_enabled", False) and not hasattr(self, "router_aux_loss_coef"):
             raise ValueError("aux_loss_enabled: got True from an older TRL, want at least 1.16")
         if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:

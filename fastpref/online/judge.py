@@ -116,7 +116,7 @@ def judge_file(
     """
     how = judging or Judging()
     asked = _questions(records, how)
-    for i, record in enumerate(records):
+    for i, record in enumerate(records, 1):
         check_free(record, name, f"record {i}")
     with _asking(judge, records, asked, how, batch_size) as (ask, request, who):
         settings = {**asdict(how), **who, "name": name, "responses": fingerprint(records)}
@@ -152,7 +152,7 @@ def judge_scorer(judge: Judge, judging: Judging | None = None, *, batch_size: in
 
 
 def _questions(records: Sequence[Mapping[str, Any]], how: Judging) -> list[list[tuple[int, ...]]]:
-    for i, record in enumerate(records):
+    for i, record in enumerate(records, 1):
         prompt = checked_prompt(record, f"record {i}")
         checked_responses(record, f"record {i}")
         refuse_images(record, f"record {i}")

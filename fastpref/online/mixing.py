@@ -29,7 +29,7 @@ def mix_pairs(sources: Mapping[str, tuple[Sequence[Record], float]]) -> tuple[li
     """
     pairs, kinds = [], dict[str, tuple[type, str]]()
     for name, (some, weight) in sources.items():
-        for i, pair in enumerate(some):
+        for i, pair in enumerate(some, 1):
             where = f"{name}: record {i}"
             for part in PARTS:
                 kind, first = kinds.setdefault(part, (type(pair[part]), where))

@@ -105,7 +105,7 @@ def make_pairs(records: Sequence[Record], rules: PairRules | None = None) -> tup
     counts: Counter[str] = Counter()
     scored: list[tuple[int, float, int]] = []  # (prompt, score, characters) of each candidate
     for i, record in enumerate(records):
-        candidates = _candidates(record, f"record {i}", rules, counts)
+        candidates = _candidates(record, f"record {i + 1}", rules, counts)
         scored += [(i, c.score, len(c.text)) for c in candidates]
         if rules.how == LIST:
             made = [(candidates[0], candidates[-1])] if len(candidates) > 1 else []

@@ -29,7 +29,7 @@ def read_prompts(path: str | os.PathLike[str], *, chat: bool = False) -> list[Re
     records = read_records(path) if Path(path).suffix == ".jsonl" else []
     if not records or any("prompt" not in r or {"chosen", "rejected"} <= r.keys() for r in records):
         records = _converted(path)
-    for i, record in enumerate(records):
+    for i, record in enumerate(records, 1):
         prompt = checked_prompt(record, f"{path}: record {i}")
         if chat and isinstance(prompt, str):
             record["prompt"] = [{"role": "user", "content": prompt}]
@@ -61,7 +61,7 @@ def read_responses(path: str | os.PathLike[str], human: str = "human") -> list[R
     if records and any("responses" in record for record in records):
         return records
     found = []
-    for i, pair in enumerate(load_pairs(path)):
+    for i, pair in enumerate(load_pairs(path), 1):
         texts = [_only_text(pair[side], f"{path}: record {i}, {side}") for side in ("chosen", "rejected")]
         others = {name: value for name, value in pair.items() if name not in CONSUMED | {"margin"}}
         found.append({"prompt": pair["prompt"], "responses": texts, "scores": {human: [1.0, 0.0]}, **others})

@@ -81,7 +81,7 @@ def _fingerprint(records: Sequence[Record], tokenizer: Any, responses_as_written
     from fastpref.data.reference_cache import Fingerprint
 
     found, told = Fingerprint(), Remarks("score")
-    for i, record in enumerate(records):
+    for i, record in enumerate(records, 1):
         checked_prompt(record, f"record {i}")
         checked_responses(record, f"record {i}")
         try:
@@ -111,14 +111,14 @@ def score_records(
         ValueError: a record is none, already has scores, or the scorer failed on it. The scorer has to give one finite
             number or None for each response. The message names the record.
     """
-    for i, record in enumerate(records):
+    for i, record in enumerate(records, 1):
         checked_prompt(record, f"record {i}")
         checked_responses(record, f"record {i}")
         check_free(record, name, f"record {i}")
     found = scorer(records, start)
     try:
         for i in range(start, len(records)):
-            where = f"record {i}"
+            where = f"record {i + 1}"
             try:
                 scores = next(found)
             except StopIteration:
@@ -160,7 +160,9 @@ def _checked_scores(scores: Any, count: int, where: str) -> list[float | None]:
         raise ValueError(f"{where}: the judge gave {len(found)} scores, want {count}, one per response")
     bad = [i for i, s in enumerate(found) if s is not None and not math.isfinite(s)]
     if bad:
-        raise ValueError(f"{where}: the judge gave {found[bad[0]]} to response {bad[0]}, want a finite number or None")
+        raise ValueError(
+            f"{where}: the judge gave {found[bad[0]]} to response {bad[0] + 1}, want a finite number or None"
+        )
     return found
 
 

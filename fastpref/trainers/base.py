@@ -90,8 +90,9 @@ class PreferenceTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         dispatch: Any = args.accelerator_config
-        if dispatch.dispatch_batches is None:  # a packed batch cannot be cut into ranks' shares
-            dispatch.dispatch_batches = False
+        if dispatch.dispatch_batches:
+            raise unsupported("dispatch_batches", True, "a packed batch cannot be cut into ranks' shares")
+        dispatch.dispatch_batches = False
         if args.dataloader_pin_memory:  # the next batch is copied while the device works on this one
             dispatch.non_blocking = True
         tokenizer = self.tokenizer_in_use = tokenizer_of(processing_class)

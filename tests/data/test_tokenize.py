@@ -324,10 +324,11 @@ def test_streamed_responses(tokenizers) -> None:
 
 def test_only_named_columns_are_left_with_numbers_that_trainers_read(tokenizers) -> None:
     records = pairs("texts").map(lambda e: {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5, "source": "a"})
-    found = tokenize.tokenize_paired(records, tokenizers["plain"], max_length=30)
+    some = records.map(lambda e: {"margin": None if e["margin"] else 1.0})  # which only reward models read
+    found = tokenize.tokenize_paired(some, tokenizers["plain"], max_length=30)
     ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    assert found.column_names == [*ids, "ref_chosen_logps", "ref_rejected_logps", "margin", "length"]
-    assert [e["margin"] for e in found] == [0.5, -1.0, 2.0, 0.0]  # the fourth is too long
+    assert found.column_names == [*ids, "ref_chosen_logps", "ref_rejected_logps", "length"]
+    assert len(found) == 4  # the fourth is too long
     assert tokenize.tokenize_reward(records, tokenizers["plain"], max_length=None)[1]["margin"] == -1.0
 
 

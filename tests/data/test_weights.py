@@ -36,7 +36,7 @@ def test_without_weights_nothing_changes() -> None:
 @pytest.mark.parametrize("weight, got", [(-1.0, "-1.0"), (float("nan"), "nan"), (None, "None"), ("2", "'2'")])
 def test_what_is_no_weight(weight, got) -> None:
     data = dataset({"weight": weight}, {"weight": weight if isinstance(weight, str) else 1.0})
-    with pytest.raises(ValueError, match=f"train: record 0: got a weight of {got}, want a finite number, at least 0"):
+    with pytest.raises(ValueError, match=f"train: record 1: got a weight of {got}, want a finite number, at least 0"):
         repeated_by_weight(data)
 
 

@@ -176,6 +176,18 @@ def test_evaluation_and_metrics_between_logs(method, tmp_path, ours, monkeypatch
                 assert found[name] == pytest.approx(value, rel=2e-5, abs=1e-5), name
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward"])
+def test_a_streams_packed_batches_were_cut_into_rows(method, tmp_path, ours):
+    """By Accelerate, which hands out a stream's batches itself; TRL keeps it from that in training alone."""
+    losses = []
+    for use in (lambda: None, ours):
+        use()
+        trainer = build(method, tmp_path, per_device_eval_batch_size=2, **initial(method))
+        losses.append(trainer.evaluate(trl_hosts.dataset(method).to_iterable_dataset())["eval_loss"])
+    assert trainer.packing is not None
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_statistics_of_logged_steps(tmp_path, ours):
     ours()
     trainer = build("dpo", tmp_path, logging_steps=2, max_steps=4)
@@ -201,6 +213,7 @@ def test_what_was_not_tried_stays_with_trl(name, tmp_path, ours, monkeypatch):
         ({"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, "label_smoothing: got 0.1 with"),
         ({"loss_type": ["ipo"], "truncation_mode": "keep_end"}, "truncation_mode: got 'keep_end'"),
         ({"loss_type": ["sigmoid", "sigmoid"]}, "loss_type: got "),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches: got True, want False"),
     ],
     ids=str,
 )

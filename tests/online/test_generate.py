@@ -294,7 +294,7 @@ def test_the_command(policy, tmp_path, capsys) -> None:
     assert "fastpref generate: " in capsys.readouterr().err
     write_lines(prompts, [{"prompt": 3}])
     assert cli.main(command) == 2
-    assert "record 0: got a prompt of int, want text or a list of messages" in capsys.readouterr().err
+    assert "record 1: got a prompt of int, want text or a list of messages" in capsys.readouterr().err
 
 
 FORMATS = {

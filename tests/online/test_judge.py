@@ -203,7 +203,7 @@ def test_a_crash_and_other_settings(scripted, tmp_path, monkeypatch) -> None:
 
 def test_images_were_left_out_of_what_a_judge_sees(scripted, tmp_path) -> None:
     url = scripted.url("judge-right")
-    with pytest.raises(ValueError, match="record 1: got 1 images, want none: servers and judges get texts only"):
+    with pytest.raises(ValueError, match="record 2: got 1 images, want none: servers and judges get texts only"):
         judge_file(server(url), [RECORDS[0], {**RECORDS[1], "images": ["a.png"]}], tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match=r"prompts\[0\]: got 2 images, want none"):
         generate_from_server(server(url), [{**PROMPTS[0], "images": ["a.png", "b.png"]}], tmp_path / "out.jsonl")
@@ -261,4 +261,4 @@ def test_the_command(scripted, tmp_path, capsys) -> None:
     assert cli.main([*command[:3], "--output", str(tmp_path / "b.jsonl")]) == 2
     assert "--model: got none, want one, or a --server" in capsys.readouterr().err
     assert cli.main(["judge", "--responses", str(out), "--output", str(tmp_path / "b.jsonl"), "--server", url]) == 2
-    assert "record 0: got scores already, want a name (--name)" in capsys.readouterr().err
+    assert "record 1: got scores already, want a name (--name)" in capsys.readouterr().err

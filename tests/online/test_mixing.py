@@ -38,9 +38,9 @@ def test_weights_multiply_and_columns_that_not_all_have_go() -> None:
     for pair, message_ in (
         (
             two[0] | {"chosen": [{"role": "assistant", "content": "e"}]},
-            "two: record 0: got chosen as messages, want text as",
+            "two: record 1: got chosen as messages, want text as",
         ),
-        (two[0] | {"weight": -1}, "two: record 0: got a weight of -1, want"),
+        (two[0] | {"weight": -1}, "two: record 1: got a weight of -1, want"),
     ):
         with pytest.raises(ValueError, match=message_):
             mix_pairs({"one": (one, 1.0), "two": ([pair], 1.0)})

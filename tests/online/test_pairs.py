@@ -109,7 +109,7 @@ def test_code_that_differs_in_indentation_was_a_duplicate() -> None:
      ({"response_ids": [[1], [2], [3], [4]]}, "response_ids of 4 values")],
 )  # fmt: skip
 def test_what_is_not_said_of_each_response_was_an_index_error(columns, got) -> None:
-    with pytest.raises(ValueError, match=f"record 1: got {got}, want 3, one per response"):
+    with pytest.raises(ValueError, match=f"record 2: got {got}, want 3, one per response"):
         make_pairs([record([1, 2, 3]), record([1, 2, 3], **columns)], PairRules(only_finished=True))
 
 
@@ -162,12 +162,12 @@ def test_a_report_without_pairs_is_json() -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"scores": [1, 2, 3]}, r"record 0: got scores \[1, 2, 3\], want 2 numbers, one per response, of each judge"),
-        ({"scores": [[1, 2], [3]]}, "record 0: got scores .*, want 2 numbers"),
-        ({"scores": ["a", "b"]}, "record 0: got scores .*, want 2 numbers"),
-        ({"scores": [1, float("inf")]}, "record 0: got scores .*, want 2 numbers"),
-        ({"scores": None}, "record 0: got no scores and no ranks, want one of them"),
-        ({"prompt": []}, "record 0: got no prompt"),
+        ({"scores": [1, 2, 3]}, r"record 1: got scores \[1, 2, 3\], want 2 numbers, one per response, of each judge"),
+        ({"scores": [[1, 2], [3]]}, "record 1: got scores .*, want 2 numbers"),
+        ({"scores": ["a", "b"]}, "record 1: got scores .*, want 2 numbers"),
+        ({"scores": [1, float("inf")]}, "record 1: got scores .*, want 2 numbers"),
+        ({"scores": None}, "record 1: got no scores and no ranks, want one of them"),
+        ({"prompt": []}, "record 1: got no prompt"),
     ],
 )
 def test_records_that_are_none(changes, message) -> None:

@@ -109,8 +109,8 @@ def test_a_judge_is_asked_once_a_prompt_in_order(workers) -> None:
 
 FAILURES = {
     "too few": (lambda p, r: [1.0], "the judge gave 1 scores, want 2, one per response"),
-    "nan": (lambda p, r: [0.0, math.nan], "the judge gave nan to response 1, want a finite number or None"),
-    "infinite": (lambda p, r: [math.inf, 0], "the judge gave inf to response 0, want a finite number or None"),
+    "nan": (lambda p, r: [0.0, math.nan], "the judge gave nan to response 2, want a finite number or None"),
+    "infinite": (lambda p, r: [math.inf, 0], "the judge gave inf to response 1, want a finite number or None"),
     "no numbers": (lambda p, r: ["good", "bad"], "the judge gave ['good', 'bad'], want 2 numbers"),
     "one number": (lambda p, r: 1.0, "the judge gave 1.0, want 2 numbers"),
     "raises": (lambda p, r: 1 / 0, "the judge raised ZeroDivisionError: division by zero"),
@@ -130,7 +130,7 @@ def test_a_failing_judge_is_named_and_loses_nothing(failure, message, workers, t
 
     with pytest.raises(ValueError) as caught:
         score_file(records, out, function_scorer(judge, workers), {"judge": "v1"})
-    assert str(caught.value) == f"record 3: {message}"
+    assert str(caught.value) == f"record 4: {message}"
     assert read_records(out) == SCORED[:3]
     bad = None  # repaired
     assert score_file(records, out, function_scorer(judge, workers), {"judge": "v1"}) == 4
@@ -178,9 +178,9 @@ def test_judges_by_name_go_together() -> None:
     both = list(score_records(first, function_scorer(lambda p, r: [0] * len(r)), name="nothing"))
     assert both[0]["scores"] == {"length": [4.0, 34.0], "nothing": [0.0, 0.0]}
     for records, name, message in (
-        (first, "length", "record 0: got scores named 'length' already, want another name"),
-        (first, None, "record 0: got scores already, want a name (--name) for scores beside them"),
-        (SCORED, "x", "record 0: got scores without a name, want named ones to put 'x' beside"),
+        (first, "length", "record 1: got scores named 'length' already, want another name"),
+        (first, None, "record 1: got scores already, want a name (--name) for scores beside them"),
+        (SCORED, "x", "record 1: got scores without a name, want named ones to put 'x' beside"),
     ):
         with pytest.raises(ValueError) as caught:
             list(score_records(records, function_scorer(lengths), name=name))
@@ -218,7 +218,7 @@ def test_the_command_with_a_reward_model(policy, reward_model, tmp_path, capsys)
     assert cli.main([*command, "--function", "math:sqrt"]) == 2
     assert "function 'math:sqrt', want reward_model '" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite", "--function", "math:sqrt"]) == 2
-    assert "record 0: the judge raised TypeError" in capsys.readouterr().err
+    assert "record 1: the judge raised TypeError" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite", "--implicit"]) == 2
     assert "--implicit: got no --model or no --reference, want both" in capsys.readouterr().err
 
@@ -244,10 +244,10 @@ def test_scores_of_another_template_were_taken_for_these(policy, reward_model, t
     [
         (
             {"responses": ["a"]},
-            'record 0: got no prompt, want text or a list of messages {"role": "...", "content": "..."}',
+            'record 1: got no prompt, want text or a list of messages {"role": "...", "content": "..."}',
         ),
-        ({"prompt": "a"}, "record 0: got responses of NoneType, want a list of strings"),
-        ({"prompt": "a", "responses": [1]}, "record 0: got responses of list, want a list of strings"),
+        ({"prompt": "a"}, "record 1: got responses of NoneType, want a list of strings"),
+        ({"prompt": "a", "responses": [1]}, "record 1: got responses of list, want a list of strings"),
     ],
 )
 def test_records_that_are_none(record, message) -> None:

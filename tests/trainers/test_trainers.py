@@ -218,6 +218,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             config(DPOConfig, tmp_path, **options)
 
+    def test_batches_that_accelerate_would_cut(self, tmp_path):
+        with pytest.raises(
+            ValueError, match="dispatch_batches: got True, which fastpref does not support: a packed bat"
+        ):
+            run("dpo", tmp_path, accelerator_config={"dispatch_batches": True})
+
     def test_a_sorting_loss_has_no_parts(self, tmp_path):
         with pytest.raises(ValueError, match="token_budget: got 100 with loss_type 'aot'"):
             run("dpo", tmp_path, loss_type=["aot"], token_budget=100)

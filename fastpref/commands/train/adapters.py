@@ -94,8 +94,10 @@ def lora(options: AdapterOptions, task: str, going_on: Any | None) -> Any | None
         raise ImportError(f"{error}; run `pip install 'fastpref[peft]'`") from error
     rank = options.lora_r or RANK
     made = {"r": rank, "lora_alpha": 2 * rank} | {LORA[name]: value for name, value in given.items()}
-    if options.lora_target_modules in (None, [ALL_LINEAR]):  # PEFT itself leaves out the output head, not score heads
-        made |= {"target_modules": ALL_LINEAR, "exclude_modules": ["score"]}
+    if options.lora_target_modules in (None, [ALL_LINEAR]):
+        made["target_modules"] = ALL_LINEAR
+        if task != "CAUSAL_LM":  # PEFT itself leaves out the output head, not score heads
+            made["exclude_modules"] = ["score"]
     return LoraConfig(task_type=task, **made)
 
 
