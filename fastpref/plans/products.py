@@ -10,6 +10,7 @@ from fastpref.plans.compact import chunks
 from fastpref.plans.head import Head, Needs
 
 SCRATCH = 64 * MIB  # of a product that cannot be stored as it comes
+MIXED_OUTPUT = ("cuda",)  # devices with products of operands in half precision whose result is fp32
 ONE_WAVE = 132 * 128 * 256  # elements of a result that has as many tiles as an H100 has multiprocessors
 
 
@@ -39,7 +40,7 @@ def unit_product(u: Tensor, weight: Tensor) -> Tensor:
     result, so that is fp32 then.
     """
     half = u.dtype in (torch.bfloat16, torch.float16)
-    if u.is_cuda and half and u.shape[0] * weight.shape[1] < ONE_WAVE:
+    if u.device.type in MIXED_OUTPUT and half and u.shape[0] * weight.shape[1] < ONE_WAVE:
         return torch.mm(u, weight, out_dtype=torch.float32).to(u.dtype)
     return torch.mm(u, weight)
 
@@ -48,9 +49,9 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     """`out = a @ b`, or `out += a @ b` with `add`. Added up in fp32, and rounded only when stored as `out`."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif a.is_cuda:
+    elif a.device.type in MIXED_OUTPUT:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # no mixed-output product on the CPU (torch 2.13): that of copies, a slice of the sum at a time
+    else:  # none on the CPU (torch 2.13): the product of copies, a slice of the sum at a time
         if not (add or a.shape[1]):
             out.zero_()
         for part in chunks(a.shape[1], max(1, SCRATCH // (out.element_size() * (a.shape[0] + b.shape[1])))):
