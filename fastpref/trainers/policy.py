@@ -148,6 +148,7 @@ class PolicyTrainer(PreferenceTrainer):
         """Another model on its device. If it runs `in_steps` of training it is sharded like the policy, else whole."""
         if not self.is_fsdp_enabled:
             return self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.requires_grad_(False)  # or it would be sharded in fp32
         if not in_steps or not self.accelerator.is_fsdp2:
             return model.to(self.args.device)
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -276,9 +277,8 @@ class ReferencedTrainer(PolicyTrainer):
         if any(given):
             warnings.warn(
                 f"{self.reference_columns[0]}: in the data, but not read: the reference runs in every step, since it "
-                "moves (sync_ref_model), or another data set lacks it that is a stream or of a sharded model",
-                stacklevel=4,
-            )
+                "moves (sync_ref_model), or another data set lacks it that is a stream or for shards", stacklevel=4,
+            )  # fmt: skip
         if not possible or args.sync_ref_model or sharded:
             return False  # of a sharded model, a rank may not hold all
         per_epoch = len(self.train_dataset) / (args.train_batch_size * args.gradient_accumulation_steps)

@@ -54,10 +54,8 @@ class Reference:
             off = fresh_adapters and not initialised_from_weights(policy.peft_config[policy.active_adapter])
             return cls(policy, before=Snapshot(policy, outside=off), adapted=not off)
         if ref_model is None and keep_copy:
-            ref_model = copy.deepcopy(policy)
-        if ref_model is not None:
-            ref_model.eval().requires_grad_(False)
-        return cls(policy, ref_model)
+            ref_model = copy.deepcopy(policy).requires_grad_(False)
+        return cls(policy, None if ref_model is None else ref_model.eval())  # what was given may be trained later
 
     @property
     def is_lost_by_training(self) -> bool:

@@ -163,7 +163,6 @@ class ScoringModel:
             if not name:
                 raise ValueError("reward_processing_classes: got None for a model that came from no folder, want one")
             tokenizer = AutoTokenizer.from_pretrained(name)
-        model.requires_grad_(False)
         return cls(_pooled(model), tokenizer, str(name).rstrip("/").split("/")[-1] or type(model).__name__,
                    args.per_device_eval_batch_size)  # fmt: skip
 

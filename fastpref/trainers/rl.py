@@ -347,6 +347,9 @@ class OnlineTrainer(SampleLosses):
         self._batches = self._prompts = self._evaluated = 0
         self._scored = 0.0  # tokens of a round, over all ranks
         self._buffer = []
+        for functions in (self.rewards, self.heldout):  # what an interrupted round logged
+            functions.extras.clear()
+            functions.numbers.clear()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._reset()

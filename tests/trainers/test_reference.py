@@ -16,6 +16,10 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def weights_of(model) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
 class TestReference:
     def count(self, monkeypatch) -> list[int]:
         calls: list[int] = []
@@ -99,6 +103,17 @@ class TestReference:
         assert abs(losses[1] - losses[0]) > 1e-5
         with pytest.raises(ValueError, match="ref_model: got the policy itself"):
             DPOTrainer(model, model, args=args, train_dataset=pairs(), processing_class=tokenizer)
+
+    def test_a_model_that_was_a_reference_could_not_be_trained(self, tmp_path):
+        """It was frozen for good; so was a reward model given to an online trainer."""
+        (one, tokenizer), (two, _) = tiny(), tiny(5)
+        for model, reference in ((one, two), (two, one)):
+            before = weights_of(reference)
+            args = config(DPOConfig, tmp_path, precompute_ref_log_probs=False, max_steps=1)
+            trainer = DPOTrainer(model, reference, args=args, train_dataset=pairs(), processing_class=tokenizer)
+            train(trainer)
+            assert all(torch.equal(a, b) for a, b in zip(weights_of(reference), before, strict=True))
+            assert all(parameter.grad is None for parameter in reference.parameters())
 
     def test_tr_dpo_moves_the_reference(self, tmp_path):
         model, tokenizer = tiny()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support_rl import QUIET, Gradients, Script, length_reward, prompts, train, vowel_reward
 from support_trainers import furthest, tiny, weights
+from transformers import AutoModelForSequenceClassification
 
 from fastpref import trainers
 from fastpref.trainers.rl_loss import SampleLosses
@@ -21,7 +22,8 @@ SAMPLED = QUIET | {"max_steps": 5, "num_iterations": 2, "steps_per_generation": 
 
 def make(method, folder, rewards=length_reward, sampler=None, **options):
     model, tokenizer = tiny()
-    extra = {name: options.pop(name) for name in ("peft_config", "heldout_funcs", "eval_dataset") if name in options}
+    given = ("peft_config", "heldout_funcs", "eval_dataset", "reward_processing_classes")
+    extra = {name: options.pop(name) for name in given if name in options}
     gradients = Gradients()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -100,6 +102,35 @@ def test_a_second_run_on_the_same_trainer_begins_anew(tmp_path):
     train(trainer)
     assert len(seen) == len(first) == 1
     assert [len(ids) for ids in seen[0]] == [len(ids) for ids in first[0]], "its random numbers begin anew"
+
+
+def test_an_interrupted_round_was_counted_in_the_next_run(tmp_path):
+    """What its functions had logged."""
+    interrupted = [True]
+
+    def reward(log_metric, **given):
+        log_metric("seen", 9.0 if interrupted else 1.0)
+        if interrupted and interrupted.pop():
+            raise KeyboardInterrupt
+        return length_reward(**given)
+
+    trainer = make("RLOO", tmp_path, reward, max_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer)
+    (entry,) = train(trainer)
+    assert entry["seen"] == 1.0
+
+
+def test_a_reward_model_can_still_be_trained(tmp_path):
+    """It was frozen, and its own trainer then refused it."""
+    model, _ = tiny()
+    model.config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(model.config)
+    before = [p.detach().clone() for p in model.parameters()]
+    args = {"reward_processing_classes": tiny()[1], "max_steps": 1}
+    train(make("GRPO", tmp_path, model, **args))
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert parameter.requires_grad and parameter.grad is None and torch.equal(parameter, value)
 
 
 def test_responses_are_learnt_from_as_they_were_sampled(tmp_path):
