@@ -93,7 +93,8 @@ class Operators(TorchDispatchMode):
         tensors = {id(x): x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
         self.touched += [Touched(name, tuple(x.shape), x.dtype) for x in tensors.values()]
         sized = name != "repeat_interleave" or len(args) > 1 or kwargs.get("output_size") is not None
-        if name in WAITING or not sized or (name in INDEXING and any(map(_is_mask, args[1]))):
+        checked = name == "segment_reduce" and kwargs.get("lengths") is not None and not kwargs.get("unsafe")
+        if name in WAITING or not sized or checked or (name in INDEXING and any(map(_is_mask, args[1]))):
             self.waits.append(Event(name, _origin()))
 
     def moved(self, *shape: int) -> int:

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastpref.common.gather import add_by_row, copies_by_row
 
 QUERIES = 256  # of one masked call on a CPU
+BLOCK = 128  # queries and keys of a block of FlexAttention's masks
 
 
 class Segment(NamedTuple):
@@ -106,8 +108,11 @@ class Segments:
 
     @torch.compiler.disable
     def block_mask(self, window: int | None) -> Any:
-        """FlexAttention's mask over the gathered keys, of which each query sees one range. Kept for other layers."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """FlexAttention's mask over the gathered keys, of which each query sees one range. Kept for other layers.
+
+        It is that of `create_block_mask`, which would look at every query and key: here at each block of keys.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
 
         if ("flex", window) not in self._kept:
             queries, keys = self.table[-1].end, len(self.key_rows)
@@ -119,8 +124,24 @@ class Segments:
             def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return (key >= first[query]) & (key <= last[query])
 
-            self._kept["flex", window] = create_block_mask(seen, None, None, queries, keys, self.key_rows.device)
+            begin = torch.arange(0, keys, BLOCK, device=at.device, dtype=at.dtype)
+            some = _by_block((first[:, None] < begin + BLOCK) & (last[:, None] >= begin)).any(1)
+            whole = _by_block((first[:, None] <= begin) & (last[:, None] >= begin + BLOCK - 1)).all(1)
+            self._kept["flex", window] = BlockMask.from_kv_blocks(
+                *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(queries, keys)
+            )
         return self._kept["flex", window]
+
+
+def _by_block(dense: Tensor) -> Tensor:
+    """`[Q, K]` as `[Q / BLOCK, BLOCK, K]`. Queries beyond the last see nothing."""
+    return F.pad(dense, (0, 0, 0, -len(dense) % BLOCK)).unflatten(0, (-1, BLOCK))
+
+
+def _listed(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """(number, indices) of the blocks of keys of each block of queries, as FlexAttention takes them."""
+    indices = dense.int().argsort(dim=1, descending=True, stable=True)
+    return dense.sum(1, dtype=torch.int32)[None, None], indices.int()[None, None]
 
 
 @torch.compiler.disable

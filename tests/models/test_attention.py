@@ -1,12 +1,15 @@
 """Packed rows with shared prefixes give every model family its own hidden states and gradients."""
 
+import math
 import types
 
 import pytest
 import torch
 import transformers
+from counting import Operators
 from support_zoo import tiny_model
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from fastpref.common.gather import add_by_row
 from fastpref.data.packing import Scored, in_order, pack
@@ -190,6 +193,27 @@ def test_by_flex_is_the_definition(window, softcap):
     torch.testing.assert_close(found, attention.by_segment(*given, SEGMENTS, 0.3, window, softcap))
     if softcap is None:
         torch.testing.assert_close(found, dense(*given, SEGMENTS, window, 0.3))
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_block_masks_are_those_of_every_query_and_key(window):
+    """Whole blocks, partial ones and none, without a number for every query and key, and without a wait."""
+    table = [Segment(0, 600), Segment(600, 701, ((0, 530),)), Segment(701, 702, ((0, 530), (600, 640))),
+             Segment(702, 1024, ((0, 128),)), Segment(1024, 1100)]  # fmt: skip
+    segments = Segments.of(table)
+    with Operators() as operators:
+        found = segments.block_mask(window)
+    wanted = create_block_mask(found.mask_mod, None, None, 1100, len(segments.key_rows), "cpu")
+    assert found.shape == wanted.shape
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+        count, indices = getattr(wanted, name), name.replace("num_blocks", "indices")
+        for row in range(count.shape[-1]):
+            kept = slice(int(count[0, 0, row]))
+            assert torch.equal(getattr(found, indices)[0, 0, row, kept], getattr(wanted, indices)[0, 0, row, kept])
+    assert int(wanted.kv_num_blocks.sum()) > 0 and int(wanted.full_kv_num_blocks.sum()) > 0
+    assert operators.waits == []
+    assert max(math.prod(x.shape) for x in operators.touched) <= 2 * 1100 * len(segments.key_rows) // 100
 
 
 def test_flex_attention_is_compiled_inside_of_a_model_that_is_not(monkeypatch):

@@ -200,6 +200,17 @@ def test_the_head_is_cast_once_and_products_copy_nothing(plan, accelerator):
     assert accelerator.operators.moved(TOTAL, VOCAB) == 0
 
 
+@pytest.mark.parametrize(("most", "stored"), [(0, BF16), (products.ONE_WAVE, FP32)])
+def test_a_product_that_may_be_split_over_the_vocabulary_adds_up_in_fp32(most, stored, accelerator, monkeypatch):
+    """Its parts would be added up in the dtype of the result."""
+    found = []
+    monkeypatch.setattr(torch, "mm", lambda *args, **options: found.append(mm(*args, **options)) or found[-1])
+    monkeypatch.setattr(products, "ONE_WAVE", most)
+    x = Batch.of(BF16, trainable=False)
+    x.check(fastpref.linear_token_logprobs(x.hidden, x.weight, x.labels, plan="frozen", scored_rows=TOTAL).sum())
+    assert [(tuple(y.shape), y.dtype) for y in found] == [((TOTAL, VOCAB), BF16), ((TOTAL, WIDTH), stored)]
+
+
 @pytest.mark.parametrize(("dtype", "cast"), PRECISIONS, ids=IDS)
 def test_policy_gradients(dtype, cast, accelerator):
     accelerator.cast, x = cast, Batch.of(dtype)

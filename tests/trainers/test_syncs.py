@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import warnings
@@ -182,11 +183,13 @@ def test_trl_under_the_patch(method, tmp_path, monkeypatch):
 def test_the_watch_sees_what_waits(monkeypatch):
     watch, x = Watch(monkeypatch), torch.randn(5)
     with watch as operators:
-        for wait in (x.nonzero, x.sum().item, x.tolist, x.cpu, lambda: x[x > 0], lambda: x.to("cpu")):
+        reduced = functools.partial(torch.segment_reduce, x, "sum", lengths=torch.tensor([2, 3]))  # checks the lengths
+        for wait in (x.nonzero, x.sum().item, x.tolist, x.cpu, lambda: x[x > 0], lambda: x.to("cpu"), reduced):
             before = len(operators.waits)
             wait()
             assert len(operators.waits) == before + 1
         x.to("cpu", non_blocking=True), x.to(torch.float64), x[torch.tensor([1])], x.repeat_interleave(2)
-        assert len(operators.waits) == 6
+        reduced(unsafe=True)
+        assert len(operators.waits) == 7
         fastpref.linear_token_logprobs(x[None], torch.randn(7, 5), torch.tensor([1]))
     assert [event.what for event in watch.ours] == ["nonzero"]
