@@ -80,22 +80,24 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(method, tmp_path):
     args = config(config_class, tmp_path / "whole", **more, **options)
     again = trainer_class(model=model, args=args, train_dataset=data_of(method), processing_class=tokenizer)
     resumed = train(again, resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-3"))
-    keys = ("loss", "grad_norm", "rewards/chosen", "logps/rejected", "entropy")
+    keys = ("loss", "grad_norm", "rewards/chosen", "logps/rejected", "entropy", "num_tokens")
     assert [[e[k] for k in keys] for e in resumed[-3:]] == [[e[k] for k in keys] for e in log[-3:]]
     assert furthest(weights(whole), weights(again)) == 0.0
 
 
 def test_an_interrupted_run_was_counted_in_the_next(tmp_path):
-    """What it had summed up for its next log was in the first log of the run after it."""
+    """What it had summed up for its next log was in the first log of the run after it. A run that is resumed counts the
+    tokens from its checkpoint on; they restarted at 0."""
 
     class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_save(self, args, state, control, **kwargs):
             raise KeyboardInterrupt
 
     model, tokenizer = tiny()
-    args = config(DPOConfig, tmp_path, learning_rate=0.0, logging_steps=3)
+    args = config(DPOConfig, tmp_path, learning_rate=0.0, logging_steps=3, save_steps=1)
     trainer = DPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer)
     (wanted,) = train(trainer)
+    args.save_strategy = "steps"
     trainer.add_callback(Interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(trainer)
@@ -103,6 +105,8 @@ def test_an_interrupted_run_was_counted_in_the_next(tmp_path):
     (found,) = train(trainer)
     for name in ("num_tokens", "logps/chosen", "rewards/margins"):
         assert found[name] == wanted[name]
+    (resumed,) = train(trainer, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert resumed["num_tokens"] == wanted["num_tokens"]
 
 
 def test_a_truncated_checkpoint_is_never_used(tmp_path):
