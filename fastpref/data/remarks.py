@@ -43,9 +43,10 @@ class Remarks:
 
     def __init__(self, name: str, max_length: int | None = None, *, stream: bool = False) -> None:
         self.name, self.max_length, self.stream = name, max_length, stream
-        self._reset()
+        self.forget()
 
-    def _reset(self) -> None:
+    def forget(self) -> None:
+        """Begins anew, with nothing found."""
         self.seen = 0
         self.first: dict[int, list[int]] = {flag: [] for flag in SENTENCES}
         self.counts = dict.fromkeys(SENTENCES, 0)
@@ -74,7 +75,7 @@ class Remarks:
         for flag, count in self.counts.items():
             if count:
                 self._log(flag)
-        self._reset()
+        self.forget()
 
     def sentence(self, flag: int, so_far: str = "") -> str:
         """What is said of one kind of flag."""

@@ -19,6 +19,7 @@ from fastpref.common.memory import keep_freed_memory
 from fastpref.data.batches import pad_id
 from fastpref.data.collators import PackedCollator
 from fastpref.data.images import PREPARED, tokenizer_of
+from fastpref.data.remarks import say_remarks
 from fastpref.models import compile_backbone, inner_model, keep_arithmetic, limits, run_inside
 from fastpref.trainers import card
 from fastpref.trainers.config import PreferenceConfig, unsupported
@@ -30,6 +31,7 @@ from fastpref.trainers.loading import (
     check_limits,
     check_parallel,
     disable_dropout,
+    hand_out_whole,
     refuse_frozen,
     refuse_options,
     said_of,
@@ -89,12 +91,7 @@ class PreferenceTrainer(Trainer):
             raise unsupported("device_map", "several devices", "want the whole model on one, or FSDP")
         if args.disable_dropout:
             disable_dropout(model)
-        dispatch: Any = args.accelerator_config
-        if dispatch.dispatch_batches:
-            raise unsupported("dispatch_batches", True, "a packed batch cannot be cut into ranks' shares")
-        dispatch.dispatch_batches = False
-        if args.dataloader_pin_memory:  # the next batch is copied while the device works on this one
-            dispatch.non_blocking = True
+        hand_out_whole(args)
         tokenizer = self.tokenizer_in_use = tokenizer_of(processing_class)
         self._vision = collator.vision = ready_vision(model, processing_class, args)
         options = {name: value for name, value in options.items() if value is not None}
@@ -138,12 +135,11 @@ class PreferenceTrainer(Trainer):
         raise NotImplementedError
 
     def _prepared(self, dataset: Any, args: PreferenceConfig, name: str, argument: str | None = None) -> Any:
-        argument = argument or f"{name}_dataset"
         if dataset is None or isinstance(dataset, str):
             return dataset
         if isinstance(dataset, Mapping):
-            return {key: self._prepared(value, args, key, f"{argument}[{key!r}]") for key, value in dataset.items()}
-        with args.main_process_first(desc=f"preparing the {name} data"), said_of(argument):
+            return {key: self._prepared(value, args, key, f"{name}_dataset[{key!r}]") for key, value in dataset.items()}
+        with args.main_process_first(desc=f"preparing the {name} data"), said_of(argument or f"{name}_dataset"):
             return self.prepare_dataset(unopened(dataset, self.reads_images), name, args)
 
     def pictured(self, dataset: Any, sides: Sequence[str], args: Any, name: str, whole: bool = False) -> Any:
@@ -159,12 +155,16 @@ class PreferenceTrainer(Trainer):
             return found
         if eval_dataset is not None and not isinstance(eval_dataset, str) and not self._is_prepared(eval_dataset):
             eval_dataset = self.ready_for_evaluation(self._prepared(eval_dataset, self.args, metric_key_prefix))
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        say_remarks(eval_dataset)  # of a stream that was given here
+        return found
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test"):
         """As `Trainer.predict`, but with metrics only: there are no logits to return."""
         dataset = self.ready_for_evaluation(self._prepared(test_dataset, self.args, metric_key_prefix))
-        return super().predict(dataset, ignore_keys, metric_key_prefix)
+        found = super().predict(dataset, ignore_keys, metric_key_prefix)
+        say_remarks(dataset)
+        return found
 
     def _is_prepared(self, dataset: Any) -> bool:
         own = [self.eval_dataset, self.train_dataset]

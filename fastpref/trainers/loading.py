@@ -44,6 +44,20 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, group_by_prompt: bool 
         )
 
 
+def hand_out_whole(args: PreferenceConfig) -> None:
+    """Sets how Accelerate hands batches out: whole, and copied while the device works on the one before.
+
+    Raises:
+        ValueError: `dispatch_batches` is on.
+    """
+    how: Any = args.accelerator_config
+    if how.dispatch_batches:
+        raise unsupported("dispatch_batches", True, "a packed batch cannot be cut into ranks' shares")
+    how.dispatch_batches = False
+    if args.dataloader_pin_memory:
+        how.non_blocking = True
+
+
 def check_parallel(args: PreferenceConfig, *, deepspeed: bool, fsdp: bool) -> None:
     """Refuses what the chosen way to use several devices cannot do.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from fastpref.data.remarks import say_remarks
+from fastpref.data.remarks import remarks_of, say_remarks
 
 
 class StreamRemarks(TrainerCallback):
@@ -15,6 +15,10 @@ class StreamRemarks(TrainerCallback):
 
     def __init__(self, train_dataset: Any, eval_dataset: Any) -> None:
         self.training, self.evaluation = train_dataset, eval_dataset
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (told := remarks_of(self.training)) is not None:
+            told.forget()  # what an interrupted run has read
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         say_remarks(self.training)

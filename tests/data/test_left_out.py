@@ -39,6 +39,9 @@ def test_a_stream_counts_what_it_leaves_out(tmp_path, caplog) -> None:
     caplog.clear()
     trainer.evaluate()
     assert "eval: left out, 1 of 2 records do not fit max_length=8 (number 1)" in caplog.text
+    caplog.clear()
+    trainer.evaluate(stream(*records[:3]))  # it was not said of those that came late
+    assert "eval: left out, 1 of 3 records do not fit max_length=8 (number 1)" in caplog.text
 
 
 def test_numbers_of_what_is_left_out_of_a_data_set(caplog) -> None:
