@@ -1,4 +1,10 @@
-"""What the compilers make of the kernels, for GPUs that need not be here: `python -m benchmarks.resources`."""
+"""What the compilers make of the kernels, for GPUs that need not be here: `python -m benchmarks.resources`.
+
+With another Triton than the installed one, whose registers and instructions may differ a little:
+
+    pip install --no-deps --target FOLDER triton
+    FASTPREF_TRITON=FOLDER pytest tests/kernels/test_aot.py -k "spills or 16_bytes or barrier"
+"""
 
 from __future__ import annotations
 
@@ -27,6 +33,8 @@ def compiled() -> dict:
     pytest.importorskip("triton", reason="Triton exists for Linux only")
     kernels = [] if os.environ.get("FASTPREF_MATRIX") == "all" else ["--kernel", COVERING]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if other := os.environ.get("FASTPREF_TRITON"):
+        environment["PYTHONPATH"] = os.pathsep.join([os.path.abspath(other), environment.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.resources", "--json", *kernels],
         cwd=ROOT,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from counting import Operators
+from support import DEVICE
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +33,7 @@ from fastpref.models.segments import Segment, Segments
 from fastpref.plans import products
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="there is one: kernels are not interpreted")
 LENGTHS, VOCAB, WIDTH = (3, 5, 2, 4, 2, 5), 137, 16
 TOTAL, SEQUENCES = sum(LENGTHS), len(LENGTHS)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
