@@ -140,7 +140,7 @@ class PreferenceTrainer(Trainer):
         if isinstance(dataset, Mapping):
             return {key: self._prepared(value, args, key, f"{name}_dataset[{key!r}]") for key, value in dataset.items()}
         with args.main_process_first(desc=f"preparing the {name} data"), said_of(argument or f"{name}_dataset"):
-            return self.prepare_dataset(unopened(dataset, self.reads_images), name, args)
+            return self.prepare_dataset(unopened(dataset.with_format(None), self.reads_images), name, args)
 
     def pictured(self, dataset: Any, sides: Sequence[str], args: Any, name: str, whole: bool = False) -> Any:
         """The records with images as token ids, with them; others as they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -152,15 +153,31 @@ def load_model(model: Any, args: PreferenceConfig, auto_class: Any, quantization
             raise ValueError("quantization_config: got one with a loaded model, want it only with a model's name")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}, want a model's name or a transformers model")
+        if args.model_init_kwargs:
+            warnings.warn("model_init_kwargs: not used, since the model is already loaded", stacklevel=4)
         return model
     kwargs: dict[str, Any] = {**(args.model_init_kwargs or {}), **options}  # type: ignore[dict-item]
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    kwargs.setdefault("dtype", torch.float32)
-    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    kwargs = with_dtype(kwargs, torch.float32, "model_init_kwargs")
     return adapters.load(auto_class, model, trainable=True, **kwargs)
+
+
+def with_dtype(kwargs: Mapping[str, Any], default: Any, name: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with a `dtype`, which may have come by its name or as `torch_dtype`.
+
+    Raises:
+        ValueError: there is no such dtype. `name` says whose arguments they are.
+    """
+    found = dict(kwargs)
+    given = found.pop("torch_dtype", default)
+    dtype = found.setdefault("dtype", given)
+    if isinstance(dtype, str) and dtype != "auto":
+        found["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(found["dtype"], torch.dtype):
+            raise ValueError(f"{name}: got a dtype of {dtype!r}, want 'auto', 'float32', 'bfloat16' or 'float16'")
+    return found
 
 
 def load_tokenizer(processing_class: Any, model: Any, args: PreferenceConfig, given: Any = None) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastpref.models import Head, adapters, inner_model
 from fastpref.trainers.config import unsupported
+from fastpref.trainers.loading import with_dtype
 
 WANT = "a causal language model, a name or an adapter's folder (or None with adapters on the student: itself without)"
 
@@ -29,11 +30,10 @@ def load_teacher(teacher: Any, args: Any) -> Any:
     if teacher is None:
         teacher = args.teacher_model_name_or_path
     if isinstance(teacher, str):
-        kwargs = {"trust_remote_code": args.trust_remote_code, "dtype": "auto"} | (args.teacher_model_init_kwargs or {})
+        kwargs = {"trust_remote_code": args.trust_remote_code} | (args.teacher_model_init_kwargs or {})
         if args.teacher_model_revision is not None:
             kwargs["revision"] = args.teacher_model_revision
-        if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-            kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+        kwargs = with_dtype(kwargs, "auto", "teacher_model_init_kwargs")
         return adapters.load(AutoModelForCausalLM, teacher, **kwargs), adapters.tokenizer_source(teacher)
     if args.teacher_model_init_kwargs:
         raise ValueError("teacher_model_init_kwargs: got some with a loaded teacher, want them only with its name")

@@ -339,3 +339,31 @@ def test_a_pad_token_that_the_model_lacks(tmp_path):
         trainer = DPOTrainer(model, args=args, train_dataset=tokens, processing_class=tokenizer)
         losses.append([entry["loss"] for entry in train(trainer)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == losses[1]
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_data_in_another_format(form, tmp_path):
+    """As tensors, prompt + response are sums: an error in the middle of training. Token ids were refused."""
+    tokens = Dataset.from_list([{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9, 3]}] * 4)
+    plain, losses = pairs(4) if form == "torch" else tokens, []
+    for dataset in (plain, plain.with_format(form), plain.with_format(form).to_iterable_dataset()):
+        model, tokenizer = tiny()
+        args = config(DPOConfig, tmp_path, max_steps=2, train_sampling_strategy="sequential")
+        trainer = DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+        losses.append([entry["loss"] for entry in train(trainer)])
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-6)
+
+
+def test_the_dtype_by_its_older_name_was_passed_over(tmp_path):
+    """And the model was loaded in fp32."""
+    for part in tiny():
+        part.save_pretrained(tmp_path / "model")
+    for given in ({"torch_dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"dtype": "bfloat16"}):
+        args = config(DPOConfig, tmp_path, model_init_kwargs=given)
+        trainer = DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=pairs(4))
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    with pytest.warns(UserWarning, match="model_init_kwargs: not used, since the model is already loaded"):
+        DPOTrainer(trainer.model, args=args, train_dataset=pairs(4), processing_class=trainer.processing_class)
+    args = config(DPOConfig, tmp_path, model_init_kwargs={"dtype": "bf16"})
+    with pytest.raises(ValueError, match="model_init_kwargs: got a dtype of 'bf16', want 'auto', 'float32'"):
+        DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=pairs(4))
