@@ -8,6 +8,7 @@ from typing import Any
 from datasets import concatenate_datasets
 
 from fastpref import trainers
+from tests import support_ranks as support
 from tests import trl_hosts
 
 CASES = {
@@ -19,8 +20,6 @@ CASES = {
 
 def distilled(case: str, wrapper: str, batch: int, folder: Path) -> dict[str, Any]:
     """An epoch over one example more than comes out even, and an evaluation."""
-    from tests import support_distributed as support
-
     data = trl_hosts.dataset("dpo")
     data = concatenate_datasets([data, data.select([1])])
     model, tokenizer = support.tiny()

@@ -12,6 +12,7 @@ from datasets import Dataset
 from fastpref import models, trainers
 from fastpref.integrations import trl as fast_trl
 from fastpref.models.vision import sequence_classifier
+from tests import support_ranks as support
 from tests.support_vision import picture, records
 
 SOME = (1, 1, 0, 0, 2)  # images of each record: in the first step the second rank has none
@@ -42,8 +43,6 @@ def pictured(case: str, wrapper: str, batch: int, folder: Path, patch: Any = fas
 
     A case is a method. Before it may stand "trl" (its own trainer), "each" (has images), "accumulated", "budget".
     """
-    from tests import support_distributed as support
-
     host, _, method = case.rpartition("-")
     model, processor = models.tiny_vision()
     more: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 1, "max_length": 128, "learning_rate": 0.1}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests import trl_hosts
-from tests.support_distributed import tiny
+from tests.support_ranks import tiny
 
 FOLDERS = "FASTPREF_MATRIX_FOLDERS"  # of the checkpoints, for ranks
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "weights": torch.bfloat16, "fp32": torch.float32}

@@ -25,7 +25,7 @@ from fastpref.data.collate import TokenizedPair
 from fastpref.integrations import trl as fast_trl
 from fastpref.integrations.transformers import PreferenceLossMixin, batch_loss, pair_batch, reference_logps
 from fastpref.models import output_head, unwrapped
-from tests import support_distributed, trl_hosts
+from tests import support_ranks, trl_hosts
 from tests.matrix import fp64, models
 from tests.matrix.fp64 import BETA, GAMMA
 from tests.matrix.table import ADAPTED, Cell
@@ -112,7 +112,7 @@ def run(cell: Cell, folder: Path) -> Errors:
     """
     wrapper = cell.ranks
     with (
-        support_distributed.fresh(wrapper), half_on_cpu(), warnings.catch_warnings(record=True) as said,
+        support_ranks.fresh(wrapper), half_on_cpu(), warnings.catch_warnings(record=True) as said,
         fast_trl.patched() if cell.host == "patch" else contextlib.nullcontext(),
     ):  # fmt: skip
         warnings.simplefilter("always")
@@ -174,7 +174,7 @@ def own_errors(cell: Cell, folder: Path) -> Errors:
 
 def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
     batch = len(models.pairs()) if cell.ranks == "one" else len(models.pairs()) // 2
-    found = support_distributed.options(cell.ranks, batch, max_steps=STEPS, learning_rate=LEARNING_RATE)
+    found = support_ranks.options(cell.ranks, batch, max_steps=STEPS, learning_rate=LEARNING_RATE)
     del found["gradient_checkpointing"], found["max_length"]  # the hosts' own
     found |= {"bf16": cell.precision == "bf16", "fp16": cell.precision == "fp16", "output_dir": str(folder)}
     if cell.host != "mixin":
@@ -306,7 +306,7 @@ def loop(cell: Cell, explicit: Any, folder: Path) -> Judge:
     if cell.ranks == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
     elif cell.ranks == "fsdp2":
-        for unit in (*(m for m in model.modules() if type(m).__name__ == support_distributed.LAYER), model):
+        for unit in (*(m for m in model.modules() if type(m).__name__ == support_ranks.LAYER), model):
             torch.distributed.fsdp.fully_shard(unit)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     scaler, function = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=cell.precision == "fp16"), loss_fn(cell)

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("trl")
 from tests import support_distributed as support
 from tests import trl_hosts
+from tests.support_ranks import EXAMPLES
 
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
 SHARDING = ("fsdp2", "zero3")
@@ -62,7 +63,7 @@ def launch(folder: Path, cases: list[str], **environment: str) -> dict:
         trl_hosts.CHECKPOINTS: checkpoints,
     }
     done = subprocess.run(
-        [*command, "-m", "tests.support_distributed", str(folder), str(support.EXAMPLES // 2), *cases],
+        [*command, "-m", "tests.support_distributed", str(folder), str(EXAMPLES // 2), *cases],
         env=os.environ | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
@@ -82,7 +83,7 @@ def one(tmp_path_factory):
 
     def measured(name: str) -> dict:
         if name not in known:
-            known[name] = support.measure(name, "one", support.EXAMPLES, tmp_path_factory.mktemp("one"))
+            known[name] = support.measure(name, "one", EXAMPLES, tmp_path_factory.mktemp("one"))
         return known[name]
 
     return measured
