@@ -294,7 +294,8 @@ class OnlineTrainer(SampleLosses):
         for name, value in values.items():
             known = weight * (~value.isnan()).float()
             total = known * value.nan_to_num(nan=0.0)
-            self.metrics.add(name, total.to(self.args.device), known.to(self.args.device))
+            total, known = (x.to(self.args.device, non_blocking=True) for x in (total, known))
+            self.metrics.add(name, total, known)
 
     def _add_metrics(
         self, records: Any, responses: Any, rewards: Tensor, heldout: Tensor, advantages: Advantages,

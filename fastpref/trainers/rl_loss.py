@@ -284,7 +284,7 @@ class SampleLosses(ReferencedTrainer):
         coefficient = getattr(self.args, "entropy_coef", 0.0)
         if not coefficient or entropy is None:
             return 0.0
-        self.metrics.add("entropy_coef", torch.tensor(coefficient, device=entropy.device))
+        self.metrics.add("entropy_coef", torch.full((), coefficient, device=entropy.device))
         if kept is None or self._quantile == 1:
             return -coefficient * entropy.sum() / (max(1, batch.tokens) * batch.batches)
         return -coefficient * (entropy * kept).sum() / (kept.sum().clamp(min=1) * batch.batches)

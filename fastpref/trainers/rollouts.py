@@ -209,11 +209,18 @@ class Samples:
         if any(value is None for value in values):
             return None
         kept = [v[: s.tokens] for v, s in zip(values, self.samples, strict=True)]
-        return torch.cat(kept).to(device)
+        return _sent(torch.cat(kept), device)
 
     def each(self, name: str, device: torch.device | str) -> Tensor:
         """A number of each sample, fp32 `[S]`."""
-        return torch.tensor([getattr(sample, name) for sample in self.samples], dtype=torch.float32, device=device)
+        return _sent(torch.tensor([getattr(sample, name) for sample in self.samples], dtype=torch.float32), device)
+
+
+def _sent(values: Tensor, device: torch.device | str) -> Tensor:
+    """Values of the host on `device`. A GPU copies them while it works: from pinned memory nobody waits."""
+    if values.device.type == "cpu" and torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _scored(sample: Sample) -> Scored:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from counting import Operators, Watch
+from support_rl import QUIET, length_reward, prompts
 from support_trainers import METHODS, config, data_of, pairs, tiny, train
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, TrainerCallback
@@ -18,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 import fastpref
 from fastpref import trainers
 from fastpref.common import memory
+from fastpref.trainers import rollouts
 
 TRL = importlib.util.find_spec("trl") is not None and importlib.metadata.version("trl").startswith("1.16.")
 HOSTS = {
@@ -38,20 +40,22 @@ def own_cache(monkeypatch, tmp_path):
 class WatchSteps(TrainerCallback):
     """From the beginning of each update to its end."""
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch, self.steps = watch, 0
+    def __init__(self, watch: Watch, first: int = 0) -> None:
+        self.watch, self.steps, self.first = watch, 0, first
 
-    def on_step_begin(self, *args, **kwargs) -> None:
-        self.watch.start()
+    def on_step_begin(self, args, state, *_, **kwargs) -> None:
+        if state.global_step >= self.first:
+            self.watch.start()
 
     def on_step_end(self, *args, **kwargs) -> None:
-        self.watch.stop()
-        self.steps += 1
+        if self.watch.on:
+            self.watch.stop()
+            self.steps += 1
 
 
-def assert_nothing_waits(trainer, monkeypatch, hosts=HOSTS) -> Operators:
+def assert_nothing_waits(trainer, monkeypatch, hosts=HOSTS, first: int = 0) -> Operators:
     watch = Watch(monkeypatch)
-    steps = WatchSteps(watch)
+    steps = WatchSteps(watch, first)
     trainer.add_callback(steps)
     train(trainer)
     assert steps.steps == 2 and sum(watch.operators.launches.values()) > 100
@@ -114,6 +118,31 @@ def test_distillation(tmp_path, monkeypatch):
     args = config(trainers.DistillationConfig, tmp_path, max_steps=2, lmbda=0.0, beta=0.5)
     trainer = trainers.DistillationTrainer(model, tiny(1)[0], args, pairs(), processing_class=tokenizer)
     assert_nothing_waits(trainer, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("RLOO", {"beta": 0.1, "kl_estimator": "exact"}),
+        ("GRPO", {"beta": 0.1, "entropy_coef": 0.01, "off_policy_mask_threshold": 0.5}),
+    ],
+    ids=str,
+)
+def test_updates_on_samples(method, options, tmp_path, monkeypatch):
+    """Sampling waits for the samples, in the first of four steps. What is learnt from them later does not."""
+    model, tokenizer = tiny()
+    options = QUIET | {"max_steps": 4, "num_iterations": 2, "steps_per_generation": 2} | options
+    args = getattr(trainers, f"{method}Config")(output_dir=str(tmp_path), **options)
+    trainer = getattr(trainers, f"{method}Trainer")(model, length_reward, args, prompts(), processing_class=tokenizer)
+    assert_nothing_waits(trainer, monkeypatch, first=2)
+
+
+def test_samples_are_copied_from_pinned_memory(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking=False: (self, device, non_blocking))
+    values, device, non_blocking = rollouts._sent(torch.ones(3), "cuda")
+    assert values is pinned[0] and device == "cuda" and non_blocking
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
