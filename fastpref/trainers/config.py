@@ -83,7 +83,8 @@ class PreferenceConfig(TrainingArguments):
         "shuffled instead of examples.",
     )
     keep_freed_memory: bool = option(
-        True, "On a CPU: tell glibc to keep freed memory for this process (steps were 2 to 9 % faster on 2 cores)."
+        True,
+        "On a CPU: tell glibc to keep freed memory for this process (up to 9 percent faster on 2 cores).",
     )
     statistics: str = option(
         "logging",
@@ -201,6 +202,8 @@ class ReferenceConfig(PolicyConfig):
         None,
         "Compute the reference's log-probs before training and keep them on disk. By default wherever it can be done "
         "and training passes over the data at least once.",
+        nargs="?",
+        const=True,
     )
     precompute_ref_batch_size: int | None = option(None, "Kept for TRL's scripts; see reference_tokens.")
     reference_tokens: int = option(8192, "Tokens of one forward of the reference when its log-probs are precomputed.")

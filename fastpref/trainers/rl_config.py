@@ -94,7 +94,7 @@ class OnlineConfig(PreferenceConfig):
     kl_target: float | None = option(
         None, "Steer beta towards this exact KL of a response, in nats (Ziegler et al. 2019). Default: beta is fixed."
     )
-    kl_horizon: float = option(10_000, "Responses over which a KL that is 20 % off changes beta by 20 %.")
+    kl_horizon: float = option(10_000, "Responses over which a KL that is a fifth off changes beta by a fifth.")
     track_kl: bool = option(False, "Measure the exact KL of each response (kl/exact in the log), also with beta 0.")
     reward_normalizer: str | None = option(
         None, "Normalise the weighted sum of rewards before the KL: running, batch, ema or percentile."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import DatasetDict
 from huggingface_hub import ModelCard
 from support_trainers import METHODS, config, data_of, pairs, responses, run, tiny, train
@@ -47,6 +48,20 @@ def test_data_of_another_kind_are_refused_by_name(name, tmp_path):
             trainer_class(
                 model=model, args=args, train_dataset=pairs(2), processing_class=tokenizer, **{option: lambda _: {}}
             )
+
+
+@pytest.mark.parametrize("name", [name for name in dir(trainers) if name.endswith("Config")])
+def test_a_scripts_parser_reads_every_configuration(name, tmp_path, capsys):
+    """A bare % in a help text broke --help, and --precompute_ref_log_probs wanted a value, which TRL's does not."""
+    config_class = getattr(trainers, name)
+    parser = transformers.HfArgumentParser(config_class)
+    ours = [vars(c).get("__annotations__", {}) for c in config_class.__mro__ if c.__module__.startswith("fastpref")]
+    for action in parser._actions:
+        if any(action.dest in names for names in ours):  # in transformers' own some are bare
+            parser._get_formatter()._expand_help(action)
+    flags = ["--precompute_ref_log_probs"] if issubclass(config_class, trainers.config.ReferenceConfig) else []
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *flags])
+    assert not flags or args.precompute_ref_log_probs is True
 
 
 def test_options_that_were_passed_over(tmp_path):
