@@ -247,11 +247,11 @@ class SampleLosses(ReferencedTrainer):
             kept = off_policy_kept(logps, before, advantages, sizes, threshold)
         if self._quantile < 1:
             assert entropy is not None
-            own = entropy.detach()
-            every = self.accelerator.pad_across_processes(own, dim=0, pad_index=-1)
-            every = self.accelerator.gather(every)
-            every = every[every >= 0]  # an entropy is
-            limit = torch.quantile(every, 1 - self._quantile) if len(every) else torch.zeros((), device=own.device)
+            own = every = entropy.detach()
+            if self.args.world_size > 1:
+                every = self.accelerator.gather(self.accelerator.pad_across_processes(own, dim=0, pad_index=-1))
+            every = every.masked_fill(every < 0, torch.nan)  # no entropy is
+            limit = torch.nanquantile(every, 1 - self._quantile) if len(every) else torch.zeros((), device=own.device)
             surprising = (own >= limit).to(own.dtype)
             kept = surprising if kept is None else kept * surprising
         return kept

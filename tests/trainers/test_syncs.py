@@ -124,7 +124,7 @@ def test_distillation(tmp_path, monkeypatch):
     ("method", "options"),
     [
         ("RLOO", {"beta": 0.1, "kl_estimator": "exact"}),
-        ("GRPO", {"beta": 0.1, "entropy_coef": 0.01, "off_policy_mask_threshold": 0.5}),
+        ("GRPO", {"beta": 0.1, "entropy_coef": 0.01, "off_policy_mask_threshold": 0.5, "top_entropy_quantile": 0.5}),
     ],
     ids=str,
 )
