@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,6 +130,8 @@ class RewardTrainer(_HeadTrainer):
         if args.chat_template_path is not None:
             tokenizer.chat_template = _chat_template(args.chat_template_path)
         if self.on_lists:
+            if "margin" in columns:
+                warnings.warn(f"margin: in {name}_dataset, but not read: losses of rankings have none", stacklevel=4)
             return ranked.tokenize_ranked_whole(
                 ranked.ranked(dataset), tokenizer, max_length=args.max_length, ties=args.ranking_loss in TIE_MODELS,
                 num_proc=args.dataset_num_proc, name=name, responses_as_written=args.responses_as_written,

@@ -175,6 +175,12 @@ def test_a_reward_model_from_rankings(tmp_path, method):
     assert got["eval_max_reward"] == pytest.approx(max(rewards), rel=1e-4)
 
 
+def test_margins_were_passed_over_where_pairs_are_rankings(tmp_path):
+    data = pairs(4).add_column("margin", [1.0] * 4)
+    with pytest.warns(UserWarning, match="margin: in train_dataset, but not read: losses of rankings have none"):
+        trainer_of(tmp_path, data, RewardTrainer, ranking_loss="davidson")
+
+
 RECORDS = [
     ({"responses": ["a", "b"], "scores": [1.0, None]}, "record 1: scores: got none for response 2 of 2"),
     ({"responses": ["a", "b"], "ranks": [1, 2, 3]}, "record 1: ranks: got ranks .*want 2 numbers, one per response"),
