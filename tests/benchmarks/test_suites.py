@@ -346,3 +346,31 @@ def test_a_run_that_the_device_refuses_costs_that_run_alone(monkeypatch):
         "x, b": "OutOfResources: out of resource: shared memory", "x, c": "ValueError: got a relative error of 1",
         "y": "OutOfResources: no memory",
     }  # fmt: skip
+
+
+def test_what_compiles_for_longer_than_it_runs_is_left_out_unless_it_is_named():
+    problem, options = head.HeadProblem(head.SMALL, CPU), suite.Options(CPU, 1)
+    names, absent = suite._wanted(problem, options)
+    assert "eager_compiled" not in names and set(absent) == {"eager_compiled"}
+    assert suite._wanted(problem, options._replace(providers=("eager_compiled",)))[0][-1] == "eager_compiled"
+    assert [case.name for case in head.CASES["cuda"][:2]] == ["llama-3-8b"] * 2  # a part may end before the others
+
+
+def test_a_gpu_is_busy_before_the_clock_starts(monkeypatch):
+    """Or the launches of the call, queued one by one, would count."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.record = lambda: order.append("record")
+            self.synchronize = lambda: order.append("synchronize")
+
+        def elapsed_time(self, end) -> float:
+            return 3.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("busy"), raising=False)
+    timer = measure.Timer(CPU)
+    timer._cuda = True
+    assert timer(lambda: order.append("call")) == 3e-3
+    assert order == ["busy", "record", "call", "record", "synchronize"]
