@@ -234,6 +234,11 @@ def wrap_peft(model: Any, peft_config: Any, args: PreferenceConfig, half_factors
                 "peft_config: got one with a model that has adapters, want None to go on with them, or "
                 "merge_and_unload() first"
             )
+        if peft_config.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
+            raise ValueError(
+                f"peft_config: got task_type 'CAUSAL_LM' with {type(model).__name__}, want 'SEQ_CLS' for rewards, "
+                "'TOKEN_CLS' for those of steps"
+            )
         adapters.take_out(model)
         model = get_peft_model(model, peft_config)
     if not is_peft(model):
@@ -280,7 +285,7 @@ def refuse_frozen(model: nn.Module) -> None:
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
-    hint = "parameters with requires_grad"
+    hint = "parameters with requires_grad: model.requires_grad_(True), where PEFT's merge_and_unload left it frozen"
     if hasattr(model, "peft_config"):
         hint = "an adapter to train: its folder's name, or PeftModel.from_pretrained(..., is_trainable=True)"
     raise ValueError(f"model: got {type(inner_model(model)).__name__} with nothing that trains, want {hint}")

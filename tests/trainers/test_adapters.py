@@ -324,6 +324,18 @@ def test_adapters_that_need_more_than_their_layers_are_refused(refused, tmp_path
         trainer_of(tiny()[0], tmp_path, peft_config=kind(task_type="CAUSAL_LM", **refused))
 
 
+def test_a_language_models_adapter_on_a_reward_model(tmp_path):
+    """It was an AttributeError inside of PEFT."""
+    from transformers import AutoModelForSequenceClassification
+
+    model, tokenizer = tiny()
+    model.config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(model.config)
+    args = config(trainers.RewardConfig, tmp_path)
+    with pytest.raises(ValueError, match="peft_config: got task_type 'CAUSAL_LM' with LlamaForSequenceClassification"):
+        trainers.RewardTrainer(model, args, None, pairs(2), processing_class=tokenizer, peft_config=lora())
+
+
 def test_what_was_exchanged_comes_back_to_the_bit():
     layer = nn.Linear(3, 3)
     began = layer.weight.detach().clone()
