@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpref.data import ranked
+from fastpref.data.formats import column_names
 from fastpref.objectives.lists import LIST_LOSS_TYPES, ListDPOLoss, ListOutput
 from fastpref.reference import TIE_MODELS
 from fastpref.trainers.config import DPOConfig
@@ -78,6 +80,8 @@ class ListTraining(ReferencedTrainer):
 
     def prepare_lists(self, dataset: Any, name: str, args: Any) -> Any:
         """The data set tokenised, as `fastpref.data.ranked` says."""
+        if given := {"ref_chosen_logps", "ref_rejected_logps"} & set(column_names(dataset)):
+            warnings.warn(f"{min(given)}: in {name}_dataset, but not read: a list's are ref_logps", stacklevel=4)
         ties = self.loss_fn.objective.loss in TIE_MODELS
         return ranked.tokenize_ranked(ranked.ranked(dataset), self.tokenizer_in_use, ties=ties, **args.tokenizing(name))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -255,6 +256,7 @@ class GRPOConfig(OnlineConfig):
     entropy_coef_max: float = option(1.0, "Kept for TRL's scripts.")
     entropy_coef_delta: float = option(0.005, "Kept for TRL's scripts.")
     entropy_target: float = option(0.2, "Kept for TRL's scripts.")
+    vllm_importance_sampling_cap: float | None = option(None, "TRL's older name of vllm_importance_sampling_clip_max.")
     cast_lm_head_to_fp32: bool = option(False, "Not supported.")
     max_tool_calling_iterations: int | None = option(None, "Not supported.")
     log_completions_hub_repo: str | None = option(None, "Not supported.")
@@ -262,6 +264,10 @@ class GRPOConfig(OnlineConfig):
     def __post_init__(self) -> None:
         given = self.scale_rewards
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(given), given)
+        if self.vllm_importance_sampling_cap is not None:
+            warnings.warn("vllm_importance_sampling_cap: TRL 2 has it as vllm_importance_sampling_clip_max alone",
+                          FutureWarning, stacklevel=3)  # fmt: skip
+            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
         super().__post_init__()
         checks.choice("loss_type", self.loss_type, LOSS_TYPES)
         checks.choice("importance_sampling_level", self.importance_sampling_level, LEVELS[:2])

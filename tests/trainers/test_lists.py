@@ -181,6 +181,12 @@ def test_margins_were_passed_over_where_pairs_are_rankings(tmp_path):
         trainer_of(tmp_path, data, RewardTrainer, ranking_loss="davidson")
 
 
+def test_reference_log_probs_of_pairs_were_passed_over_in_a_loss_of_lists(tmp_path):
+    data = pairs(4).add_column("ref_chosen_logps", [-1.0] * 4)
+    with pytest.warns(UserWarning, match="ref_chosen_logps: in train_dataset, but not read: a list's are ref_logps"):
+        trainer_of(tmp_path, data, loss_type="plackett_luce")
+
+
 RECORDS = [
     ({"responses": ["a", "b"], "scores": [1.0, None]}, "record 1: scores: got none for response 2 of 2"),
     ({"responses": ["a", "b"], "ranks": [1, 2, 3]}, "record 1: ranks: got ranks .*want 2 numbers, one per response"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_a_scripts_parser_reads_every_configuration(name, tmp_path, capsys):
     flags = ["--precompute_ref_log_probs"] if issubclass(config_class, trainers.config.ReferenceConfig) else []
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *flags])
     assert not flags or args.precompute_ref_log_probs is True
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "Reward", "CPO", "ORPO", "GRPO", "RLOO"])
+def test_configurations_have_every_field_of_trls(name):
+    host = pytest.importorskip("trl" if name not in ("CPO", "ORPO") else f"trl.experimental.{name.lower()}")
+    theirs, ours = (getattr(room, f"{name}Config") for room in (host, trainers))
+    assert {field.name for field in fields(theirs)} <= {field.name for field in fields(ours)}
+
+
+def test_grpo_takes_the_older_name_of_the_ratios_upper_end(tmp_path):
+    with pytest.warns(FutureWarning, match="vllm_importance_sampling_cap"):
+        args = config(trainers.GRPOConfig, tmp_path, max_length=None, vllm_importance_sampling_cap=2.0)
+    assert args.vllm_importance_sampling_clip_max == 2.0
 
 
 def test_options_that_were_passed_over(tmp_path):
