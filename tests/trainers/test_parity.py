@@ -74,7 +74,9 @@ def test_configurations_have_every_field_of_trls(name):
 
 def test_grpo_takes_the_older_name_of_the_ratios_upper_end(tmp_path):
     with pytest.warns(FutureWarning, match="vllm_importance_sampling_cap"):
-        args = config(trainers.GRPOConfig, tmp_path, max_length=None, vllm_importance_sampling_cap=2.0)
+        args = config(
+            trainers.GRPOConfig, tmp_path, max_length=None, num_generations=4, vllm_importance_sampling_cap=2.0
+        )
     assert args.vllm_importance_sampling_clip_max == 2.0
 
 
