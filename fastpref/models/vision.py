@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,19 +24,37 @@ from fastpref.models.wrappers import inner_model
 WHERE = ("cache_dir", "revision", "subfolder", "token", "trust_remote_code")  # to find a config
 
 
+def config_of(name: Any, **options: Any) -> Any:
+    """The configuration of a model in a folder or on the hub.
+
+    Raises:
+        OSError: there is none. The message has the name, which transformers' own lacks where the hub is not reached.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(
+            f"model: got {os.fspath(name)!r}, which is no folder here; looked for on the hub: {error}"
+        ) from error
+
+
 def with_images(auto_class: Any, name: Any, **options: Any) -> Any:
     """`auto_class`, or in its place the class that reads a vision-language model's checkpoint.
 
     `AutoModelForCausalLM` does not know most of them. `AutoModelForSequenceClassification` knows fewer: such a class is
     made here, in transformers' own layout, with a head `score` on the backbone.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as auto
 
     if options.get("gguf_file"):
         return auto_class
     loading = {key: value for key, value in options.items() if key in WHERE}
-    config = options.get("config") or AutoConfig.from_pretrained(name, **loading)
+    config = options.get("config") or config_of(name, **loading)
     kinds = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     kind: Any = type(config)
     if kind not in kinds:

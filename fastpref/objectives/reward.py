@@ -12,7 +12,7 @@ from fastpref import ops, reference
 from fastpref.common import checks
 from fastpref.common.precision import widened
 from fastpref.models import adapters, inner_model
-from fastpref.models.vision import with_images
+from fastpref.models.vision import config_of, with_images
 from fastpref.objectives.lists import check_group, check_ranks, list_objective
 from fastpref.ops.common import encode
 from fastpref.ops.reward import sequence_count
@@ -272,15 +272,17 @@ class RewardHead(nn.Module):
         Raises:
             ValueError: the model has several labels, or its head is not named `score`.
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
         adapter = adapters.adapter_config(path)
         base = path if adapter is None else adapter.base_model_name_or_path
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(base)
+        config = kwargs.pop("config", None) or config_of(base)
         if adapter is not None and "score" in (adapter.modules_to_save or ()):
             config.num_labels = 1
         if config.num_labels != 1:
-            raise ValueError(f"{os.fspath(path)}: got a model with num_labels={config.num_labels}, want 1")
+            raise ValueError(
+                f"{os.fspath(path)}: got a model with num_labels={config.num_labels}, want 1, as a reward model has"
+            )
         model = inner_model(adapters.load(AutoModelForSequenceClassification, path, config=config, **kwargs))
         score = adapters.active_module(getattr(model, "score", None))
         if not isinstance(score, nn.Linear):

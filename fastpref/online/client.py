@@ -176,7 +176,8 @@ class Client:
             if self._retried == 1:
                 print(f"{self.server.base}/{path}: {failed}; trying again", file=sys.stderr)
             await asyncio.sleep(max(pause, failed.after or 0.0))
-        raise ServerError(f"{self.server.base}/{path}: {failed}, after {self.server.retries + 1} tries")
+        tries = f"{self.server.retries + 1} tries" if self.server.retries else "1 try"
+        raise ServerError(f"{self.server.base}/{path}: {failed}, after {tries}")
 
     async def _once(self, method: str, path: str, read: Callable[[Any], T], body: Any, again: Collection[int]) -> T:
         import httpx2

@@ -27,8 +27,17 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_device(name: str | None = None) -> torch.device:
-    """The device of that name. By default the GPU if there is one, else the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of that name. By default the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or it is not on this machine.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # as torch was built without it, or found none
+        raise ValueError(f"device: got {name!r}, want one that is here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
 
 
 def default_dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastpref.data import encode
 from fastpref.data.batches import batches_by_length, pad_id, padded
+from fastpref.models.adapters import adapter_config
 from fastpref.objectives.reward import RewardHead
 from fastpref.trainers.loading import load_model
 
@@ -149,15 +150,20 @@ class ScoringModel:
         """From a model or its name.
 
         Raises:
-            ValueError: the model has several labels, or no tokenizer can be found.
+            ValueError: the model has several labels, as a language model has, or no tokenizer can be found.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         given = model
         if isinstance(model, str):
-            model = load_model(model, args, AutoModelForSequenceClassification, num_labels=1)
+            # an adapter's configuration is its base model's; a whole model's says whether it is a reward model
+            labels = {} if adapter_config(model) is None else {"num_labels": 1}
+            model = load_model(model, args, AutoModelForSequenceClassification, **labels)
         if getattr(model.config, "num_labels", 1) != 1:
-            raise ValueError(f"reward_funcs: got a model with {model.config.num_labels} labels, want 1")
+            raise ValueError(
+                f"reward_funcs: got {given if isinstance(given, str) else 'a model'} with {model.config.num_labels} "
+                "labels, want 1, as a reward model has"
+            )
         name = given if isinstance(given, str) else model.config._name_or_path
         if tokenizer is None:
             if not name:

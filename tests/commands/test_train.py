@@ -156,6 +156,8 @@ def test_bars_of_datasets_were_printed_before_an_error(base, files, tmp_path, ca
 def test_errors_are_one_line(base, files, tmp_path, capsys, monkeypatch):
     out = ["--output_dir", tmp_path / "out"]
     assert "--bata: no such option, want --data or --beta" in refused(capsys, "dpo", "--bata", "0.2", *out)
+    assert "--reward: an option of rloo, grpo, not of" in refused(capsys, "dpo", "--reward", "judge.py:score", *out)
+    assert "--simpo-gamma: an option of cpo, simpo, not" in refused(capsys, "dpo", "--simpo-gamma=1", *out)
     assert "max_steps" in refused(capsys, "dpo", "--max_steps", "many", *out)
     assert "'l', want" in refused(capsys, "dpo", "--model", base, "--loss_type", "l", "--data", files["pairs"], *out)
     assert "nowhere.jsonl: no such file" in refused(capsys, "dpo", "--data", tmp_path / "nowhere.jsonl", *out)
@@ -170,6 +172,10 @@ def test_errors_are_one_line(base, files, tmp_path, capsys, monkeypatch):
     config = tmp_path / "run.yaml"
     config.write_text("modle: tiny\n")
     assert "run.yaml: modle: no such option, want model" in refused(capsys, "dpo", "--config", config, *out)
+    config.write_text("num_generations: 4\n")
+    assert "run.yaml: num_generations: an option of distill, rloo, grpo" in refused(
+        capsys, "dpo", "--config", config, *out
+    )
     config.write_text("learning_rate: fast\n")
     assert "run.yaml: argument --learning_rate" in refused(capsys, "dpo", "--config", config, *out)
     config.write_text("- a\n")

@@ -7,6 +7,7 @@ import json
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from fastpref import models
 from fastpref.commands import cli
 from fastpref.commands.train.plot import overoptimization
 from fastpref.trainers import StopOveroptimization
@@ -39,6 +40,19 @@ def test_a_run_by_two_kinds_of_functions(tmp_path, capsys) -> None:
     assert {"model.safetensors", "summary.png", "reward-kl.png"} <= {path.name for path in out.iterdir()}
     assert cli.main(["train", "grpo", *SHORT, "--output_dir", str(tmp_path / "no")]) == 2
     assert "--reward: got none" in capsys.readouterr().err
+
+
+def test_a_language_model_is_no_reward_model_and_a_file_is_no_function(tmp_path, capsys) -> None:
+    """A head of random weights was made for the language model, and trained on."""
+    for part in models.tiny(["Some words to learn from."]):
+        part.save_pretrained(tmp_path / "policy")
+    wanted = {
+        f"{tmp_path}/policy": f"got {tmp_path}/policy with 2 labels, want 1, as a reward model has",
+        "judge.py": "got 'judge.py', want module:name or file.py:name",
+    }
+    for reward, message in wanted.items():
+        assert cli.main(["train", "rloo", *SHORT, "--output_dir", str(tmp_path / "out"), "--reward", reward]) == 2
+        assert message in capsys.readouterr().err
 
 
 def served(url: str, out, *more: str) -> list[str]:

@@ -7,6 +7,7 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 
 from fastpref import models
 from fastpref.models import small
+from fastpref.online.loading import load_policy, load_reward_model
 
 SMALL = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
              num_key_value_heads=1, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
@@ -67,3 +68,18 @@ def test_conversion_is_whole_or_not_there_and_done_once(packaged) -> None:
     folder = models.smollm2()
     assert (folder / "model.safetensors").exists() and list(models.cache_folder().iterdir()) == [folder]
     assert models.smollm2() == folder and len(packaged) == 2
+
+
+@pytest.mark.parametrize("load", [load_policy, load_reward_model])
+def test_a_model_that_is_nowhere_is_named(load, monkeypatch) -> None:
+    """transformers' own message, where the hub is not reached, does not say what it looked for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"model: got 'nobody/nothing', which is no folder here; looked for on the hub: "):
+        load("nobody/nothing")
+
+
+@pytest.mark.parametrize("device", ["xpu", "gpu"])
+def test_a_device_that_is_not_here_is_named(device) -> None:
+    """It was a traceback from inside of torch, after the model had been read."""
+    with pytest.raises(ValueError, match=f"device: got '{device}', want one that is here: "):
+        load_policy("nobody/nothing", device)

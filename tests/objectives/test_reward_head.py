@@ -98,7 +98,7 @@ def test_reward_head_refuses_several_labels(tmp_path):
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
         RewardHead.from_pretrained(tmp_path)
-    assert str(error.value) == f"{tmp_path}: got a model with num_labels=3, want 1"
+    assert str(error.value) == f"{tmp_path}: got a model with num_labels=3, want 1, as a reward model has"
     with pytest.raises(TypeError, match="model: got Linear, want a model with a backbone"):
         RewardHead.from_causal_lm(torch.nn.Linear(2, 2))
 

@@ -171,7 +171,7 @@ FAILURES = ("stall@3", "die@3", "truncated@3", "html@3")
 @pytest.mark.parametrize("script", FAILURES)
 def test_a_server_that_fails_loses_no_verdict(scripted, script, tmp_path) -> None:
     out = tmp_path / "out.jsonl"
-    with pytest.raises(ServerError, match=r"^request \(\d, \d\): http://127.0.0.1:\d+/.*, after 1 tries"):
+    with pytest.raises(ServerError, match=r"^request \(\d, \d\): http://127.0.0.1:\d+/.*, after 1 try"):
         judge_file(server(scripted.url(script), timeout=0.4, retries=0), RECORDS, out)
     assert len((tmp_path / "out.jsonl.answers.jsonl").read_text().splitlines()) == 3
     url = scripted.url("judge-right")

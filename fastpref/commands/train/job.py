@@ -80,7 +80,7 @@ def prepare(method: str, argv: Sequence[str]) -> Job:
 
     terminal.hide_library_bars()
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    options, fields = read_options(method, METHODS[method].config, argv)
+    options, fields = read_options(method, {name: known.config for name, known in METHODS.items()}, argv)
     train, heldout = load_data(method, options)
     args = configuration(method, options, fields)
     if "logging_steps" not in fields:

@@ -73,15 +73,21 @@ class OnlineOptions(ServerOptions, RunOptions):
 
 
 def read_options(
-    method: str, config_class: type[PreferenceConfig], argv: Sequence[str]
+    method: str, configs: Mapping[str, type[PreferenceConfig]], argv: Sequence[str]
 ) -> tuple[RunOptions, dict[str, Any]]:
     """(options of the run, fields of the configuration that were given).
+
+    Args:
+        method: of `configs`.
+        configs: every method's configuration, to say whose an option is that this one lacks.
+        argv: the arguments.
 
     Raises:
         ValueError: names the option, or the file and its key.
     """
-    kind = OnlineOptions if issubclass(config_class, OnlineConfig) else RunOptions
-    parser = _Parser([kind, config_class], prog=f"fastpref train {method}", allow_abbrev=False)
+    kind = _kind(configs[method])
+    parser = _Parser([kind, configs[method]], prog=f"fastpref train {method}", allow_abbrev=False)
+    parser.owners = {name: _names(config) for name, config in configs.items()}
     given = parser.given(argv)
     if "config" in given:
         given = _from_yaml(parser, Path(given["config"])) | given
@@ -90,8 +96,18 @@ def read_options(
     return _checked(options), {name: value for name, value in given.items() if name not in own}
 
 
+def _kind(config_class: type[PreferenceConfig]) -> type[RunOptions]:
+    return OnlineOptions if issubclass(config_class, OnlineConfig) else RunOptions
+
+
+def _names(config_class: type[PreferenceConfig]) -> set[str]:
+    return {known.name for owner in (_kind(config_class), config_class) for known in fields(owner) if known.init}
+
+
 class _Parser(HfArgumentParser):
     """An argument parser that raises errors, and knows which options were given."""
+
+    owners: Mapping[str, set[str]]  # the options of every method
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -119,8 +135,15 @@ class _Parser(HfArgumentParser):
         found, rest = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(self.names, unset)))
         if rest:
             known = [text for action in self._actions for text in action.option_strings]
-            raise ValueError(f"{rest[0]}: no such option{near(rest[0].partition('=')[0], known)}")
+            name = rest[0].partition("=")[0]
+            raise ValueError(f"{name}: {self.unknown(name, known)}")
         return {name: value for name, value in vars(found).items() if value is not unset}
+
+    def unknown(self, name: str, known: Sequence[str]) -> str:
+        """What to say of an option that is none: whose it is, or which are like it."""
+        dest = name.lstrip("-").replace("-", "_")
+        others = [method for method, options in self.owners.items() if dest in options]
+        return f"an option of {', '.join(others)}, not of this" if others else f"no such option{near(name, known)}"
 
 
 def near(name: str, known: Sequence[str]) -> str:
@@ -147,7 +170,7 @@ def _from_yaml(parser: _Parser, path: Path) -> dict[str, Any]:
     known = [name for name in parser.names if name != "config"]
     for name in written:
         if name not in known:
-            raise ValueError(f"{path}: {name}: no such option{near(name, known)}")
+            raise ValueError(f"{path}: {name}: {parser.unknown(name, known)}")
     # what can be an argument is read like one: to YAML 1e-6 is a text, and `no` is false
     arguments = [text for name, value in found.items() for text in _arguments(name, value, written[name])]
     try:

@@ -22,7 +22,7 @@ def reward_of(spec: str) -> Any:
     """
     if spec.startswith(PREFIX):
         return judge_reward(spec.removeprefix(PREFIX))
-    if ":" not in spec:
+    if ":" not in spec and not spec.endswith(".py"):
         return spec
     function = load_function(spec)
     if "completions" in inspect.signature(function).parameters:
