@@ -54,7 +54,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "intermediate_size": 48, "altup_num_inputs": 2,
-        "vocab_size_per_layer_input": 25, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8,
     },
 }  # fmt: skip
 LARGEST = 8_000_000  # parameters

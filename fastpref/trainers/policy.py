@@ -15,7 +15,7 @@ from fastpref import linear_token_logprobs, linear_token_statistics, models
 from fastpref.data.collators import PackedCollator
 from fastpref.data.ids import IGNORE_INDEX
 from fastpref.data.reference_cache import ReferenceCache
-from fastpref.models import inner_model, is_peft, sharded_like, whole
+from fastpref.models import inner_model, sharded_like, whole
 from fastpref.reference import TokenStatistics
 from fastpref.trainers import experts, loading
 from fastpref.trainers.base import PreferenceTrainer
@@ -27,6 +27,7 @@ from fastpref.trainers.reference import (
     Reference,
     SyncReference,
     came_with,
+    check_moves,
     fill_cache,
     fingerprint,
     ready_reference,
@@ -174,12 +175,8 @@ class ReferencedTrainer(PolicyTrainer):
             model, args, collator, train_dataset, eval_dataset, processing_class, peft_config=peft_config, **options
         )
         policy = self.accelerator.unwrap_model(self.model)
-        if args.sync_ref_model and is_peft(policy):
-            raise ValueError("sync_ref_model: got True with adapters, want False: a reference has other parameters")
-        if args.sync_ref_model and (
-            self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
-        ):
-            raise unsupported("sync_ref_model", True, "want DDP or FSDP2: elsewhere it would not be resumed from")
+        if args.sync_ref_model:
+            check_moves(policy, self)
         self.precomputes = self._precomputes()
         if ref_model is not None:
             ref_model = self._loaded_reference(ref_model)

@@ -19,6 +19,7 @@ from fastpref.data.collators import PackedCollator
 from fastpref.data.reference_cache import Fingerprint, ReferenceCache
 from fastpref.models import adapters, inner_model, is_peft
 from fastpref.models.adapters import Snapshot, initialised_from_weights
+from fastpref.trainers.config import unsupported
 from fastpref.trainers.layout import choose_layout
 from fastpref.trainers.loading import disable_dropout
 
@@ -110,6 +111,23 @@ def came_with(dataset: Any, columns: Sequence[str]) -> bool:
         missing = ", ".join(name for name in columns if name not in there)
         raise ValueError(f"{there[0]}: got a data set that has it without {missing}, want both or neither")
     return bool(there)
+
+
+def check_moves(policy: Any, trainer: Any) -> None:
+    """Checks that a trainer can move its reference towards the policy.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if is_peft(policy):
+        raise ValueError("sync_ref_model: got True with adapters, want False: a reference has other parameters")
+    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
+        raise unsupported("sync_ref_model", True, "want DDP or FSDP2: elsewhere it would not be resumed from")
+    if trainer.is_fsdp_enabled and not hasattr(FSDPModule, "reset_iter_state"):
+        reason = f"FSDP2 of torch {torch.__version__} keeps a part whole that had no backward; want 2.13, or DDP"
+        raise unsupported("sync_ref_model", True, reason)
 
 
 class SyncReference(TrainerCallback):

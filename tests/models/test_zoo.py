@@ -5,6 +5,7 @@ FASTPREF_ALL_MODELS=1 pytest tests/models/test_zoo.py    every architecture of t
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 
@@ -84,7 +85,10 @@ def check(model: nn.Module, gradients: bool = False) -> str:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * scale)
     if gradients:
         one, other = gradient(model, found), gradient(model, wanted)
-        assert (one - other).norm() <= 1e-6 * other.norm()
+        if (one - other).norm() > 1e-6 * other.norm():  # whose rounding? Gemma 2's own are 1.03e-6 off in 5.17
+            exact = copy.deepcopy(model).double()
+            truth = gradient(exact, own_logps(exact))
+            assert (one - truth).norm() <= min(1e-6 * truth.norm(), (other - truth).norm())
     return layout
 
 

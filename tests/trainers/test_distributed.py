@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import itertools
 import os
 import subprocess
@@ -11,18 +12,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 pytest.importorskip("trl")
 from tests import support_distributed as support
 from tests import trl_hosts
 from tests.support_ranks import EXAMPLES
 
+
+def resumes() -> bool:
+    """Whether a rank on a CPU loads its optimizer: transformers 5.17 asks for "cpu:0", which torch 2.11 lacks."""
+    saved = io.BytesIO()
+    torch.save(torch.zeros(1), saved)
+    saved.seek(0)
+    try:
+        torch.load(saved, map_location=torch.device("cpu", 0))
+    except RuntimeError:
+        return False
+    return True
+
+
+CAN_RESUME = resumes()
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
 SHARDING = ("fsdp2", "zero3")
 NAMES = [
     *(f"loop:{case}" for case in support.LOOPS),
     *(f"ours:{case}" for case in support.OURS),
-    *("trl:dpo", "trl:apo", "trl:reward", "resumed:tr-dpo", "evaluated:lora-dpo"),
+    *("trl:dpo", "trl:apo", "trl:reward", *["resumed:tr-dpo"] * CAN_RESUME, "evaluated:lora-dpo"),
     *("adapted:goes-on-dpo", "adapted:fresh-dpo"),
 ]
 # z0 of TRL's KTO depends on how batches are cut: two patched ranks are two unpatched ones
@@ -30,6 +46,8 @@ ALIKE = [f"{wrapper}/{kind}:kto" for wrapper in ("ddp", "fsdp2") for kind in ("t
 REFUSED = ["fsdp2/refused:precompute", "fsdp2/refused:budget"]
 CASES = [f"{wrapper}/{name}" for wrapper, name in itertools.product(("ddp", "fsdp2"), NAMES)]
 CASES.remove("fsdp2/ours:budget-dpo")
+if not hasattr(FSDPModule, "reset_iter_state"):  # an older torch keeps parts of a model that had no backward whole
+    CASES = [case for case in CASES if case not in ("fsdp2/ours:tr-dpo", "fsdp2/resumed:tr-dpo")]
 UNEVEN = [f"ddp/uneven:{case}" for case in support.UNEVEN] + ["fsdp2/uneven:kto"]
 RESUMED = "ddp/uneven-resumed:dpo"
 DISTILLED = ["ddp/distilled:online", "ddp/distilled:cached", "ddp/distilled:on-policy", "fsdp2/distilled:online"]
@@ -72,8 +90,8 @@ def launch(folder: Path, cases: list[str], **environment: str) -> dict:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> dict:
-    cases = [*CASES, *ALIKE, *REFUSED, *UNEVEN, RESUMED, *DISTILLED, *PICTURED, *PICTURED_TRL, MIXED]
-    return launch(tmp_path_factory.mktemp("ranks"), cases)
+    cases = [*CASES, *ALIKE, *REFUSED, *UNEVEN, *DISTILLED, *PICTURED, *PICTURED_TRL, MIXED]
+    return launch(tmp_path_factory.mktemp("ranks"), cases + [RESUMED] * CAN_RESUME)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +161,7 @@ def test_repeated_examples_of_an_uneven_batch_count_for_nothing(case, ranks, one
             assert a[key] == pytest.approx(b[key], rel=2e-5, abs=2e-6), key
 
 
+@pytest.mark.skipif(not CAN_RESUME, reason="this torch cannot load to cpu:0, as transformers does on ranks")
 def test_an_accumulated_update_lost_real_examples_before_a_filled_batch(ranks, one):
     """And a resumed run trained on repeated ones: it had skipped batches, and Accelerate forgot how many are left."""
     found, wanted = ranks[RESUMED], one("uneven-resumed:dpo")
