@@ -1,7 +1,8 @@
 """fastpref: preference learning, fast and lean. The public names, imported when first used."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastpref.common.lazy import exports
 
 __version__ = "0.1.0"
 
@@ -92,14 +93,4 @@ if TYPE_CHECKING:
     from fastpref.objectives.unpaired import mismatched_kl_from_hidden as mismatched_kl_from_hidden
     from fastpref.reference import TokenStatistics as TokenStatistics
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(_MODULES[name])
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastpref' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(__name__, _HOMES, _MODULES)

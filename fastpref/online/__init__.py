@@ -4,8 +4,9 @@ The same functions are the commands `fastpref generate`, `score`, `judge`, `pair
 imported when first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastpref.common.lazy import exports
 
 _HOMES = {
     "Judging": "fastpref.online.verdicts",
@@ -63,12 +64,4 @@ if TYPE_CHECKING:
     from fastpref.online.servers import ServerError as ServerError
     from fastpref.online.verdicts import Judging as Judging
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastpref.online' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(__name__, _HOMES)

@@ -5,8 +5,9 @@
 Each method has a trainer and a configuration of its own name. They are imported when first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastpref.common.lazy import exports
 
 _HOMES = {
     "CPOConfig": "fastpref.trainers.config",
@@ -66,12 +67,4 @@ if TYPE_CHECKING:
     from fastpref.trainers.trees import ResponseLogps as ResponseLogps
     from fastpref.trainers.unpaired import KTOTrainer as KTOTrainer
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastpref.trainers' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(__name__, _HOMES)
