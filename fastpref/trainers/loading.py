@@ -76,6 +76,11 @@ def check_parallel(args: PreferenceConfig, *, deepspeed: bool, fsdp: bool) -> No
         raise unsupported("torch_compile", True, "want no FSDP or DeepSpeed with it")
 
 
+def is_zero3(accelerator: Any) -> bool:
+    """Whether DeepSpeed shards the parameters (stage 3)."""
+    return getattr(getattr(accelerator.state, "deepspeed_plugin", None), "zero_stage", 0) == 3
+
+
 @contextlib.contextmanager
 def said_of(argument: str) -> Iterator[None]:
     """Errors about a `dataset`, in a `with` block, say which argument it was."""

@@ -21,7 +21,7 @@ from fastpref.trainers import experts, loading
 from fastpref.trainers.base import PreferenceTrainer
 from fastpref.trainers.config import PreferenceConfig, unsupported
 from fastpref.trainers.forward import by_sequence, head_hidden, head_labels, head_rows, run_backbone, to_device
-from fastpref.trainers.loading import load_tokenizer, wrap_peft
+from fastpref.trainers.loading import is_zero3, load_tokenizer, wrap_peft
 from fastpref.trainers.reference import (
     Progress,
     Reference,
@@ -204,8 +204,7 @@ class ReferencedTrainer(PolicyTrainer):
 
         That is so under FSDP's first version and DeepSpeed's stage 3.
         """
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        scattered = (self.is_fsdp_enabled and not self.accelerator.is_fsdp2) or getattr(plugin, "zero_stage", 0) == 3
+        scattered = (self.is_fsdp_enabled and not self.accelerator.is_fsdp2) or is_zero3(self.accelerator)
         if before and scattered and not self.precomputes:
             reason = "what trained before the run is a part of it; want a ref_model, DDP, FSDP2 or ZeRO-2"
             raise unsupported("ref_model", None, reason)

@@ -10,6 +10,7 @@ from fastpref.data.images import is_processor
 from fastpref.data.vision import Vision
 from fastpref.models.vision import axis_positions, takes_images
 from fastpref.trainers.config import PreferenceConfig, unsupported
+from fastpref.trainers.loading import is_zero3
 
 TEXT_ONLY = ("responses_as_written", "assistant_only_loss", "torch_compile", "activation_offloading")
 
@@ -38,8 +39,7 @@ def refuse_mixed(vision: Vision | None, trainer: Any) -> None:
     """
     if vision is None or trainer.args.world_size == 1:
         return
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    vision.sharded = trainer.is_fsdp_enabled or getattr(plugin, "zero_stage", 0) == 3
+    vision.sharded = trainer.is_fsdp_enabled or is_zero3(trainer.accelerator)
     vision.check_mixed()
 
 
