@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of results from inputs of `dtype`: fp64 for fp64, else fp32."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpref.common.precision import HALF
 from fastpref.models.segments import QUERIES, Segment, Segments, gathered
 
 KWARG = "fastpref_segments"  # the argument of a model's forward that reaches its attention layers
@@ -151,13 +152,13 @@ def _flex(device: str) -> Any:
 
 @torch.compiler.disable
 def _can_flex(query: Tensor, dropout: float) -> bool:
-    half = query.dtype in (torch.bfloat16, torch.float16)  # in fp32 it is no faster than a call a segment
+    half = query.dtype in HALF  # in fp32 it is no faster than a call a segment
     return query.is_cuda and half and not dropout and query.shape[-1] >= 16 and torch.version.hip is None
 
 
 @torch.compiler.disable
 def _can_varlen(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> bool:
-    found = _varlen() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
+    found = _varlen() if query.is_cuda and query.dtype in HALF else None
     if found is None or softcap is not None or dropout or query.shape[-1] > 256 or query.shape[-1] % 8:
         return False
     if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):

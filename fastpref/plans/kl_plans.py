@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import backend_for
-from fastpref.common.precision import wide
+from fastpref.common.precision import HALF, wide
 from fastpref.plans.compact import chunks, compact, compact_labels, gather_part, joined, put_rows, scatter
 from fastpref.plans.head import Head, Needs, borrowed_logits, logits_buffer, tile_rows
 from fastpref.plans.products import ParameterGradients, matmul_into, project, scaled_in_place, unit_product
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Forward(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import backend_for
-from fastpref.common.precision import wide
+from fastpref.common.precision import HALF, wide
 from fastpref.plans.compact import chunks, compact, compact_labels, gather_part, joined, put_rows, scatter
 from fastpref.plans.head import Gradients as Gradients
 from fastpref.plans.head import Head as Head
@@ -47,7 +47,7 @@ def fold(
     backend = backend_for(tile)
     project(hidden, head.weight, head.bias, tile)
     exact = None
-    if tile.dtype in (torch.bfloat16, torch.float16):
+    if tile.dtype in HALF:
         exact = backend.target_logits(hidden, head.weight, head.bias, labels)
     return backend.row_logprob(
         tile, labels, transform=head.transform, ignore_index=head.ignore_index, statistics=statistics,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref.common.memory import MIB
+from fastpref.common.precision import HALF
 from fastpref.plans.compact import chunks
 from fastpref.plans.head import Head, Needs
 
@@ -39,7 +40,7 @@ def unit_product(u: Tensor, weight: Tensor) -> Tensor:
     For few rows cuBLAS may split the sum over V among thread blocks. It would add up their parts in the dtype of the
     result, so that is fp32 then.
     """
-    half = u.dtype in (torch.bfloat16, torch.float16)
+    half = u.dtype in HALF
     if u.device.type in MIXED_OUTPUT and half and u.shape[0] * weight.shape[1] < ONE_WAVE:
         return torch.mm(u, weight, out_dtype=torch.float32).to(u.dtype)
     return torch.mm(u, weight)

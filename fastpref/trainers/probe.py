@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastpref.common.precision import HALF
 from fastpref.data import images
 from fastpref.data.collators import PackedCollator
 from fastpref.data.formats import PAIR
@@ -25,7 +26,6 @@ from fastpref.models import evaluating
 from fastpref.trainers.forward import run_backbone, to_device
 
 TOKENS = 24
-HALF = (torch.bfloat16, torch.float16)
 RESPONSES = {"chosen": "yes", "rejected": "none"}
 
 

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.common.precision import HALF
+
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
 PROJECTION = {torch.float64: 1e-10, torch.float32: 1e-6}
-HALF = (torch.float16, torch.bfloat16)
 TIMES_IDEAL = 1.25  # correct variants score 1.00, a factor of 1.003 scores 1.7 or more, truncation 1.8 or more
 TIMES_IDEAL_MAX = 2.0
 # fp32 rounding alone, at the points that the ideal lists, may cost more than (a) allows: a log-sum-exp of 1e4 has a

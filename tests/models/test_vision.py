@@ -23,24 +23,28 @@ from fastpref.trainers.vision import vision_of
 PADDED = {"gemma3", "llama4"}
 
 
+def layout_of(model, vision):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="layout")
+        return choose_layout(model, "auto", vision)
+
+
+def expected(family):
+    return ("padded", False) if family in PADDED else ("shared", True)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_probe_tries_models_in_half_precision(family):
     """Its own errors are below rounding there, too: the same layout as in fp32."""
     model, processor = FAMILIES[family]()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="layout")
-        layout = choose_layout(model.bfloat16(), "auto", vision_of(model, processor))
-    assert layout == (("padded", False) if family in PADDED else ("shared", True))
+    assert layout_of(model.bfloat16(), vision_of(model, processor)) == expected(family)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} == {model.dtype}
 
 
 @pytest.mark.parametrize("family", ["idefics3", "llama4"])
 def test_pixels_come_in_the_dtype_of_a_model_in_double_precision(family):
     model, processor = FAMILIES[family]()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="layout")
-        layout = choose_layout(model.double(), "auto", vision_of(model, processor))
-    assert layout == (("padded", False) if family in PADDED else ("shared", True))
+    assert layout_of(model.double(), vision_of(model, processor)) == expected(family)
 
 
 @torch.no_grad()
@@ -52,10 +56,8 @@ def test_log_probs_are_those_of_the_models_own_logits(family):
     vision = vision_of(model, processor)
     assert vision is not None
     head = models.output_head(model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="layout")
-        layout, ours = choose_layout(model, "auto", vision)
-    assert (layout, ours) == (("padded", False) if family in PADDED else ("shared", True))
+    layout, ours = layout_of(model, vision)
+    assert (layout, ours) == expected(family)
     for wanted_layout in dict.fromkeys((layout, "padded")):
         collator = PairCollator(layout=wanted_layout, ours=ours and wanted_layout == layout, vision=vision)
         batch = collator.part([images.encode(row, processor, ("chosen", "rejected")) for row in rows])
